@@ -1,0 +1,90 @@
+"""How a run is doing, for a person at a terminal and for a log file."""
+
+import logging
+import sys
+import time
+from typing import Any
+
+import lightning as L
+from tqdm import tqdm
+
+log = logging.getLogger(__name__)
+
+SHOWN = {"loss": "train/loss", "L0": "train/l0", "EV": "train/ev", "dead": "train/dead_frac"}
+
+
+class Progress(L.Callback):
+    """A bar with loss, L0, EV, dead share, tokens/s and time left; lines without a terminal.
+
+    Args:
+        lines: How many lines a whole run prints into a file or pipe.
+    """
+
+    def __init__(self, lines: int = 20) -> None:
+        self.lines = lines
+        self._bar: Any = None
+        self._began = (0.0, 0)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Open the bar."""
+        if trainer.is_global_zero and sys.stderr.isatty():
+            self._bar = tqdm(
+                total=trainer.max_steps * pl_module.schedule.batch,
+                initial=pl_module.tokens_seen,
+                unit="tok",
+                unit_scale=True,
+                dynamic_ncols=True,
+                desc="training",
+            )
+
+    def on_head_started(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Start the clock after the buffer has been filled."""
+        self._began = (time.perf_counter(), trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Move on."""
+        step = trainer.global_step
+        if not self._began[0]:
+            self._began = (time.perf_counter(), step)
+        if not trainer.is_global_zero:
+            return
+        if self._bar is not None:
+            self._bar.update(pl_module.schedule.batch)
+            if step % trainer.log_every_n_steps == 0:
+                self._bar.set_postfix_str(self._figures(trainer))
+        elif step % max(1, trainer.max_steps // self.lines) == 0 or step == trainer.max_steps:
+            seconds = time.perf_counter() - self._began[0]
+            rate = (step - self._began[1]) / max(seconds, 1e-9)
+            left = (trainer.max_steps - step) / max(rate, 1e-9)
+            log.info(
+                "step %d/%d  %s  %.0f tok/s  %s left",
+                step,
+                trainer.max_steps,
+                self._figures(trainer),
+                rate * pl_module.schedule.batch,
+                f"{left:.0f} s" if left < 600 else f"{left / 60:.0f} min",
+            )
+
+    @staticmethod
+    def _figures(trainer: L.Trainer) -> str:
+        metrics = trainer.callback_metrics
+        return " ".join(
+            f"{short} {float(metrics[name]):.3g}"
+            for short, name in SHOWN.items()
+            if name in metrics
+        )
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Close the bar."""
+        self._close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Close the bar before anything else is printed."""
+        self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

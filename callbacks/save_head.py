@@ -1,0 +1,56 @@
+"""The product: heads saved along the way and at the end, each with its validation behind it."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
+
+from kanllama_lightning.run import HEAD
+
+
+class SaveHead(L.Callback):
+    """Saves the head after a validation, so calibrated and measured as saved.
+
+    The final one goes to `head/`, those along the way to `heads/tokens=N/`.
+
+    Args:
+        every_tokens: Tokens between two heads along the way; the first validation after each
+            multiple saves one.
+    """
+
+    def __init__(self, every_tokens: int = 50_000_000) -> None:
+        self.every_tokens = every_tokens
+        self._last = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which multiple was saved last."""
+        return {"last": self._last}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self._last = state_dict["last"]
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Save if it is time."""
+        if not trainer.is_global_zero or trainer.fast_dev_run or not pl_module.started:
+            return
+        folder, tokens = Path(trainer.default_root_dir), pl_module.tokens_seen
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            pl_module.head.save(folder / HEAD, self._provenance(trainer, pl_module))
+        elif tokens // self.every_tokens > self._last:
+            self._last = tokens // self.every_tokens
+            name = f"tokens={tokens:012d}"
+            pl_module.head.save(folder / "heads" / name, self._provenance(trainer, pl_module))
+
+    @staticmethod
+    def _provenance(trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
+        lm = pl_module.lm
+        return {
+            "lm": lm.name,
+            "revision": lm.revision,
+            "hook_point": lm.hook.name,
+            "lm_dtype": str(lm.dtype).removeprefix("torch."),
+            "tokens": pl_module.tokens_seen,
+            "step": trainer.global_step,
+        }

@@ -1,0 +1,51 @@
+"""How many latents fire per token, and how often each one does."""
+
+from typing import Any
+
+import lightning as L
+import numpy as np
+import wandb
+from lightning.pytorch.loggers import WandbLogger
+
+from callbacks.meter import ValidationMeter
+from kanllama_lightning.metrics import Sparsity as SparsityMetric
+from kanllama_lightning.types import ValidationBatch
+
+BINS = np.linspace(-7, 0, 71)
+"""Edges of log10 firing frequency."""
+
+
+class Sparsity(ValidationMeter):
+    """L0 (mean, median, p5, p95; per batch in `l0.csv`), dead and dense shares, frequencies.
+
+    Dead: fired on none of the validation tokens (their number is logged as
+    `val/sparsity_tokens`). Dense: fired on more than a tenth of them.
+    """
+
+    file = "l0.csv"
+    columns = ("n_tokens", "l0")
+
+    def make(self, pl_module: Any) -> SparsityMetric:
+        """A fresh metric."""
+        return SparsityMetric(pl_module.head.d_sae)
+
+    def measure(
+        self, meter: SparsityMetric, batch: ValidationBatch, pl_module: Any
+    ) -> dict[str, Any]:
+        """Count one batch."""
+        meter.update(batch.out.codes)
+        n = len(batch.x)
+        fired = int((batch.out.codes.values != 0).sum())
+        return {"n_tokens": n, "l0": fired / n if n else float("nan")}
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Also log the histogram of firing frequencies of the first set."""
+        super().on_validation_epoch_end(trainer, pl_module)
+        if not isinstance(trainer.logger, WandbLogger):
+            return
+        frequency = next(iter(self.meters.values())).frequency().cpu().numpy()
+        log10 = np.log10(frequency[frequency > 0])
+        histogram = wandb.Histogram(np_histogram=np.histogram(log10, BINS))
+        trainer.logger.experiment.log(
+            {"val/log10_frequency": histogram, "tokens": pl_module.tokens_seen}
+        )

@@ -1,0 +1,1 @@
+"""Sparse autoencoders with linear and KAN heads on a frozen Llama."""

@@ -1,0 +1,282 @@
+"""The command line: links, guards, run folders, and what happens after `fit`."""
+
+import difflib
+import logging
+import re
+import sys
+import time
+import uuid
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import transformers
+import wandb
+from jsonargparse import ArgumentError
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from callbacks.log_config import LogConfig
+from kanllama_lightning import heads
+from kanllama_lightning.lm import FrozenLM
+from kanllama_lightning.module import SAEModule, check_precision
+from kanllama_lightning.preflight import check_room
+from kanllama_lightning.resume import find_checkpoint
+from kanllama_lightning.run import LOGGER_ID, make_folder
+from kanllama_lightning.schedule import Schedule
+from kanllama_lightning.tokens import TokenData
+from kanllama_lightning.types import InputError, RunStopped
+
+log = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parent.parent
+BASE_CONFIG = ROOT / "configs" / "base.yaml"
+LINKED = {
+    "model.lm": "lm",
+    "model.seed": "seed_everything",
+    "data.seed": "seed_everything",
+    "data.tokenizer": "lm.name",
+    "model.head.init_args.d_model": "lm.name (the model's width)",
+    "model.head.d_model": "lm.name (the model's width)",
+}
+"""Arguments that follow from another one; setting them would be ignored silently."""
+SUBCOMMANDS = ("fit", "validate", "test", "predict")
+NOISE = (
+    r".*You are using the `dataloader_iter` step flavor.*",
+    r".*does not have many workers.*",
+    r".*litlogger.*",
+    r".*is smaller than the logging interval.*",
+    r".*LeafSpec.*",
+    r".*Checkpoint directory .* exists and is not empty.*",
+    r".*`isinstance\(treespec, LeafSpec\)`.*",
+    r".*Trying to infer the `batch_size`.*",
+    r".*You are using a CUDA device.*",
+)
+
+
+class KanllamaCLI(LightningCLI):
+    """One module, one data module; variety comes in as injected objects."""
+
+    run_folder: Path
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The LM, the run folder, and the links that keep them consistent."""
+        parser.add_class_arguments(FrozenLM, "lm")
+        parser.add_argument(
+            "--run", type=str | None, default=None, help="Folder of this run (default: a new one)."
+        )
+        parser.add_argument(
+            "--runs_dir", type=str, default="runs", help="Folder that new run folders are made in."
+        )
+        parser.link_arguments("lm", "model.lm", apply_on="instantiate")
+        parser.link_arguments("lm.tokenizer", "data.tokenizer", apply_on="instantiate")
+        parser.link_arguments("lm.d_model", "model.head.init_args.d_model", apply_on="instantiate")
+        parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+
+    def _parse_ckpt_path(self) -> None:
+        """Checkpoints hold no arguments here: the configuration always counts."""
+
+    def before_instantiate_classes(self) -> None:
+        """Choose the run folder, find what to continue, derive the clock."""
+        config = self.config[self.subcommand]
+        trainer, model = config.trainer, config.model
+        check_precision(str(trainer.precision))  # on a CPU the trainer would change it silently
+        parser = self._parser(self.subcommand)
+        if config.get("ckpt_path"):
+            checkpoint = find_checkpoint(
+                config.ckpt_path,
+                config.runs_dir,
+                parser.dump(config, skip_unset=False),
+                config.run,
+                self.subcommand == "fit",
+            )
+            config.ckpt_path = str(checkpoint)
+            self.run_folder = checkpoint.parent.parent
+            log.info("continuing %s from %s", self.run_folder, checkpoint.name)
+        else:
+            self.run_folder = Path(config.run or self._new_name(config))
+            if self.subcommand == "fit" and (self.run_folder / "checkpoints").exists():
+                raise InputError(
+                    f"run folder {str(self.run_folder)!r}: holds a run already; continue it with "
+                    f"--ckpt_path {self.run_folder}, or choose another --run"
+                )
+        make_folder(self.run_folder)
+        config.run = trainer.default_root_dir = str(self.run_folder)
+        trainer.max_epochs = -1
+        steps = Schedule(model.tokens, model.sae_batch_tokens).steps
+        asked = trainer.max_steps if trainer.max_steps is not None else -1
+        trainer.max_steps = steps if asked < 0 else min(asked, steps)
+        if isinstance(trainer.logger, bool) or trainer.logger is None:
+            return
+        loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
+        for logger in loggers:
+            if "RunLogger" in logger.class_path:
+                logger.init_args.save_dir = str(self.run_folder)
+                logger.init_args.name = logger.init_args.name or self.run_folder.name
+                logger.init_args.id = logger.init_args.id or _logger_id(self.run_folder)
+
+    def _new_name(self, config: Any) -> str:
+        stems = [Path(str(c)).stem for c in (config.get("config") or [])[1:]]
+        name = "-".join([time.strftime("%Y%m%d-%H%M%S"), *stems])
+        folder, n = Path(config.runs_dir) / name, 1
+        while folder.exists():
+            n += 1
+            folder = Path(config.runs_dir) / f"{name}-{n}"
+        return str(folder)
+
+    def before_fit(self) -> None:
+        """Refuse what cannot fit into memory or onto the disk."""
+        lm, buffer = self.model.lm, self.model.buffer
+        lm_bytes = _lm_parameters(lm) * lm.dtype.itemsize
+        rows = buffer.capacity_tokens + self.model.schedule.batch
+        check_room(
+            self.model.head, rows * lm.d_model * buffer.dtype.itemsize, lm_bytes, self.run_folder
+        )
+
+    def after_fit(self) -> None:
+        """Calibrate, validate and save, in that order."""
+        if self.trainer.fast_dev_run:
+            return
+        self.trainer.validate(self.model, self.datamodule, verbose=False)
+
+
+def _lm_parameters(lm: FrozenLM) -> int:
+    """Number of weights of a Llama with this configuration, from its shapes alone."""
+    c = lm.config
+    heads_dim = c.hidden_size // c.num_attention_heads
+    kv = getattr(c, "num_key_value_heads", c.num_attention_heads) * heads_dim
+    block = c.hidden_size * (2 * c.hidden_size + 2 * kv + 3 * c.intermediate_size)
+    embeddings = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)
+    return int(c.num_hidden_layers * block + embeddings)
+
+
+def _logger_id(folder: Path) -> str:
+    """The W&B id of a run: made once, kept beside it, used again when it is continued."""
+    path = folder / LOGGER_ID
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex[:8] + "\n")
+    return path.read_text().strip()
+
+
+def _with_base(args: list[str]) -> list[str]:
+    """Read `configs/base.yaml` before every other config.
+
+    (jsonargparse 4.53 loses the class path of a callable, our optimizer, that stands in a
+    default config file, so the file is given as an ordinary one.)
+    """
+    if args and args[0] in SUBCOMMANDS:
+        return [args[0], "--config", str(BASE_CONFIG), *args[1:]]
+    return args
+
+
+def _refuse_linked(args: Sequence[str]) -> None:
+    """Say so when an argument is set that follows from another one."""
+    for arg in args:
+        key = arg.split("=")[0].removeprefix("--")
+        for linked, source in LINKED.items():
+            if key == linked or (key.startswith(f"{linked}.") and linked == "model.lm"):
+                raise InputError(f"--{key}: follows from {source}; set that instead")
+    files = [b for a, b in zip(args, args[1:], strict=False) if a in ("--config", "-c")]
+    files += [a.split("=", 1)[1] for a in args if a.startswith("--config=")]
+    for file in files:
+        if not Path(file).is_file():
+            raise InputError(f"--config {file}: no such file")
+        _refuse_linked_in(Path(file))
+
+
+def _refuse_linked_in(file: Path) -> None:
+    import yaml
+
+    try:
+        tree = yaml.safe_load(file.read_text()) or {}
+    except yaml.YAMLError as e:
+        raise InputError(f"--config {file}: is no valid YAML: {e}") from e
+    for linked, source in LINKED.items():
+        node: Any = tree
+        for part in linked.split("."):
+            node = node.get(part) if isinstance(node, dict) else None
+        if node is not None:
+            raise InputError(f"{linked} in {file}: follows from {source}; set that instead")
+
+
+def _explain(message: str) -> str:
+    """One clear message from what the parser says, with a hint where a name is misspelt."""
+    text = re.sub(r"\s*\n\s*", " ", message).strip()
+    head = re.search(
+        r"(?:Expected a dot import path string|not a subclass|import path)[^:]*: (\w+)", text
+    )
+    known = [n for n in heads.__all__ if n != "SAEHead"]
+    option = re.search(r"does not accept option '([\w.]+)'|Option '([\w.]+)' is not accepted", text)
+    unknown = re.search(r"[Uu]nrecognized arguments: --([\w.]+)", text)
+    if option or unknown:
+        name = next(g for m in (option, unknown) if m for g in m.groups() if g)
+        return (
+            f"{name}: no such option. See `python train.py fit --help`, or for a head "
+            f"`python train.py fit --model.head.help KANEncoder`\n({text[:600]})"
+        )
+    if "head" in text and head:
+        near = difflib.get_close_matches(head[1], known, n=1, cutoff=0.4)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        return f"model.head={head[1]!r}: no such head.{hint} Known: {', '.join(known)}"
+    return text[:1500]
+
+
+def main(args: Sequence[str] | None = None, **kwargs: Any) -> int:
+    """Run the command line; returns the exit code.
+
+    Args:
+        args: Arguments without the program's name; left out, those of the process.
+        kwargs: Passed to `KanllamaCLI`.
+    """
+    _quiet()
+    given = list(sys.argv[1:] if args is None else args)
+    sys.argv = sys.argv[:1]  # LightningCLI warns when it sees both
+    try:
+        _refuse_linked(given)
+        KanllamaCLI(
+            SAEModule,
+            TokenData,
+            save_config_callback=LogConfig,
+            save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_kwargs={
+                "allow_abbrev": False,
+                "exit_on_error": False,
+                **{sub: {"exit_on_error": False} for sub in SUBCOMMANDS},
+            },
+            args=_with_base(given),
+            **kwargs,
+        )
+    except InputError as e:
+        sys.stderr.write(f"error: {e}\n")
+        return 2
+    except ArgumentError as e:
+        sys.stderr.write(f"error: {_explain(str(e))}\n")
+        return 2
+    except RunStopped as e:
+        sys.stderr.write(
+            f"stopped at step {e.step}, everything is saved; the same command with "
+            "`--ckpt_path last` goes on from here\n"
+        )
+        return 128 + e.signal_number
+    finally:
+        if wandb.run is not None:
+            wandb.finish()
+    return 0
+
+
+def _quiet() -> None:
+    """Our own lines plain; of the libraries' only what a person can use."""
+    if not logging.getLogger().handlers:
+        logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for name in ("kanllama_lightning", "callbacks"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    for pattern in NOISE:
+        warnings.filterwarnings("ignore", pattern)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()

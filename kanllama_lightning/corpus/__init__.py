@@ -1,0 +1,19 @@
+"""Where text comes from: one class for each kind of source, chosen by `class_path` in YAML."""
+
+from kanllama_lightning.corpus.base import Corpus, Document, Vocabulary
+from kanllama_lightning.corpus.hub import HubCorpus
+from kanllama_lightning.corpus.local import LocalCorpus
+from kanllama_lightning.corpus.mixture import Mixture
+from kanllama_lightning.corpus.naming import resolve
+from kanllama_lightning.corpus.story_world import StoryWorldCorpus
+
+__all__ = [
+    "Corpus",
+    "Document",
+    "HubCorpus",
+    "LocalCorpus",
+    "Mixture",
+    "StoryWorldCorpus",
+    "Vocabulary",
+    "resolve",
+]

@@ -1,0 +1,24 @@
+"""From what a person writes after `--data.train` to a corpus."""
+
+from pathlib import Path
+
+from kanllama_lightning.corpus.base import Corpus
+from kanllama_lightning.corpus.hub import HubCorpus
+from kanllama_lightning.corpus.local import SUFFIXES, LocalCorpus
+from kanllama_lightning.types import InputError
+
+
+def resolve(value: str | Corpus) -> Corpus:
+    """The corpus meant: a path that exists or looks like one, else a dataset of the hub."""
+    if isinstance(value, Corpus):
+        return value
+    path = Path(value).expanduser()
+    if path.exists():
+        return LocalCorpus(value)
+    if path.suffix in SUFFIXES or value.startswith((".", "/", "~")):
+        raise InputError(
+            f"corpus {value!r} does not exist (looked for {path.absolute()}). Allowed are a file "
+            f"({', '.join(SUFFIXES)}), a folder of such files, or the name of a Hugging Face "
+            "dataset: check the path, which is taken from the working directory."
+        )
+    return HubCorpus(value)

@@ -1,0 +1,1 @@
+"""Pure torch functions: no modules, no state, no I/O."""

@@ -1,0 +1,360 @@
+"""Uniform B-splines in closed form, and the KAN linear map that recomputes them in backward.
+
+A grid is `grid_size` cells of width h = (hi - lo) / grid_size with `order` more knots beyond each
+end, so there are `grid_size + order` bases. Positions on it are counted in cells: u = (x - lo) / h.
+Bases are kept plane-major, [tok bases in]: a plane is one basis of every input, so that the planes
+of one token are one long row and a KAN layer is a single matrix product.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Bytes of features that go into one matrix product, on the CPU and elsewhere. Every product reads
+# (and in backward also writes) something as large as the weight, so a block has to hold a few
+# hundred tokens.
+_CPU_BLOCK_BYTES = 32 << 20
+_DEVICE_BLOCK_BYTES = 256 << 20
+# Bytes of one elementwise temporary on the CPU: half a dozen passes go over it, so it has to stay
+# in the second-level cache.
+_CPU_FILL_BYTES = 1 << 20
+
+
+class _Grid(NamedTuple):
+    """The grid arguments of the public functions, as one thing to hand around inside."""
+
+    lo: float
+    hi: float
+    size: int
+    order: int
+    linear_tails: bool
+
+    @property
+    def cell(self) -> float:
+        """Width of a cell, in the units of x."""
+        return (self.hi - self.lo) / self.size
+
+    @property
+    def n_bases(self) -> int:
+        """Number of basis functions."""
+        return self.size + self.order
+
+
+def spline_knots(lo: float, hi: float, grid_size: int, order: int = 3) -> Float[Tensor, " n_knots"]:
+    """The `grid_size + 2 * order + 1` knots of a uniform grid, in the units of x, fp64.
+
+    Args:
+        lo: Left end of the grid.
+        hi: Right end of the grid.
+        grid_size: Number of cells between `lo` and `hi`.
+        order: Degree of the pieces; 3 is cubic.
+    """
+    return lo + torch.arange(-order, grid_size + order + 1).double() * ((hi - lo) / grid_size)
+
+
+def greville(lo: float, hi: float, grid_size: int, order: int = 3) -> Float[Tensor, " bases"]:
+    """The Greville abscissae, fp64: used as coefficients they make the spline the identity.
+
+    Each is the mean of the `order` knots inside the support of its basis (de Boor, A Practical
+    Guide to Splines, ch. IX); sum_c B_c(x) * greville_c = x on [lo, hi].
+
+    Args:
+        lo: Left end of the grid.
+        hi: Right end of the grid.
+        grid_size: Number of cells between `lo` and `hi`.
+        order: Degree of the pieces, at least 1.
+    """
+    return spline_knots(lo, hi, grid_size, order)[1:-1].unfold(0, order, 1).mean(1)
+
+
+def spline_bases(
+    x: Float[Tensor, "tok in"],
+    lo: float,
+    hi: float,
+    grid_size: int,
+    order: int = 3,
+    *,
+    linear_tails: bool = False,
+) -> Float[Tensor, "tok bases in"]:
+    """Every basis function at every x, in fp32 (fp64 if x is), whatever the autocast.
+
+    Args:
+        x: Points, in the units of the grid.
+        lo: Left end of the grid.
+        hi: Right end of the grid.
+        grid_size: Number of cells between `lo` and `hi`.
+        order: Degree of the pieces, at least 1; 3 has a closed form, others take the recursion.
+        linear_tails: Beyond the grid, continue each basis by its tangent at the end. Otherwise
+            the bases fade to zero over `order` more cells, as in efficient-kan.
+    """
+    grid = _Grid(lo, hi, grid_size, order, linear_tails)
+    return _bases(_position(_exact(x), grid), grid)
+
+
+def spline_slopes(
+    x: Float[Tensor, "tok in"],
+    lo: float,
+    hi: float,
+    grid_size: int,
+    order: int = 3,
+    *,
+    linear_tails: bool = False,
+) -> Float[Tensor, "tok bases in"]:
+    """The derivative of `spline_bases` by x, per unit of x; same arguments, same precision."""
+    grid = _Grid(lo, hi, grid_size, order, linear_tails)
+    return _slopes(_position(_exact(x), grid), grid) / grid.cell
+
+
+def kan_linear(
+    x: Float[Tensor, "tok in"],
+    weight: Float[Tensor, "out planes in"],
+    lo: float,
+    hi: float,
+    grid_size: int,
+    order: int = 3,
+    base: Callable[[Tensor], Tensor] = F.silu,
+    *,
+    linear_tails: bool = False,
+    block_bytes: int | None = None,
+) -> Float[Tensor, "tok out"]:
+    """The KAN layer y_o = sum_i [W_o0i base(x_i) + sum_c W_o(1+c)i B_c(x_i)], differentiable once.
+
+    Only x and the weight are kept for backward, which makes the planes again, a block of rows at
+    a time. The planes are made in fp32 (fp64 if x is) and then cast for the matrix product, to the
+    autocast type where autocast is on and to the type of the weight elsewhere; the result has that
+    type too, and gradients have the type of what they belong to.
+
+    Source: the layer of efficient-kan (github.com/Blealtan/efficient-kan), with its spline scaler
+    multiplied into the weight.
+
+    Args:
+        x: Inputs, in the units of the grid.
+        weight: Plane 0 weighs `base(x)`, plane 1 + c basis c; planes = 1 + grid_size + order.
+        lo: Left end of the grid.
+        hi: Right end of the grid.
+        grid_size: Number of cells between `lo` and `hi`.
+        order: Degree of the pieces, at least 1; 3 has a closed form, others take the recursion.
+        base: Elementwise function of plane 0; takes x as it is, beyond the grid too.
+        linear_tails: Beyond the grid, continue the spline by its tangent at the end instead of
+            letting it fade to zero.
+        block_bytes: Size of the buffer of planes, in bytes; None chooses one for the device.
+    """
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    grid = _Grid(lo, hi, grid_size, order, linear_tails)
+    if block_bytes is None:
+        block_bytes = _CPU_BLOCK_BYTES if kind == "cpu" else _DEVICE_BLOCK_BYTES
+    y: Tensor = _KANLinear.apply(x, weight, grid, base, dtype, block_bytes)
+    return y
+
+
+class _KANLinear(torch.autograd.Function):
+    """Planes @ weight, with the planes of a block of rows alive at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Float[Tensor, "tok in"],
+        weight: Float[Tensor, "out planes in"],
+        grid: _Grid,
+        base: Callable[[Tensor], Tensor],
+        dtype: torch.dtype,
+        block_bytes: int,
+    ) -> Float[Tensor, "tok out"]:
+        """One product per block of rows, in `dtype`."""
+        ctx.save_for_backward(x, weight)
+        ctx.settings = grid, base, dtype, block_bytes
+        with torch.autocast(x.device.type, enabled=False):
+            wide = weight.flatten(1).to(dtype)
+            y = x.new_empty(len(x), len(weight), dtype=dtype)
+            planes = _buffer(x, grid, dtype, block_bytes)
+            for rows in _blocks(len(x), len(planes)):
+                block = planes[: rows.stop - rows.start]
+                _fill_(block, x[rows], grid, base)
+                torch.mm(block.flatten(1), wide.t(), out=y[rows])
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Float[Tensor, "tok out"]) -> tuple[Tensor | None, ...]:
+        """Both gradients from one buffer: planes for the weight, then their gradients for x."""
+        x, weight = ctx.saved_tensors
+        grid, base, dtype, block_bytes = ctx.settings
+        need_x, need_weight = ctx.needs_input_grad[:2]
+        grad_x = torch.empty_like(x) if need_x else None
+        grad_weight = None
+        with torch.autocast(x.device.type, enabled=False):
+            wide = weight.flatten(1).to(dtype) if need_x else weight.flatten(1)
+            planes = _buffer(x, grid, dtype, block_bytes)
+            for rows in _blocks(len(x), len(planes)):
+                block, grad = planes[: rows.stop - rows.start], grad_y[rows]
+                if need_weight:
+                    _fill_(block, x[rows], grid, base)
+                    grad_weight = _add_product(grad_weight, grad.t(), block.flatten(1), weight)
+                if grad_x is not None:
+                    torch.mm(grad, wide, out=block.flatten(1))
+                    _pull_(grad_x[rows], block, x[rows], grid, base)
+        if grad_weight is not None:
+            grad_weight = grad_weight.view_as(weight)
+        elif need_weight:
+            grad_weight = torch.zeros_like(weight)
+        return grad_x, grad_weight, None, None, None, None
+
+
+def _add_product(
+    total: Tensor | None,
+    left: Float[Tensor, "out rows"],
+    right: Float[Tensor, "rows features"],
+    like: Tensor,
+) -> Float[Tensor, "out features"]:
+    """`total + left @ right` in the type of `like`: the sum over blocks is never made in bf16.
+
+    The first block is its own total, which saves writing and reading a matrix of zeros.
+    """
+    if total is None:
+        return (left @ right).to(like.dtype)
+    if right.dtype == like.dtype:
+        return total.addmm_(left, right)
+    return total.add_(left @ right)
+
+
+def _fill_(
+    planes: Float[Tensor, "rows planes in"],
+    x: Float[Tensor, "rows in"],
+    grid: _Grid,
+    base: Callable[[Tensor], Tensor],
+) -> None:
+    """Write base(x) and the bases of x into `planes`, rounding once to its type."""
+    for rows in _fill_blocks(x, grid):
+        points = _exact(x[rows])
+        planes[rows, 0] = base(points)
+        planes[rows, 1:] = _bases(_position(points, grid), grid)
+
+
+def _pull_(
+    grad_x: Float[Tensor, "rows in"],
+    grad_planes: Float[Tensor, "rows planes in"],
+    x: Float[Tensor, "rows in"],
+    grid: _Grid,
+    base: Callable[[Tensor], Tensor],
+) -> None:
+    """Write the gradient to x, from that of the planes, into `grad_x`."""
+    for rows in _fill_blocks(x, grid):
+        points = _exact(x[rows])
+        with torch.enable_grad():
+            leaf = points.detach().requires_grad_()
+            value = base(leaf)
+        (through_base,) = torch.autograd.grad(value, leaf, grad_planes[rows, 0].to(points.dtype))
+        slopes = _slopes(_position(points, grid), grid)
+        through_spline = slopes.mul_(grad_planes[rows, 1:]).sum(1)
+        grad_x[rows] = through_spline.div_(grid.cell).add_(through_base)
+
+
+def _bases(u: Float[Tensor, "tok in"], grid: _Grid) -> Float[Tensor, "tok bases in"]:
+    """Bases at u, which is in cells."""
+    if not grid.linear_tails:
+        return _inner_bases(u, grid)
+    planes = _inner_bases(u.clamp(0, grid.size), grid)
+    below, above = u.clamp_max(0), (u - grid.size).clamp_min_(0)
+    for c, slope in enumerate(_edge_slopes(grid.order)):
+        if slope:
+            planes[:, c] += slope * below
+            planes[:, -1 - c] -= slope * above
+    return planes
+
+
+def _inner_bases(u: Float[Tensor, "tok in"], grid: _Grid) -> Float[Tensor, "tok bases in"]:
+    """Bases at u without tails: a cubic is ((2-a)+^3 - 4(1-a)+^3) / 6, a cells off its centre."""
+    if grid.order != 3:
+        return _recursion(u, grid, grid.order)
+    near = (2 - _off_centre(u, grid).abs_()).clamp_min_(0)
+    core = (near - 1).clamp_min_(0)
+    return near.pow_(3).sub_(core.pow_(3), alpha=4).div_(6)
+
+
+def _slopes(u: Float[Tensor, "tok in"], grid: _Grid) -> Float[Tensor, "tok bases in"]:
+    """Derivatives of the bases by u, per cell; tails have the slope of the end they start from."""
+    if grid.linear_tails:
+        u = u.clamp(0, grid.size)
+    if grid.order != 3:
+        lower = _recursion(u, grid, grid.order - 1)
+        return lower[:, :-1] - lower[:, 1:]
+    off = _off_centre(u, grid)
+    near = (2 - off.abs()).clamp_min_(0)
+    core = (near - 1).clamp_min_(0)
+    return core.pow_(2).mul_(2).sub_(near.pow_(2), alpha=0.5).mul_(off.sign_())
+
+
+def _off_centre(u: Float[Tensor, "tok in"], grid: _Grid) -> Float[Tensor, "tok bases in"]:
+    """Distance in cells, with its sign, from the centre of each cubic; the first is at -1."""
+    centres = torch.arange(-1, grid.size + 2, dtype=u.dtype, device=u.device)
+    return u.unsqueeze(1) - centres.unsqueeze(1)
+
+
+def _recursion(
+    u: Float[Tensor, "tok in"], grid: _Grid, degree: int
+) -> Float[Tensor, "tok bases in"]:
+    """Bases of `degree` on the knots of the grid, by Cox-de Boor with half-open cells.
+
+    With tails the last cell is closed, so that u = grid_size (where all points beyond it are
+    clamped to) has the values and slopes of the cell inside the grid.
+    """
+    u = u.clamp(-grid.order - 1, grid.size + grid.order)  # all is 0 there; inf * 0 is not
+    cell = u.floor()
+    if grid.linear_tails:
+        cell = cell.clamp_(0, grid.size - 1)
+    starts = torch.arange(-grid.order, grid.size + grid.order, dtype=u.dtype, device=u.device)
+    starts = starts.unsqueeze(1)
+    planes = (cell.unsqueeze(1) == starts).to(u.dtype)
+    for r in range(1, degree + 1):
+        since = u.unsqueeze(1) - starts[:-r]
+        planes = (since * planes[:, :-1] + (r + 1 - since) * planes[:, 1:]) / r
+    return planes
+
+
+@lru_cache
+def _edge_slopes(order: int) -> tuple[float, ...]:
+    """Slopes per cell, at the left end of a grid, of the first bases; the rest have none.
+
+    The right end is the mirror image: the last bases have the same slopes with the other sign.
+    """
+    start = torch.zeros(1, 1, dtype=torch.float64, device="cpu")
+    lower = _recursion(start, _Grid(0, 1, 1, order, True), order - 1)
+    return tuple((lower[:, :-1] - lower[:, 1:]).flatten().tolist())
+
+
+def _position(x: Float[Tensor, "tok in"], grid: _Grid) -> Float[Tensor, "tok in"]:
+    """Where x is, in cells from the left end of the grid."""
+    return (x - grid.lo).div_(grid.cell)
+
+
+def _exact(x: Tensor) -> Tensor:
+    """The tensor in fp32, or as it is if that is fp64: bf16 bases would be wrong by 1e-2."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _buffer(
+    x: Float[Tensor, "tok in"], grid: _Grid, dtype: torch.dtype, block_bytes: int
+) -> Float[Tensor, "rows planes in"]:
+    """Room for the planes of as many rows as `block_bytes` holds, and of one at least."""
+    shape = 1 + grid.n_bases, x.shape[1]
+    rows = max(1, block_bytes // (shape[0] * max(1, shape[1]) * dtype.itemsize))
+    return x.new_empty(min(rows, len(x)), *shape, dtype=dtype)
+
+
+def _fill_blocks(x: Float[Tensor, "rows in"], grid: _Grid) -> Iterator[slice]:
+    """Rows to work on elementwise at a time: few on the CPU, for its cache; all elsewhere."""
+    bytes_per_row = grid.n_bases * max(1, x.shape[1]) * 4
+    rows = max(1, _CPU_FILL_BYTES // bytes_per_row) if x.device.type == "cpu" else len(x)
+    return _blocks(len(x), rows)
+
+
+def _blocks(total: int, size: int) -> Iterator[slice]:
+    """Slices that cut `total` rows into runs of `size`."""
+    return (slice(start, min(start + size, total)) for start in range(0, total, size or 1))

@@ -1,0 +1,162 @@
+"""The contract of a head, and how a head is saved: complete, readable, without pickles."""
+
+import importlib
+import inspect
+import json
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from kanllama_lightning.types import InputError, SAEOutput, StepContext
+
+FORMAT = 1
+WEIGHTS, CARD = "head.safetensors", "head.json"
+
+
+class SAEHead(nn.Module, ABC):
+    """A sparse autoencoder of activations; takes and returns the LM's own units.
+
+    Every constructor argument is kept as an attribute of the same name: that is what `save`
+    writes and `load` builds from.
+
+    Args:
+        d_model: Width of the activations (linked from the LM on the command line).
+        d_sae: Number of latents.
+        seed: Seed of the initial weights; the same seed gives the same W_enc and W_dec to every
+            kind of head.
+    """
+
+    scale: Tensor
+    norm_limit: Tensor
+    x_mean: Tensor
+
+    def __init__(self, d_model: int, d_sae: int, seed: int = 0) -> None:
+        super().__init__()
+        if d_sae < 1:
+            raise InputError(f"head.d_sae={d_sae}: a dictionary needs at least 1 latent")
+        self.d_model, self.d_sae, self.seed = d_model, d_sae, seed
+        # multiplies raw activations so that their mean norm is sqrt(d_model)
+        self.register_buffer("scale", torch.ones(()))
+        # rows with a larger raw norm are attention sinks: not trained on, not measured
+        self.register_buffer("norm_limit", torch.full((), torch.inf))
+        # mean raw activation of the start sample: what mean ablation splices in
+        self.register_buffer("x_mean", torch.zeros(d_model))
+
+    @abstractmethod
+    def encode(self, x: Float[Tensor, "tok d_model"]) -> Float[Tensor, "tok d_sae"]:
+        """Dense latents as at inference, for people and reports."""
+
+    @abstractmethod
+    def decode(self, latents: Float[Tensor, "tok d_sae"]) -> Float[Tensor, "tok d_model"]:
+        """Reconstruction, in the LM's units, of dense latents."""
+
+    @abstractmethod
+    def forward(self, x: Float[Tensor, "tok d_model"]) -> SAEOutput:
+        """Reconstruction and codes; as in training if `self.training`, else as at inference."""
+
+    @abstractmethod
+    def losses(
+        self, x: Float[Tensor, "tok d_model"], out: SAEOutput, ctx: StepContext
+    ) -> dict[str, Float[Tensor, ""]]:
+        """Already weighted loss terms, in normalised units; the first is the reconstruction."""
+
+    def start_(self, x: Float[Tensor, "tok d_model"]) -> None:
+        """Estimate once, from a sample of raw activations, everything that comes from data."""
+        norms = x.float().norm(dim=1)
+        self.scale.copy_(self.d_model**0.5 / norms.mean())
+        self.x_mean.copy_(x.double().mean(0))
+
+    def observe_(self, out: SAEOutput, rate: float) -> None:  # noqa: B027
+        """Update running statistics after a training step; `rate` of a moving average."""
+
+    def calibrate_(self, x: Float[Tensor, "tok d_model"]) -> None:  # noqa: B027
+        """Set what inference needs (a threshold, say) from raw training activations."""
+
+    def project_grad_(self) -> None:  # noqa: B027
+        """Drop what the projection would undo from the gradients, before they are clipped."""
+
+    def project_(self) -> None:  # noqa: B027
+        """Bring the parameters back to where the head wants them, after a step."""
+
+    def diagnostics(self, x: Float[Tensor, "tok d_model"]) -> dict[str, Float[Tensor, ""]]:
+        """Further numbers worth logging about a batch of raw activations."""
+        return {}
+
+    def init_args(self) -> dict[str, Any]:
+        """The constructor arguments this head was built with."""
+        names = [n for n in inspect.signature(type(self).__init__).parameters if n != "self"]
+        return {name: getattr(self, name) for name in names}
+
+    def n_parameters(self) -> int:
+        """Number of trained numbers."""
+        return sum(p.numel() for p in self.parameters())
+
+    def save(self, folder: Path, provenance: dict[str, Any] | None = None) -> None:
+        """Write `head.safetensors` and `head.json`, from which `SAEHead.load` needs nothing else.
+
+        Args:
+            folder: Made if it is missing; both files are replaced whole.
+            provenance: Where the head comes from (model, revision, hook point, tokens, ...).
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        kind = type(self)
+        card = {
+            "format": FORMAT,
+            "class_path": f"{kind.__module__}.{kind.__qualname__}",
+            "init_args": self.init_args(),
+            "provenance": provenance or {},
+        }
+        state = {k: v.detach().contiguous().cpu() for k, v in self.state_dict().items()}
+        save_file(state, folder / f"{WEIGHTS}.tmp")
+        (folder / f"{CARD}.tmp").write_text(json.dumps(card, indent=2) + "\n")
+        for name in (WEIGHTS, CARD):
+            (folder / f"{name}.tmp").replace(folder / name)
+
+    @staticmethod
+    def load(folder: str | Path) -> "SAEHead":
+        """Rebuild a saved head, on the CPU, in evaluation mode.
+
+        Raises:
+            InputError: The folder holds no head, or one this version cannot read.
+        """
+        folder = Path(folder)
+        if not (folder / CARD).is_file() or not (folder / WEIGHTS).is_file():
+            raise InputError(
+                f"head folder {str(folder)!r}: holds no {CARD} with {WEIGHTS}; give the folder "
+                "`head/` of a finished run"
+            )
+        card = read_card(folder)
+        if card.get("format") != FORMAT:
+            raise InputError(
+                f"{folder / CARD}: format={card.get('format')!r}; this version reads {FORMAT}"
+            )
+        head = import_class(card["class_path"], SAEHead)(**card["init_args"])
+        head.load_state_dict(load_file(folder / WEIGHTS))
+        return head.eval()
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """The `head.json` of a saved head."""
+    card: dict[str, Any] = json.loads((folder / CARD).read_text())
+    return card
+
+
+def import_class(class_path: str, base: type) -> Any:
+    """The class at `package.module.Name`.
+
+    Raises:
+        InputError: There is no such class, or it is no subclass of `base`.
+    """
+    module, _, name = class_path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as e:
+        raise InputError(f"class_path {class_path!r}: cannot be imported ({e})") from e
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise InputError(f"class_path {class_path!r}: is no {base.__name__}")
+    return found

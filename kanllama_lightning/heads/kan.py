@@ -1,0 +1,100 @@
+"""KANEncoder: a KAN layer helps the linear encoder; the dictionary stays linear."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from kanllama_lightning.heads.base import import_class
+from kanllama_lightning.heads.thresholded import Thresholded
+from kanllama_lightning.types import InputError
+
+
+class KANEncoder(Thresholded):
+    """p = (x - b_dec) W_enc + ReLU(KAN(x~) + c) U + b_enc; BatchTopK of ReLU(p); linear W_dec.
+
+    x~ is the normalised activation standardised per coordinate with the mean and deviation of
+    the start sample, so that a fixed grid of [-3, 3] holds nearly all of it. U = 0 and c = 0 at
+    the start: step 0 equals the linear `BatchTopK` head of the same seed bit for bit. The
+    dictionary is linear with unit-norm rows, so logit lens and dashboards stay exact.
+    The KAN layer is that of Liu et al. 2024 (arXiv 2404.19756) as B-spline features times a
+    matrix (Blealtan, efficient-kan).
+
+    Args:
+        d_model: Width of the activations (linked from the LM on the command line).
+        d_sae: Number of latents.
+        k: Kept latents per token on average (L0).
+        d_hidden: Outputs of the KAN layer; left out, d_model.
+        kan_class: Import path of the KAN layer: built as `kan_class(d_model, d_hidden,
+            **kan_args)`, maps [tok d_model] to [tok d_hidden]. `efficient_kan.KANLinear` works
+            where that package is installed.
+        kan_args: Further arguments of the KAN layer; left out, a cubic spline on 5 intervals of
+            [-3, 3] (with linear tails beyond, for our own layer).
+        alpha_aux: Weight of AuxK, which revives dead latents; 0 leaves it out.
+        seed: Seed of the initial weights; the KAN layer draws from a stream of its own.
+    """
+
+    kan_mean: Tensor
+    kan_std: Tensor
+
+    def __init__(
+        self,
+        d_model: int,
+        d_sae: int,
+        k: int,
+        d_hidden: int | None = None,
+        kan_class: str = "kanllama_lightning.heads.kan_linear.KANLinear",
+        kan_args: dict[str, Any] | None = None,
+        alpha_aux: float = 1 / 32,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(d_model, d_sae, k, alpha_aux, seed)
+        self.d_hidden, self.kan_class, self.kan_args = d_hidden, kan_class, kan_args
+        if d_hidden is not None and d_hidden < 1:
+            raise InputError(f"head.d_hidden={d_hidden}: must be at least 1 (default d_model)")
+        hidden = d_hidden or d_model
+        layer = import_class(kan_class, nn.Module)
+        args = kan_args
+        if args is None:
+            args = {"grid_size": 5, "spline_order": 3, "grid_range": [-3.0, 3.0]}
+            if kan_class == "kanllama_lightning.heads.kan_linear.KANLinear":
+                args["linear_tails"] = True
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed + 1)
+            try:
+                self.kan = layer(d_model, hidden, **args)
+            except TypeError as e:
+                raise InputError(
+                    f"head.kan_args={args}: {kan_class} does not take them ({e})"
+                ) from e
+        self.kan_bias = nn.Parameter(torch.zeros(hidden))
+        self.U = nn.Parameter(torch.zeros(hidden, d_sae))
+        self.register_buffer("kan_mean", torch.zeros(d_model))
+        self.register_buffer("kan_std", torch.ones(d_model))
+
+    def start_(self, x: Float[Tensor, "tok d_model"]) -> None:
+        """As a linear head, and freeze the standardisation of the KAN layer's input."""
+        super().start_(x)
+        x_n = x.double() * self.scale
+        self.kan_mean.copy_(x_n.mean(0))
+        self.kan_std.copy_(x_n.std(0).clamp_min(1e-6))
+
+    def standardised(self, x: Float[Tensor, "tok d_model"]) -> Float[Tensor, "tok d_model"]:
+        """x~: what the KAN layer sees of raw activations, fp32."""
+        return (x.float() * self.scale - self.kan_mean) / self.kan_std
+
+    def pre_acts(
+        self, x: Float[Tensor, "tok d_model"], latents: Int[Tensor, " some"] | None = None
+    ) -> Float[Tensor, "tok d_sae"]:
+        """Linear pre-activations plus what the KAN layer adds."""
+        U = self.U if latents is None else self.U[:, latents]
+        hidden = torch.relu(self.kan(self.standardised(x)) + self.kan_bias)
+        return super().pre_acts(x, latents) + (hidden.to(U.dtype) @ U).float()
+
+    @torch.no_grad()
+    def diagnostics(self, x: Float[Tensor, "tok d_model"]) -> dict[str, Float[Tensor, ""]]:
+        """`out_of_grid`: share of the KAN layer's inputs beyond its grid."""
+        if not hasattr(self.kan, "out_of_grid"):
+            return {}
+        return {"out_of_grid": self.kan.out_of_grid(self.standardised(x))}

@@ -1,0 +1,260 @@
+"""The frozen LM: run up to the hook point, and on from there with other activations."""
+
+import contextlib
+import logging
+from pathlib import Path
+from typing import Any, Literal
+
+import httpx2
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from kanllama_lightning.hook_points import parse_hook_point
+from kanllama_lightning.types import InputError, Prefix
+
+log = logging.getLogger(__name__)
+
+BLOCK_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+EMBEDDED = "embedded"
+HUB_TIMEOUT_S = 8
+
+
+class FrozenLM:
+    """A pretrained causal LM of the Llama kind, never trained, and one hook point in it.
+
+    Building it reads the configuration and the tokenizer only; `load_` reads the weights. It is
+    no nn.Module on purpose: whoever holds it does not own its weights, so they are in no
+    checkpoint, optimizer or gradient bucket.
+
+    Args:
+        name: Hub name or local folder of a Llama-like causal LM with its tokenizer;
+            `embedded` is the small model shipped with the project.
+        hook_point: Where activations are read: a module path (`model.layers.0.mlp`: MLP output,
+            `model.layers.0.self_attn`: attention output, `model.layers.8`: block output) or
+            TransformerLens spelling (`blocks.0.hook_resid_pre`, `hook_attn_out`,
+            `hook_resid_mid`, `hook_mlp_out`, `hook_resid_post`).
+        revision: Commit, tag or branch of a hub model; pin a commit for results that last.
+        dtype: Number format the LM runs in; heads and metrics are fp32 whatever it is.
+        untrained: Declares random weights: waives the pre-flight checks that only a trained
+            model passes.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        hook_point: str,
+        revision: str | None = None,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        untrained: bool = False,
+    ) -> None:
+        self.name, self.revision, self.untrained = name, revision, untrained
+        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.path, self._local = self._locate(name)
+        with _explained(name, revision):
+            self._local = self._local or hub_is_offline(name, revision)
+            kwargs = {"revision": revision, "local_files_only": self._local}
+            self.config = AutoConfig.from_pretrained(self.path, **kwargs)
+            self.tokenizer = AutoTokenizer.from_pretrained(self.path, **kwargs)
+        n_layers = getattr(self.config, "num_hidden_layers", None)
+        if n_layers is None:
+            raise InputError(f"lm.name={name!r}: not a causal LM of the Llama kind (no layers)")
+        self.hook = parse_hook_point(hook_point, n_layers)
+        self.hook_point = hook_point
+        self._model: Any = None
+
+    @staticmethod
+    def _locate(name: str) -> tuple[str, bool]:
+        """Path or hub name to load from, and whether it is a folder here."""
+        if name == EMBEDDED:
+            from kanllama_lightning.embedded import MODEL_DIR
+
+            return str(MODEL_DIR), True
+        if Path(name).is_dir():
+            return name, True
+        if name.startswith((".", "/", "~")) or name.count("/") != 1:
+            raise InputError(
+                f"lm.name={name!r}: no such folder; give a folder that holds config.json, a hub "
+                "name like meta-llama/Llama-3.2-1B, or `embedded`"
+            )
+        return name, False
+
+    @property
+    def d_model(self) -> int:
+        """Width of the activations at the hook point."""
+        return int(self.config.hidden_size)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids the model knows."""
+        return int(self.config.vocab_size)
+
+    @property
+    def model(self) -> Any:
+        """The loaded transformers model."""
+        if self._model is None:
+            raise RuntimeError("FrozenLM.load_ was not called")
+        return self._model
+
+    def load_(self, device: torch.device | str = "cpu") -> "FrozenLM":
+        """Read the weights (once) and move them to `device`; returns itself."""
+        if self._model is None:
+            with _explained(self.name, self.revision):
+                self._model = AutoModelForCausalLM.from_pretrained(
+                    self.path,
+                    revision=self.revision,
+                    dtype=self.dtype,
+                    attn_implementation="sdpa",
+                    local_files_only=self._local,
+                )
+            blocks = getattr(getattr(self._model, "model", None), "layers", [None])
+            missing = [p for p in BLOCK_PARTS if not hasattr(blocks[0], p)]
+            if missing:
+                raise InputError(
+                    f"lm.name={self.name!r}: its blocks have no {', '.join(missing)}; models of "
+                    "the Llama kind (Llama, Mistral, Qwen) have"
+                )
+            self._model.requires_grad_(False).eval()
+        self._model.to(device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    def unembed(self) -> Float[Tensor, "d_model vocab"]:
+        """The unembedding matrix, without the final norm's gain."""
+        weight: Tensor = self.model.lm_head.weight
+        return weight.T
+
+    @torch.no_grad()
+    def prefix(self, ids: Int[Tensor, "batch pos"]) -> Prefix:
+        """Run up to the hook point: no later layer, no logits, no cache.
+
+        Positions see those before them only; nothing is masked, so padding belongs at the end.
+        """
+        with _no_autocast(ids.device):
+            inner = self.model.model
+            h = inner.embed_tokens(ids)
+            rotary = self._rotary(h)
+            for block in inner.layers[: self.hook.layer]:
+                h = self._mlp(block, self._attention(block, h, rotary))
+            block, kind = inner.layers[self.hook.layer], self.hook.kind
+            if kind == "resid_pre":
+                return Prefix(h, None)
+            attention = self._attention_out(block, h, rotary)
+            if kind == "attn_out":
+                return Prefix(attention, h)
+            h = h + attention
+            if kind == "resid_mid":
+                return Prefix(h, None)
+            out = block.mlp(block.post_attention_layernorm(h))
+            return Prefix(out, h) if kind == "mlp_out" else Prefix(h + out, None)
+
+    def acts(self, ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+        """Activations at the hook point, in the LM's dtype."""
+        return self.prefix(ids).acts
+
+    @torch.no_grad()
+    def resume(
+        self, prefix: Prefix, acts: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Run on from the hook point with `acts` spliced in; the normed final hidden state.
+
+        Raises:
+            ValueError: `acts` is not exactly of the shape, dtype and device it stands in for.
+        """
+        have, want = (acts.shape, acts.dtype, acts.device), prefix.acts
+        if have != (want.shape, want.dtype, want.device):
+            raise ValueError(
+                f"spliced activations are {tuple(acts.shape)} {acts.dtype} on {acts.device}; the "
+                f"hook point gives {tuple(want.shape)} {want.dtype} on {want.device}"
+            )
+        with _no_autocast(acts.device):
+            inner, kind = self.model.model, self.hook.kind
+            h = acts if prefix.residual is None else prefix.residual + acts
+            rotary = self._rotary(h)
+            block = inner.layers[self.hook.layer]
+            if kind == "resid_pre":
+                h = self._attention(block, h, rotary)
+            if kind in ("resid_pre", "attn_out", "resid_mid"):
+                h = self._mlp(block, h)
+            for block in inner.layers[self.hook.layer + 1 :]:
+                h = self._mlp(block, self._attention(block, h, rotary))
+            return inner.norm(h)
+
+    @torch.no_grad()
+    def logits(self, hidden: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n vocab"]:
+        """Logits, fp32, of final hidden states; whoever calls it bounds how many at once."""
+        with _no_autocast(hidden.device):
+            return self.model.lm_head(hidden).float()
+
+    def _rotary(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        position_ids = torch.arange(h.shape[1], device=h.device)[None]
+        return self.model.model.rotary_emb(h, position_ids)
+
+    @staticmethod
+    def _attention_out(block: nn.Module, h: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        # no mask: scaled_dot_product_attention is causal by itself then
+        return block.self_attn(
+            hidden_states=block.input_layernorm(h),  # type: ignore[operator]
+            position_embeddings=rotary,
+            attention_mask=None,
+        )[0]
+
+    def _attention(self, block: nn.Module, h: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        return h + self._attention_out(block, h, rotary)
+
+    @staticmethod
+    def _mlp(block: nn.Module, h: Tensor) -> Tensor:
+        return h + block.mlp(block.post_attention_layernorm(h))  # type: ignore[operator]
+
+
+def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    return torch.autocast(device.type, enabled=False)
+
+
+@contextlib.contextmanager
+def _explained(name: str, revision: str | None) -> Any:
+    """Turn what the hub library raises for a missing or gated model into one clear message."""
+    try:
+        yield
+    except (OSError, ValueError) as e:
+        if isinstance(e, InputError):
+            raise
+        at = f" (revision {revision!r})" if revision else ""
+        text = str(e).splitlines()[0] if str(e) else type(e).__name__
+        if Path(name).is_dir() or name == EMBEDDED:
+            raise InputError(f"lm.name={name!r}: the folder holds no usable model: {text}") from e
+        raise InputError(
+            f"lm.name={name!r}{at}: the model cannot be had: {text}\n"
+            f"  - a gated model: accept its licence on its page on the Hugging Face hub "
+            f"(https://huggingface.co/{name}) and log in once with `hf auth login`\n"
+            "  - no network: give a local folder with `--lm.name FOLDER`\n"
+            "  - no account: add `--config configs/embedded.yaml`, which needs neither"
+        ) from e
+
+
+def hub_is_offline(name: str, revision: str | None) -> bool:
+    """Whether to read a hub model from the local cache alone; asks once, for seconds at most.
+
+    The hub library itself would retry an unreachable hub for more than a minute.
+
+    Raises:
+        OSError: The hub cannot be reached and the cache does not hold the model.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT_S)
+    except HfHubHTTPError:
+        raise  # reached, and refused: gated, private, or misspelt
+    except (OSError, httpx2.HTTPError) as e:
+        if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+            log.info("the hub cannot be reached (%s): using the cached %s", e, name)
+            return True
+        raise OSError(f"the hub cannot be reached ({e}) and the cache does not hold it") from e
+    return False

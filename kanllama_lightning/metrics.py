@@ -1,0 +1,182 @@
+"""Every number about a head, once: summed states in fp64, divided at the end.
+
+Formulas: METHODS C. None of them depends on how a set is cut into batches.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torchmetrics import Metric
+
+from kanllama_lightning.types import SparseCodes
+
+
+class _Sums(Metric):
+    """States that are summed over batches and ranks."""
+
+    full_state_update = False
+    higher_is_better = None
+
+    def _sum_state(self, name: str, shape: tuple[int, ...] = (), integer: bool = False) -> None:
+        dtype = torch.int64 if integer else torch.float64
+        self.add_state(name, torch.zeros(shape, dtype=dtype), dist_reduce_fx="sum")
+
+    def set_dtype(self, dst_type: Any) -> "_Sums":
+        """Stay in fp64 whatever the module is cast to."""
+        return self
+
+
+class Sparsity(_Sums):
+    """L0 and firing frequencies.
+
+    Args:
+        d_sae: Number of latents.
+    """
+
+    l0_counts: Tensor
+    fired: Tensor
+
+    def __init__(self, d_sae: int) -> None:
+        super().__init__()
+        self._sum_state("l0_counts", (d_sae + 1,), integer=True)
+        self._sum_state("fired", (d_sae,), integer=True)
+
+    def update(self, codes: SparseCodes) -> None:
+        """Count a batch's codes."""
+        l0 = codes.l0()
+        self.l0_counts.index_add_(0, l0, torch.ones_like(l0))
+        self.fired += codes.fired()
+
+    def compute(self) -> dict[str, float]:
+        """L0 statistics in latents per token, shares of latents, and the tokens seen."""
+        tokens = int(self.l0_counts.sum())
+        if not tokens:
+            return {}
+        values = torch.arange(len(self.l0_counts), device=self.l0_counts.device)
+        below = self.l0_counts.cumsum(0).double() / tokens
+
+        def quantile(q: float) -> float:
+            return float(torch.searchsorted(below, torch.tensor(q, device=below.device).double()))
+
+        frequency = self.fired.double() / tokens
+        return {
+            "l0": float((self.l0_counts * values).sum()) / tokens,
+            "l0_median": quantile(0.5),
+            "l0_p5": quantile(0.05),
+            "l0_p95": quantile(0.95),
+            "dead_frac": float((self.fired == 0).double().mean()),
+            "dense_frac": float((frequency > 0.1).double().mean()),
+            "sparsity_tokens": float(tokens),
+        }
+
+    def frequency(self) -> Float[Tensor, " d_sae"]:
+        """Share of tokens on which each latent fires."""
+        return self.fired.double() / self.l0_counts.sum().clamp_min(1)
+
+
+class Reconstruction(_Sums):
+    """FVU and EV about the mean of all tokens, cosine, norm ratio and bias.
+
+    Args:
+        d_model: Width of the activations.
+    """
+
+    n: Tensor
+    sum_x: Tensor
+    sum_x2: Tensor
+    sum_e2: Tensor
+    sum_cosine: Tensor
+    sum_ratio: Tensor
+    sum_hat2: Tensor
+    sum_dot: Tensor
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self._sum_state("sum_x", (d_model,))
+        for name in ("n", "sum_x2", "sum_e2", "sum_cosine", "sum_ratio", "sum_hat2", "sum_dot"):
+            self._sum_state(name)
+
+    def update(self, x: Float[Tensor, "tok d_model"], x_hat: Float[Tensor, "tok d_model"]) -> None:
+        """Add a batch, in the LM's units."""
+        x, x_hat = x.double(), x_hat.double()
+        x2, hat2, dot = x.square().sum(1), x_hat.square().sum(1), (x * x_hat).sum(1)
+        tiny = torch.finfo(torch.float64).tiny
+        self.n += len(x)
+        self.sum_x += x.sum(0)
+        self.sum_x2 += x2.sum()
+        self.sum_e2 += (x - x_hat).square().sum()
+        self.sum_cosine += (dot / (x2 * hat2).sqrt().clamp_min(tiny)).sum()
+        self.sum_ratio += (hat2.sqrt() / x2.sqrt().clamp_min(tiny)).sum()
+        self.sum_hat2 += hat2.sum()
+        self.sum_dot += dot.sum()
+
+    def compute(self) -> dict[str, float]:
+        """`fvu`, `ev` = 1 - fvu, `mse` (sum over d_model), `cosine`, `l2_ratio`, `bias`."""
+        n = float(self.n)
+        if not n:
+            return {}
+        variance = float(self.sum_x2) / n - float((self.sum_x / n).square().sum())
+        mse = float(self.sum_e2) / n
+        fvu = mse / variance if variance > 0 else float("nan")
+        dot = float(self.sum_dot)
+        return {
+            "fvu": fvu,
+            "ev": 1 - fvu,
+            "mse": mse,
+            "cosine": float(self.sum_cosine) / n,
+            "l2_ratio": float(self.sum_ratio) / n,
+            "bias": float(self.sum_hat2) / dot if dot else float("nan"),
+        }
+
+
+class SplicedLoss(_Sums):
+    """Next-token losses of the LM with its activations replaced, against the untouched LM."""
+
+    RUNS = ("clean", "recon", "zero", "mean")
+    n: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sum_state("n", integer=True)
+        for run in self.RUNS:
+            self._sum_state(f"ce_{run}")
+            if run != "clean":
+                self._sum_state(f"kl_{run}")
+
+    def update(self, sums: dict[str, Tensor], n: int) -> None:
+        """Add summed losses of n positions: `ce_<run>` and `kl_<run>`, nats."""
+        self.n += n
+        for name, value in sums.items():
+            state: Tensor = getattr(self, name)
+            state += value
+
+    def compute(self) -> dict[str, float]:
+        """Means in nats per token, and the scores: pooled, divided once, clipped nowhere."""
+        n = int(self.n)
+        if not n:
+            return {}
+        return score({k: float(getattr(self, k)) / n for k in self._defaults if k != "n"}, n)
+
+
+def score(means: dict[str, float], n: int) -> dict[str, float]:
+    """Scores from pooled mean losses.
+
+    `ce_score` = (zero - recon) / (zero - clean), 1 is perfect and < 0 worse than ablation;
+    `ce_score_mean` the same against mean ablation; `delta_ce` = recon - clean in nats;
+    `kl_score` = 1 - KL_recon / KL_zero.
+    """
+
+    def ratio(top: float, bottom: float) -> float:
+        return top / bottom if bottom else float("nan")
+
+    clean, recon = means["ce_clean"], means["ce_recon"]
+    return {
+        **means,
+        "delta_ce": recon - clean,
+        "ce_score": ratio(means["ce_zero"] - recon, means["ce_zero"] - clean),
+        "ce_score_mean": ratio(means["ce_mean"] - recon, means["ce_mean"] - clean),
+        "kl_score": 1 - ratio(means["kl_recon"], means["kl_zero"]),
+        "ce_tokens": float(n),
+    }

@@ -1,0 +1,119 @@
+"""Finding the checkpoint to go on from, and refusing one of another run."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kanllama_lightning.run import CONFIG, SUMMARY, checkpoints
+from kanllama_lightning.types import InputError
+
+FREE = (
+    "ckpt_path",
+    "config",
+    "run",
+    "runs_dir",
+    "model.tokens",
+    "weights_only",
+    "trainer.default_root_dir",
+    "trainer.max_epochs",
+    "trainer.max_steps",
+    "trainer.max_time",
+    "trainer.logger",
+    "trainer.callbacks",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.strategy",
+    "trainer.enable_progress_bar",
+    "trainer.enable_model_summary",
+    "trainer.log_every_n_steps",
+    "trainer.profiler",
+)
+"""What may differ between a run and its continuation, with everything below it."""
+
+
+def find_checkpoint(asked: Any, runs_dir: str, config: str, run: str | None, exact: bool) -> Path:
+    """The checkpoint file that `--ckpt_path` means.
+
+    Args:
+        asked: `last` (the newest unfinished run of the same configuration, or the run named), a
+            run folder, or a checkpoint file.
+        runs_dir: Where runs are.
+        config: The resolved configuration, as YAML.
+        run: The run named with `--run`, if any.
+        exact: Whether the configuration must be that of the run.
+
+    Raises:
+        InputError: There is none, or it belongs to another configuration.
+    """
+    if str(asked) == "last" and run is None:
+        return _newest(Path(runs_dir), config)
+    path = Path(run) if run and str(asked) == "last" else Path(str(asked))
+    if path.is_dir():
+        found = checkpoints(path)
+        if not found:
+            raise InputError(f"ckpt_path={str(asked)!r}: {path} holds no checkpoint to go on from")
+        path = found[-1]
+    if not path.is_file():
+        raise InputError(
+            f"ckpt_path={str(asked)!r}: no such file; give a checkpoint file, a run folder, or "
+            "`last`"
+        )
+    beside = path.parent.parent / CONFIG
+    if not beside.is_file():
+        raise InputError(
+            f"ckpt_path={str(asked)!r}: no {CONFIG} beside it ({beside}); a checkpoint is "
+            "continued inside its run folder"
+        )
+    if exact:
+        differences = compare(beside.read_text(), config)
+        if differences:
+            listed = "\n".join(f"  {line}" for line in differences[:8])
+            raise InputError(
+                f"ckpt_path={str(asked)!r}: the checkpoint belongs to another configuration:\n"
+                f"{listed}\nUse the run's own: --config {beside}, or start anew without --ckpt_path"
+            )
+    return path
+
+
+def _newest(runs_dir: Path, config: str) -> Path:
+    unfinished = [
+        folder
+        for folder in (runs_dir.iterdir() if runs_dir.is_dir() else [])
+        if (folder / CONFIG).is_file() and not (folder / SUMMARY).is_file() and checkpoints(folder)
+    ]
+    unfinished.sort(key=lambda folder: checkpoints(folder)[-1].stat().st_mtime)
+    near: list[str] = []
+    for folder in reversed(unfinished):
+        differences = compare((folder / CONFIG).read_text(), config)
+        if not differences:
+            return checkpoints(folder)[-1]
+        near.append(f"  {folder} differs in {differences[0]}")
+    listed = "\nUnfinished runs of other configurations:\n" + "\n".join(near) if near else ""
+    raise InputError(
+        f"ckpt_path='last': nothing to go on with: {runs_dir}/ holds no unfinished run of this "
+        f"configuration; leave --ckpt_path out to start one{listed}"
+    )
+
+
+def compare(saved: str, given: str) -> list[str]:
+    """What differs between two configurations, beyond what may; one line each."""
+    a, b = _flat(yaml.safe_load(saved)), _flat(yaml.safe_load(given))
+    return [
+        f"{key}: {a.get(key)!r} in the run, {b.get(key)!r} now"
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key) != b.get(key) and not _free(key)
+    ]
+
+
+def _free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in FREE)
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return out or {prefix: {}}

@@ -1,0 +1,86 @@
+"""A run's folder: where it is, what is in it, and how to find the one to go on with."""
+
+import csv
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kanllama_lightning.types import InputError
+
+CONFIG, SUMMARY, CHECKPOINTS, HEAD, LOGGER_ID = (
+    "config.yaml",
+    "summary.json",
+    "checkpoints",
+    "head",
+    "wandb_id",
+)
+
+
+def make_folder(folder: Path) -> Path:
+    """Make a run folder.
+
+    Raises:
+        InputError: Something on the way to it is no folder, or it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(
+            f"run folder {str(folder)!r}: cannot be made ({e.strerror}: {e.filename}); choose "
+            "another with --run FOLDER or --runs_dir FOLDER"
+        ) from e
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"run folder {str(folder)!r}: cannot be written to")
+    return folder
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints of a run, oldest first."""
+    return sorted((folder / CHECKPOINTS).glob("step=*.ckpt"))
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Replace a JSON file whole."""
+    part = path.with_name(path.name + ".tmp")
+    part.write_text(json.dumps(values, indent=2) + "\n")
+    part.replace(path)
+
+
+class Table:
+    """A CSV file that grows by rows, each with the optimizer step it belongs to.
+
+    Args:
+        path: The file; its folder exists.
+        columns: Names, the first of them `step`.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+        self.path, self.columns = path, list(columns)
+
+    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add rows; floats are written so that they read back exactly."""
+        new = not self.path.exists()
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, self.columns)
+            if new:
+                writer.writeheader()
+            writer.writerows(rows)
+
+    def cut(self, after_step: int) -> None:
+        """Drop rows of later steps, and a last line cut short: a run goes on from before them."""
+        if not self.path.exists():
+            return
+        with self.path.open(newline="") as file:
+            kept = [
+                row
+                for row in csv.DictReader(file)
+                if None not in row.values() and int(row["step"]) <= after_step
+            ]
+        part = self.path.with_name(self.path.name + ".tmp")
+        with part.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.columns)
+            writer.writeheader()
+            writer.writerows(kept)
+        part.replace(self.path)

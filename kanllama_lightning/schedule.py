@@ -1,0 +1,44 @@
+"""Every length of a run, in tokens: the recipe's absolute numbers, or a share of a small budget."""
+
+import math
+from typing import NamedTuple
+
+
+class Schedule(NamedTuple):
+    """Lengths for a budget of `tokens` in batches of `batch` (METHODS A0, small-run rule)."""
+
+    tokens: int
+    """Rows to train on in all."""
+    batch: int
+    """Rows per step."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps in all."""
+        return max(1, math.ceil(self.tokens / self.batch))
+
+    @property
+    def warmup_steps(self) -> int:
+        """Linear rise of the learning rate: 1,000 steps, at most 5 % of the run."""
+        return min(1000, self.steps // 20)
+
+    @property
+    def dead_after_tokens(self) -> int:
+        """A latent is dead when it has not fired for so many tokens: 5 %, from 100k to 10M."""
+        return min(max(self.tokens // 20, 100_000), 10_000_000)
+
+    @property
+    def threshold_rate(self) -> float:
+        """Rate of the threshold's moving average: a horizon of 1,000 steps, at most 2 %."""
+        return 1 / max(1, min(1000, self.steps // 50))
+
+    @property
+    def start_tokens(self) -> int:
+        """Rows the start statistics are taken of: 65,536 or 1 %, at most a million."""
+        return min(max(65_536, self.tokens // 100), 1_000_000)
+
+    def lr_factor(self, step: int) -> float:
+        """Multiplier of the learning rate: rise, hold, linear fall to 0 over the last 20 %."""
+        rise = min(1.0, (step + 1) / (self.warmup_steps + 1))
+        fall = min(1.0, (self.steps - step) / max(1, self.steps / 5))
+        return max(0.0, min(rise, fall))

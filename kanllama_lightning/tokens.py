@@ -1,0 +1,228 @@
+"""Text to packed batches of tokens: the data module."""
+
+import logging
+import os
+from collections.abc import Iterator
+from itertools import islice
+
+import torch
+from jaxtyping import Int
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from transformers import PreTrainedTokenizerBase
+
+from kanllama_lightning.corpus import Corpus, Document, resolve
+from kanllama_lightning.packing import Rows
+from kanllama_lightning.stream import TokenStream
+from kanllama_lightning.types import InputError, TokenBatch
+from kanllama_lightning.vocabulary import Encoder, check_vocabulary
+
+logger = logging.getLogger(__name__)
+
+HELD_OUT = "heldout"
+HELD_OUT_AT_MOST = 0.1  # of a corpus too small to give `val_tokens` at the share asked for
+HELD_OUT_MARGIN = 1.2  # over the estimate, which rests on a sample
+PREFETCHED_BATCHES = 32  # bridge the seconds that a background process packs a new block
+SAMPLE_DOCUMENTS = 200
+SAMPLE_SPAN = 2_000  # documents read at most for that sample
+
+
+class TokenData(LightningDataModule):
+    """A training corpus and fixed validation sets, as batches of packed token rows.
+
+    Part of the training corpus is held out by a hash of each document, so that identical
+    documents are on the same side, whatever the order, the epoch and the number of processes.
+
+    Args:
+        tokenizer: The language model's own tokenizer, from which the command line takes it.
+        train: Training corpus: a file or folder, the name of a Hugging Face dataset, or a corpus
+            class with its arguments.
+        val: Further validation sets, in the same forms. They must be other data than `train`.
+        val_fraction: Share of the training documents that is held out as the validation set
+            `heldout`; 0 for none. A small corpus holds out more, up to a tenth, until that gives
+            `val_tokens`; the share in force is logged.
+        val_tokens: Tokens per validation set, rounded down to whole rows.
+        ctx_len: Tokens per row.
+        lm_batch_seqs: Rows per training batch and process.
+        val_batch_seqs: Rows per validation batch and process.
+        append_eos: Whether each document ends with the tokenizer's EOS token.
+        seed: Seed of the order of the training rows.
+        workers: Background processes that read and tokenise: 0 or 1.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        train: str | Corpus,
+        val: list[str | Corpus] | None = None,
+        val_fraction: float = 0.005,
+        val_tokens: int = 131_072,
+        ctx_len: int = 512,
+        lm_batch_seqs: int = 8,
+        val_batch_seqs: int = 8,
+        append_eos: bool = True,
+        seed: int = 0,
+        workers: int = 0,
+    ) -> None:
+        super().__init__()
+        _require(0 <= val_fraction <= 0.5, "val_fraction", val_fraction, "shares from 0 to 0.5")
+        _require(ctx_len >= 2, "ctx_len", ctx_len, "whole numbers from 2 up")
+        _require(
+            val_tokens >= ctx_len, "val_tokens", val_tokens, f"at least one row, {ctx_len} tokens"
+        )
+        _require(lm_batch_seqs >= 1, "lm_batch_seqs", lm_batch_seqs, "whole numbers from 1 up")
+        _require(val_batch_seqs >= 1, "val_batch_seqs", val_batch_seqs, "whole numbers from 1 up")
+        _require(seed >= 0, "seed", seed, "whole numbers from 0 up")
+        _require(workers in (0, 1), "workers", workers, "0 and 1: one keeps up, more would repeat")
+        if val_fraction == 0 and not val:
+            raise InputError(
+                "val_fraction=0 and no `val`: nothing would be validated. Hold out a share of "
+                "the training documents, such as 0.005, or name a validation corpus in `val`."
+            )
+        self.encoder = Encoder(tokenizer, ctx_len, append_eos)
+        self.train_corpus = resolve(train)
+        self.val_corpora = [resolve(corpus) for corpus in val or []]
+        self.val_fraction = val_fraction
+        self.val_tokens = val_tokens
+        self.ctx_len = ctx_len
+        self.lm_batch_seqs = lm_batch_seqs
+        self.val_batch_seqs = val_batch_seqs
+        self.seed = seed
+        self.workers = workers
+        self.position: Int[Tensor, " 3"] = torch.zeros(3, dtype=torch.int64)
+        self._val: dict[str, Rows] = {}
+
+    @property
+    def val_names(self) -> list[str]:
+        """Names of the validation sets, in the order of their loaders; known after `setup`."""
+        return list(self._val)
+
+    def resume_from(self, position: Int[Tensor, " 3"]) -> None:
+        """Let the next training loader start at the `position` of a batch: with the row after."""
+        self.position = position.clone()
+
+    def setup(self, stage: str) -> None:
+        """Check everything that can be wrong with the data, and collect the validation sets."""
+        if self._val:
+            return
+        for corpus in (self.train_corpus, *self.val_corpora):
+            corpus.open()
+            check_vocabulary(corpus, self.encoder)
+        self._size_split()
+        rows = self.val_tokens // self.ctx_len
+        if self.val_fraction > 0:
+            self._add_val(HELD_OUT, self._held_out(), rows)
+        for corpus in self.val_corpora:
+            self._add_val(corpus.name, corpus.once(), rows)
+        if all(d.share() < self.val_fraction for d in self.train_corpus.once()):
+            raise InputError(
+                f"train: all documents of {self.train_corpus.name} are held out for validation "
+                f"(val_fraction={self.val_fraction:.3g}). Give more documents, or `val_fraction` 0 "
+                "and a validation corpus in `val`."
+            )
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches without end, from `position` on."""
+        if self.workers:
+            # a process that has tokenised on several threads must not be forked
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        rank, world = self._place()
+        stream = TokenStream(
+            self.train_corpus,
+            self.encoder,
+            self.val_fraction,
+            self.lm_batch_seqs,
+            self.seed,
+            rank,
+            world,
+            self.position,
+        )
+        return DataLoader(
+            stream,
+            batch_size=None,
+            num_workers=self.workers,
+            prefetch_factor=PREFETCHED_BATCHES if self.workers else None,
+        )
+
+    def val_dataloader(self) -> list[DataLoader]:
+        """One loader for each validation set, in the order of `val_names`."""
+        return [self._val_loader(rows) for rows in self._val.values()]
+
+    def _val_loader(self, rows: Rows) -> DataLoader:
+        dataset = TensorDataset(*rows)
+        rank, world = self._place()
+        # Lightning's own sampler would repeat rows to make the ranks even, and count them twice
+        sampler: DistributedSampler | None = (
+            DistributedSampler(dataset, world, rank, shuffle=False, drop_last=True)
+            if world > 1
+            else None
+        )
+        return DataLoader(dataset, self.val_batch_seqs, sampler=sampler, collate_fn=_collate)
+
+    def _place(self) -> tuple[int, int]:
+        """Rank and number of processes."""
+        if self.trainer is None:
+            return 0, 1
+        return self.trainer.global_rank, self.trainer.world_size
+
+    def _held_out(self) -> Iterator[Document]:
+        return (d for d in self.train_corpus.once() if d.share() < self.val_fraction)
+
+    def _size_split(self) -> None:
+        """Hold out more of a small corpus; log its size."""
+        corpus = self.train_corpus
+        if corpus.n_documents is None:
+            logger.info("train: %s, size unknown, %.3g held out", corpus.name, self.val_fraction)
+            return
+        step = -(-min(corpus.n_documents, SAMPLE_SPAN) // SAMPLE_DOCUMENTS)
+        sample = list(islice(corpus.once(), 0, SAMPLE_SPAN, step))
+        lengths = [len(ids) + 2 for ids in self.encoder.encode(sample)]
+        tokens = sum(lengths) / max(1, len(lengths)) * corpus.n_documents
+        needed = HELD_OUT_MARGIN * self.val_tokens / max(1.0, tokens)
+        raised = min(needed, HELD_OUT_AT_MOST)
+        if 0 < self.val_fraction < raised:
+            logger.info(
+                "val_fraction raised from %.3g to %.3g, for %d validation tokens",
+                self.val_fraction,
+                raised,
+                self.val_tokens,
+            )
+            self.val_fraction = raised
+        logger.info(
+            "train: %s, %d documents, about %.3g tokens per epoch, %.3g held out",
+            corpus.name,
+            corpus.n_documents,
+            (1 - self.val_fraction) * tokens,
+            self.val_fraction,
+        )
+
+    def _add_val(self, name: str, documents: Iterator[Document], n_rows: int) -> None:
+        rows = self.encoder.first_rows(documents, n_rows)
+        if not rows.keep.any():
+            raise InputError(
+                f"validation set {name!r} has no token (val_fraction={self.val_fraction:.3g}). "
+                "Give more documents or a larger `val_fraction`, or 0 and a validation corpus "
+                "in `val`."
+            )
+        if name in self._val:
+            name = f"{name}_{len(self._val)}"
+        self._val[name] = rows
+        logger.info(
+            "validation set %s: %d rows, %d tokens%s",
+            name,
+            len(rows.ids),
+            rows.ids.numel(),
+            "" if len(rows.ids) == n_rows else f", fewer than val_tokens={self.val_tokens}",
+        )
+
+
+def _collate(rows: list[tuple[Tensor, ...]]) -> TokenBatch:
+    """A validation batch; it has no place in the training stream."""
+    ids, keep, doc = (torch.stack(column) for column in zip(*rows, strict=True))
+    return TokenBatch(ids, keep, doc, torch.zeros(3, dtype=torch.int64))
+
+
+def _require(allowed: bool, argument: str, value: object, rule: str) -> None:
+    if not allowed:
+        raise InputError(f"data.{argument}={value}: allowed are {rule}. Change `{argument}`.")

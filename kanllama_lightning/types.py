@@ -1,0 +1,122 @@
+"""The words everything else speaks: axes, batches, codes, and the one error for bad input.
+
+Axes, everywhere: `batch` sequences, `pos` positions in a sequence, `tok` tokens (kept rows of
+`batch*pos`, flattened), `d_model` the LM's width, `d_sae` latents, `k` kept latents per token,
+`nnz` kept activations in a batch, `vocab` the LM's vocabulary, `hidden` a head's inner width.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used.
+
+    The message names the argument, its value, what is allowed and the remedy; the command line
+    prints it alone (no traceback) and exits with code 2.
+    """
+
+
+class TokenBatch(NamedTuple):
+    """Packed rows of token ids, on the CPU, as the data module yields them."""
+
+    ids: Int[Tensor, "batch pos"]
+    """int64; position 0 of every row is BOS."""
+    keep: Bool[Tensor, "batch pos"]
+    """True for real text; False for BOS, EOS, PAD and other special tokens, which neither train
+    an SAE nor count in any metric."""
+    doc: Int[Tensor, "batch pos"]
+    """int64 number of the document a token belongs to, unique within a batch; -1 for padding."""
+    position: Int[Tensor, " 3"]
+    """int64 (epoch, block, row) of the row *after* this batch: where to go on from."""
+
+    def to(self, device: torch.device) -> "TokenBatch":
+        """The same batch with its tensors on `device` (the position stays on the CPU)."""
+        ids, keep, doc = (t.to(device, non_blocking=True) for t in self[:3])
+        return TokenBatch(ids, keep, doc, self.position)
+
+
+class SparseCodes(NamedTuple):
+    """The kept activations of a batch: nothing of shape [tok d_sae] is held."""
+
+    values: Float[Tensor, " nnz"]
+    """Post-activation values, > 0."""
+    rows: Int[Tensor, " nnz"]
+    """Token of each value, ascending."""
+    latents: Int[Tensor, " nnz"]
+    """Latent of each value."""
+    n_rows: int
+    d_sae: int
+
+    def dense(self) -> Float[Tensor, "tok d_sae"]:
+        """The codes as one dense matrix, for people and small reports."""
+        out = self.values.new_zeros(self.n_rows, self.d_sae)
+        return out.index_put((self.rows, self.latents), self.values)
+
+    def l0(self) -> Int[Tensor, " tok"]:
+        """Number of non-zero latents of each token."""
+        return self._count(self.rows, self.n_rows)
+
+    def fired(self) -> Int[Tensor, " d_sae"]:
+        """Number of tokens on which each latent is non-zero."""
+        return self._count(self.latents, self.d_sae)
+
+    def _count(self, index: Int[Tensor, " nnz"], size: int) -> Int[Tensor, " size"]:
+        out = torch.zeros(size, dtype=torch.int64, device=index.device)
+        return out.index_add_(0, index, (self.values != 0).long())
+
+
+class SAEOutput(NamedTuple):
+    """What a head returns: the reconstruction, in the LM's units, and the codes it came from."""
+
+    x_hat: Float[Tensor, "tok d_model"]
+    codes: SparseCodes
+
+
+class StepContext(NamedTuple):
+    """What a loss may need to know about the step it is computed in."""
+
+    dead: Int[Tensor, " n_dead"]
+    """Indices of the latents that have not fired for `dead_after_tokens` tokens."""
+    progress: float
+    """Share of the token budget already trained on, 0 to 1."""
+
+
+class Prefix(NamedTuple):
+    """An LM run up to the hook point, from which it can go on with other activations."""
+
+    acts: Float[Tensor, "batch pos d_model"]
+    """The activations at the hook point, in the LM's dtype."""
+    residual: Float[Tensor, "batch pos d_model"] | None
+    """What the hook point's output is added to; None where the hook point is the stream itself."""
+
+
+class ValidationBatch(NamedTuple):
+    """What a validation step hands to the callbacks: one LM pass up to the hook, shared."""
+
+    set_name: str
+    """Name of the validation set."""
+    tokens: TokenBatch
+    prefix: Prefix
+    mask: Bool[Tensor, "batch pos"]
+    """True where an activation counts: real text, no extreme norm."""
+    x: Float[Tensor, "tok d_model"]
+    """The activations under the mask, fp32, in the LM's units."""
+    out: SAEOutput
+    """The head's output on x, as at inference."""
+
+
+class RunStopped(Exception):  # noqa: N818
+    """A run was asked to stop by a signal, and has saved.
+
+    Args:
+        signal_number: The signal.
+        step: Optimizer step at which it stopped.
+    """
+
+    def __init__(self, signal_number: int, step: int) -> None:
+        super().__init__(f"stopped by signal {signal_number} at step {step}")
+        self.signal_number, self.step = signal_number, step

@@ -1,0 +1,93 @@
+"""A random two-block Llama, a word tokenizer and a little text, all made here; no network."""
+
+import json
+import random
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from kanllama_lightning.lm import FrozenLM
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+VOCAB = 64
+BOS, EOS = 0, 1
+WORDS = [f"w{i}" for i in range(VOCAB - 3)]
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only addresses on this machine may be connected to."""
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: Any) -> None:
+        host = address[0] if isinstance(address, tuple) else address
+        if isinstance(address, tuple) and host not in ("127.0.0.1", "::1", "localhost"):
+            raise OSError(f"the network is off in tests: {host}")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    vocab = {"<bos>": BOS, "<eos>": EOS, "<unk>": 2} | {w: i + 3 for i, w in enumerate(WORDS)}
+    inner = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", BOS)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_lm_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random Llama: 3 blocks, width 16, vocabulary 64."""
+    folder = tmp_path_factory.mktemp("tiny_lm")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+            bos_token_id=BOS,
+            eos_token_id=EOS,
+            initializer_range=0.3,
+        )
+        LlamaForCausalLM(config).save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def make_lm(tiny_lm_dir: Path) -> Callable[..., FrozenLM]:
+    """Builds and loads the tiny LM at a hook point."""
+
+    def make(hook_point: str = "model.layers.1.mlp", **kwargs: Any) -> FrozenLM:
+        return FrozenLM(str(tiny_lm_dir), hook_point, untrained=True, **kwargs).load_()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """400 documents of random words as jsonl."""
+    rng = random.Random(0)
+    path = tmp_path_factory.mktemp("text") / "words.jsonl"
+    with path.open("w") as file:
+        for _ in range(400):
+            words = rng.choices(WORDS, k=rng.randint(10, 60))
+            file.write(json.dumps({"text": " ".join(words)}) + "\n")
+    return path

@@ -1,0 +1,390 @@
+"""The command line as people use it: a run, its outputs, stopping and going on, and mistakes."""
+
+import csv
+import json
+import math
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+
+from kanllama_lightning.cli import main
+from kanllama_lightning.heads import KANEncoder, SAEHead
+from kanllama_lightning.lm import FrozenLM
+from kanllama_lightning.metrics import Reconstruction, Sparsity
+from kanllama_lightning.tokens import TokenData
+from tests.wandb_file import history
+
+ROOT = Path(__file__).resolve().parents[1]
+Fit = Callable[..., int]
+
+SMALL = {
+    "lm.hook_point": "model.layers.1.mlp",
+    "lm.untrained": "true",
+    "model.head": "KANEncoder",
+    "model.head.d_sae": "32",
+    "model.head.k": "4",
+    "model.tokens": "2560",
+    "model.sae_batch_tokens": "64",
+    "model.start_tokens": "256",
+    "model.buffer.capacity_tokens": "512",
+    "model.optimizer.lr": "0.01",
+    "data.ctx_len": "32",
+    "data.lm_batch_seqs": "4",
+    "data.val_tokens": "512",
+    "trainer.val_check_interval": "10",
+    "trainer.log_every_n_steps": "5",
+    "trainer.accelerator": "cpu",
+}
+
+
+@pytest.fixture
+def fit(tiny_lm_dir: Path, text_file: Path, tmp_path: Path) -> Fit:
+    """Runs `fit` on the tiny model; arguments by name, None leaves one out; `extra` go last."""
+
+    def run(*extra: str, **changed: Any) -> int:
+        given = SMALL | {"lm.name": str(tiny_lm_dir), "data.train": str(text_file)}
+        given |= {"runs_dir": str(tmp_path / "runs")}
+        given |= {k.replace("__", "."): v for k, v in changed.items()}
+        args = [f"--{k}={v}" for k, v in given.items() if v is not None]
+        return main(["fit", *args, *extra])
+
+    return run
+
+
+def only_run(tmp_path: Path) -> Path:
+    (folder,) = (tmp_path / "runs").iterdir()
+    return folder
+
+
+@pytest.fixture
+def run_folder(fit: Fit, tmp_path: Path) -> Path:
+    assert fit() == 0
+    return only_run(tmp_path)
+
+
+def test_a_run_leaves_everything_behind(capsys: pytest.CaptureFixture, run_folder: Path) -> None:
+    summary = json.loads((run_folder / "summary.json").read_text())
+    for key in ("l0", "ce_score", "delta_ce", "fvu", "dead_frac", "cosine", "bias", "kl_recon"):
+        assert math.isfinite(summary[f"val/{key}"])
+        assert summary[f"val/{key}"] == summary[f"val/heldout/{key}"]
+    assert summary["tokens"] == 2560
+    assert summary["finished"] is True
+    assert summary["tokens_per_second"] > 0
+    for control in ("PCA", "random_dictionary", "untrained_head"):
+        assert math.isfinite(summary[f"baseline/{control}/delta_ce"])
+
+    l0 = pd.read_csv(run_folder / "l0.csv")
+    losses = pd.read_csv(run_folder / "losses.csv")
+    assert list(l0["step"].unique()) == [10, 20, 30, 40]
+    assert not l0.duplicated(["step", "set", "batch"]).any()
+    last = l0[l0["step"] == 40]
+    pooled = (last["l0"] * last["n_tokens"]).sum() / last["n_tokens"].sum()
+    assert pooled == pytest.approx(summary["val/l0"], rel=1e-6)
+    last = losses[losses["step"] == 40]
+    pooled = (last["ce_recon"] * last["n_targets"]).sum() / last["n_targets"].sum()
+    assert pooled == pytest.approx(summary["val/ce_recon"], rel=1e-6)
+
+    config = yaml.safe_load((run_folder / "config.yaml").read_text())
+    assert config["model"]["head"]["init_args"]["k"] == 4
+    assert "untrained head" in capsys.readouterr().out
+
+
+def test_wandb_run_can_be_read_back(run_folder: Path) -> None:
+    (file,) = run_folder.glob("wandb/offline-run-*/*.wandb")
+    rows, config = history(file)
+    train = [r for r in rows if "train/loss" in r]
+    val = [r for r in rows if "val/l0" in r]
+    assert len(train) >= 5
+    assert len(val) >= 3
+    assert all("tokens" in r for r in train + val)
+    assert [r["tokens"] for r in train] == sorted(r["tokens"] for r in train)
+    assert config["cli"]["model"]["tokens"] == 2560
+
+
+def test_saved_head_reproduces_the_reported_figures(
+    run_folder: Path, tiny_lm_dir: Path, text_file: Path
+) -> None:
+    summary = json.loads((run_folder / "summary.json").read_text())
+    head = SAEHead.load(run_folder / "head")
+    assert isinstance(head, KANEncoder)
+    lm = FrozenLM(str(tiny_lm_dir), "model.layers.1.mlp", untrained=True).load_()
+    data = TokenData(lm.tokenizer, str(text_file), ctx_len=32, lm_batch_seqs=4, val_tokens=512)
+    data.setup("validate")
+    sparsity, reconstruction = Sparsity(head.d_sae), Reconstruction(head.d_model)
+    for batch in data.val_dataloader()[0]:
+        acts = lm.acts(batch.ids)
+        x = acts[batch.keep & (acts.norm(dim=-1) <= head.norm_limit)]
+        out = head(x)
+        sparsity.update(out.codes)
+        reconstruction.update(x, out.x_hat)
+    assert sparsity.compute()["l0"] == pytest.approx(summary["val/l0"], rel=1e-5)
+    assert reconstruction.compute()["fvu"] == pytest.approx(summary["val/fvu"], rel=1e-5)
+
+
+def test_checkpoints_hold_no_lm_and_no_pickles(run_folder: Path) -> None:
+    checkpoint = sorted((run_folder / "checkpoints").glob("*.ckpt"))[-1]
+    state = torch.load(checkpoint, weights_only=True)
+    assert all(k.startswith("head.") or "." not in k for k in state["state_dict"])
+    head = sum(v.numel() for k, v in state["state_dict"].items() if k.startswith("head."))
+    assert checkpoint.stat().st_size < 3 * 4 * head + 200_000
+    assert not list(run_folder.rglob("*.tmp"))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return SAEHead.load(folder / "head").state_dict()
+
+
+def test_stopped_and_continued_is_the_same_run(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM in the middle, then `--ckpt_path last`: same weights bit for bit, whole CSVs."""
+    assert fit(runs_dir=str(tmp_path / "undisturbed")) == 0
+    (undisturbed,) = (tmp_path / "undisturbed").iterdir()
+
+    from kanllama_lightning.module import SAEModule
+
+    original = SAEModule.on_before_optimizer_step
+    stops = [23, 30]
+
+    def stop_now(self: SAEModule, optimizer: torch.optim.Optimizer) -> None:
+        if stops and self.trainer.global_step == stops[0] - 1:
+            stops.pop(0)
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(self, optimizer)
+
+    monkeypatch.setattr(SAEModule, "on_before_optimizer_step", stop_now)
+    assert fit() == 128 + signal.SIGTERM
+    assert not (only_run(tmp_path) / "summary.json").exists()
+    # stops again, this time right after a validation
+    assert fit("--ckpt_path=last") == 128 + signal.SIGTERM
+    assert fit("--ckpt_path=last") == 0
+    stopped = only_run(tmp_path)
+    for name, value in weights(undisturbed).items():
+        assert torch.equal(value, weights(stopped)[name]), name
+    for table in ("l0.csv", "losses.csv"):
+        assert (undisturbed / table).read_text() == (stopped / table).read_text()
+    runs = list(stopped.glob("wandb/offline-run-*"))
+    assert len({r.name.split("-")[3] for r in runs}) == 1, "the same W&B id"
+    assert len(runs) == 3
+
+
+def test_killed_run_goes_on_from_its_last_checkpoint(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crash after a validation that the checkpoint does not know of: no repeat in the CSVs."""
+    callbacks = str(tmp_path / "callbacks.yaml")
+    base = yaml.safe_load((ROOT / "configs" / "base.yaml").read_text())["trainer"]["callbacks"]
+    for entry in base:
+        if entry["class_path"].endswith("RunCheckpoint"):
+            entry["init_args"] = {"every_n_steps": 15}
+    Path(callbacks).write_text(yaml.safe_dump({"trainer": {"callbacks": base}}))
+    assert fit(f"--config={callbacks}", runs_dir=str(tmp_path / "undisturbed")) == 0
+    (undisturbed,) = (tmp_path / "undisturbed").iterdir()
+
+    from kanllama_lightning.module import SAEModule
+
+    original = SAEModule.on_before_optimizer_step
+    crashes = [28]
+
+    def crash(self: SAEModule, optimizer: torch.optim.Optimizer) -> None:
+        if crashes and self.trainer.global_step == crashes[0] - 1:
+            crashes.pop()
+            raise MemoryError("as if the machine had gone")
+        original(self, optimizer)
+
+    monkeypatch.setattr(SAEModule, "on_before_optimizer_step", crash)
+    with pytest.raises(MemoryError):
+        fit(f"--config={callbacks}")
+    steps = [int(r["step"]) for r in csv.DictReader((only_run(tmp_path) / "l0.csv").open())]
+    assert max(steps) == 20
+    assert fit(f"--config={callbacks}", "--ckpt_path=last") == 0
+    for name, value in weights(undisturbed).items():
+        assert torch.equal(value, weights(only_run(tmp_path))[name]), name
+    assert (undisturbed / "l0.csv").read_text() == (only_run(tmp_path) / "l0.csv").read_text()
+
+
+def test_finished_run_can_be_extended(run_folder: Path, fit: Fit) -> None:
+    assert fit(f"--ckpt_path={run_folder}", model__tokens="3200") == 0
+    summary = json.loads((run_folder / "summary.json").read_text())
+    assert summary["tokens"] == 3200
+    steps = pd.read_csv(run_folder / "l0.csv")["step"].unique()
+    assert list(steps) == [10, 20, 30, 40, 50]
+
+
+def test_same_seed_same_run(fit: Fit, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        assert fit(run=str(tmp_path / name), model__tokens="640") == 0
+    assert fit("--seed_everything=1", run=str(tmp_path / "c"), model__tokens="640") == 0
+    a, b, c = (weights(tmp_path / name) for name in "abc")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert not torch.equal(a["W_dec"], c["W_dec"])
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed"])
+def test_mixed_precision_keeps_fp32_weights(fit: Fit, tmp_path: Path, precision: str) -> None:
+    assert fit(trainer__precision=precision) == 0
+    head = weights(only_run(tmp_path))
+    assert all(v.dtype == torch.float32 for v in head.values())
+    summary = json.loads((only_run(tmp_path) / "summary.json").read_text())
+    assert summary["val/fvu"] < 1
+
+
+def test_fast_dev_run(fit: Fit) -> None:
+    assert fit(trainer__fast_dev_run="true") == 0
+
+
+def test_base_config_is_read_from_anywhere(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert fit(model__tokens="64") == 0
+    assert (only_run(tmp_path) / "summary.json").exists()
+
+
+def test_two_validation_sets(fit: Fit, text_file: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text(text_file.read_text())
+    assert fit(f"--data.val=[{other}]", model__tokens="640") == 0
+    summary = json.loads((only_run(tmp_path) / "summary.json").read_text())
+    assert summary["val/l0"] == summary["val/heldout/l0"]
+    assert summary["val/other/l0"] > 0
+    assert set(pd.read_csv(only_run(tmp_path) / "losses.csv")["set"]) == {"heldout", "other"}
+
+
+# ------------------------------------------------------------------ mistakes
+
+
+def refused(capsys: pytest.CaptureFixture, code: int, *words: str) -> str:
+    err = capsys.readouterr().err
+    assert code == 2, err
+    assert "Traceback" not in err
+    for word in words:
+        assert word in err, err
+    assert err.count("error:") == 1, err
+    return err
+
+
+def test_unknown_key(fit: Fit, capsys: pytest.CaptureFixture) -> None:
+    refused(capsys, fit("--model.tokns=5"), "model.tokns")
+
+
+def test_abbreviation(fit: Fit, capsys: pytest.CaptureFixture) -> None:
+    refused(capsys, fit("--trainer.max_step=5"), "trainer.max_step")
+
+
+def test_unknown_key_in_file(fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = tmp_path / "wrong.yaml"
+    file.write_text("model:\n  tokns: 5\n")
+    refused(capsys, fit(f"--config={file}"), "tokns")
+
+
+def test_unknown_head_argument(fit: Fit, capsys: pytest.CaptureFixture) -> None:
+    refused(capsys, fit("--model.head.gird=5"), "gird")
+
+
+def test_misspelt_head(fit: Fit, capsys: pytest.CaptureFixture) -> None:
+    refused(capsys, fit(model__head="KANEncodr"), "KANEncodr", "Did you mean KANEncoder", "TopK")
+
+
+def test_misspelt_hook(fit: Fit, capsys: pytest.CaptureFixture) -> None:
+    code = fit(lm__hook_point="model.layers.1.mpl")
+    refused(capsys, code, "model.layers.1.mpl", "Did you mean model.layers.1.mlp", "hook_resid_mid")
+
+
+def test_k_larger_than_dictionary(fit: Fit, capsys: pytest.CaptureFixture) -> None:
+    refused(capsys, fit(model__head__k="33", **{"model.head.k": "33"}), "k=33", "d_sae=32")
+
+
+def test_linked_target(fit: Fit, capsys: pytest.CaptureFixture) -> None:
+    refused(capsys, fit("--model.head.d_model=8"), "model.head.d_model", "lm.name")
+
+
+def test_ids_of_another_tokenizer(fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = tmp_path / "ids.jsonl"
+    file.write_text("".join(json.dumps({"text": [5, 900, 7] * 30}) + "\n" for _ in range(50)))
+    refused(capsys, fit(data__train=str(file)), "tokenizer")
+
+
+def test_empty_dataset(fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    refused(capsys, fit(data__train=str(tmp_path / "empty.jsonl")), "empty.jsonl")
+
+
+def test_missing_column(fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = tmp_path / "story.jsonl"
+    file.write_text('{"story": "w1 w2"}\n' * 50)
+    refused(capsys, fit(data__train=str(file)), "'text'", "story")
+
+
+def test_missing_file(fit: Fit, capsys: pytest.CaptureFixture) -> None:
+    refused(capsys, fit(data__train="./nowhere.jsonl"), "nowhere.jsonl")
+
+
+def test_run_folder_below_a_file(fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "file").touch()
+    refused(capsys, fit(run=str(tmp_path / "file" / "run")), "file/run", "--run")
+
+
+def test_checkpoint_of_another_head(
+    fit: Fit, run_folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    capsys.readouterr()
+    checkpoint = sorted((run_folder / "checkpoints").glob("*.ckpt"))[-1]
+    code = fit(f"--ckpt_path={checkpoint}", model__head="BatchTopK")
+    refused(capsys, code, "another configuration", "BatchTopK", "KANEncoder")
+
+
+def test_nothing_to_continue(fit: Fit, capsys: pytest.CaptureFixture) -> None:
+    refused(capsys, fit("--ckpt_path=last"), "nothing to go on with")
+
+
+def test_last_never_takes_another_configuration(
+    fit: Fit, run_folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (run_folder / "summary.json").unlink()
+    capsys.readouterr()
+    refused(capsys, fit("--ckpt_path=last", **{"model.head.k": "5"}), "nothing", "head.init_args.k")
+
+
+def test_run_folder_in_use(fit: Fit, run_folder: Path, capsys: pytest.CaptureFixture) -> None:
+    capsys.readouterr()
+    refused(capsys, fit(run=str(run_folder)), "holds a run already", "--ckpt_path")
+
+
+def test_fp16_is_refused(fit: Fit, capsys: pytest.CaptureFixture) -> None:
+    refused(capsys, fit(trainer__precision="16-mixed"), "16-mixed", "bf16-mixed")
+
+
+def test_trained_by_declaration_only(fit: Fit, capsys: pytest.CaptureFixture) -> None:
+    refused(capsys, fit(lm__untrained="false"), "uniform guess", "--lm.untrained")
+
+
+def test_unreachable_model(fit: Fit, capsys: pytest.CaptureFixture) -> None:
+    code = fit(lm__name="meta-llama/Llama-3.2-1B")
+    refused(
+        capsys, code, "huggingface.co/meta-llama/Llama-3.2-1B", "login", "embedded.yaml", "FOLDER"
+    )
+
+
+def test_truncated_lines_are_skipped_and_counted(
+    fit: Fit, text_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "torn.jsonl"
+    file.write_text(text_file.read_text() + '{"text": "w1 w2')
+    assert fit(data__train=str(file), model__tokens="64") == 0
+    assert any("1 " in r.message and "malformed" in r.message for r in caplog.records)
+
+
+def test_too_many_truncated_lines(
+    fit: Fit, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    file = tmp_path / "torn.jsonl"
+    file.write_text(text_file.read_text() + '{"text": "w1 w2\n' * 20)
+    refused(capsys, fit(data__train=str(file)), "torn.jsonl", "%")

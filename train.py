@@ -1,8 +1,16 @@
 """Entry: `python train.py fit --config configs/kan.yaml`; the rest is in kanllama_lightning.cli."""
 
 import sys
+from collections.abc import Sequence
 
-from kanllama_lightning.cli import main
+from callbacks.log_config import LogConfig
+from kanllama_lightning import cli
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    return cli.main(args, save_config_callback=LogConfig)
+
 
 if __name__ == "__main__":
     sys.exit(main())

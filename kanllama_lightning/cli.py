@@ -16,7 +16,6 @@ import wandb
 from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from callbacks.log_config import LogConfig
 from kanllama_lightning import heads
 from kanllama_lightning.lm import FrozenLM
 from kanllama_lightning.module import SAEModule, check_precision
@@ -237,7 +236,6 @@ def main(args: Sequence[str] | None = None, **kwargs: Any) -> int:
         KanllamaCLI(
             SAEModule,
             TokenData,
-            save_config_callback=LogConfig,
             save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
             seed_everything_default=0,
             auto_configure_optimizers=False,

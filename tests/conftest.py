@@ -13,6 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kanllama_lightning.lm import FrozenLM
+from kanllama_lightning.packing import join, pack
+from kanllama_lightning.types import TokenBatch
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 VOCAB = 64
@@ -81,6 +83,16 @@ def make_lm(tiny_lm_dir: Path) -> Callable[..., FrozenLM]:
     return make
 
 
+@pytest.fixture
+def tokens() -> TokenBatch:
+    """Five packed rows of 12 with document ends inside, and one that ends in padding."""
+    rng = random.Random(1)
+    docs = [[rng.randrange(3, VOCAB) for _ in range(n)] for n in (4, 7, 15, 1, 3, 20, 2, 6)]
+    short = pack([docs[0]], [9], 12, BOS, EOS, (BOS, EOS))
+    full = pack(docs, range(len(docs)), 12, BOS, EOS, (BOS, EOS))
+    return TokenBatch(*join([full, short]), torch.zeros(3, dtype=torch.int64))
+
+
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """400 documents of random words as jsonl."""
@@ -91,3 +103,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
             words = rng.choices(WORDS, k=rng.randint(10, 60))
             file.write(json.dumps({"text": " ".join(words)}) + "\n")
     return path
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden/*.json")

@@ -14,12 +14,12 @@ import pytest
 import torch
 import yaml
 
-from kanllama_lightning.cli import main
 from kanllama_lightning.heads import KANEncoder, SAEHead
 from kanllama_lightning.lm import FrozenLM
 from kanllama_lightning.metrics import Reconstruction, Sparsity
 from kanllama_lightning.tokens import TokenData
 from tests.wandb_file import history
+from train import main
 
 ROOT = Path(__file__).resolve().parents[1]
 Fit = Callable[..., int]

@@ -21,9 +21,10 @@ from torch.autograd.function import once_differentiable
 # hundred tokens.
 _CPU_BLOCK_BYTES = 32 << 20
 _DEVICE_BLOCK_BYTES = 256 << 20
-# Bytes of one elementwise temporary on the CPU: half a dozen passes go over it, so it has to stay
-# in the second-level cache.
-_CPU_FILL_BYTES = 1 << 20
+# Bytes of one elementwise temporary on the CPU. A dozen passes go over it, so it should stay in
+# cache; 1 MiB does so best, but cuts the work into so many parallel regions that their barriers
+# cost far more than the cache saves as soon as another process wants a core.
+_CPU_FILL_BYTES = 4 << 20
 
 
 class _Grid(NamedTuple):

@@ -1,0 +1,750 @@
+"""What every trained head must do, and what the selecting ones must do on top of it."""
+
+import copy
+import json
+import logging
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kanllama_lightning.functional.losses import geometric_median
+from kanllama_lightning.heads import PCA, BatchTopK, KANEncoder, SAEHead, TopK, thresholded
+from kanllama_lightning.types import InputError, SparseCodes, StepContext
+
+D, M, K = 8, 24, 3
+HEADS = [
+    TopK,
+    BatchTopK,
+    KANEncoder,
+]
+THRESHOLDED = [head for head in HEADS if issubclass(head, thresholded.Thresholded)]
+NOTHING_DEAD = StepContext(torch.zeros(0, dtype=torch.int64), 0.0)
+
+every_head = pytest.mark.parametrize("kind", HEADS)
+every_thresholded_head = pytest.mark.parametrize("kind", THRESHOLDED)
+
+
+def rows(n=64, seed=0, d=D):
+    """Raw activations, off the origin, of unlike spread per coordinate."""
+    x = torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+    return x * torch.linspace(0.5, 2, d) * 3 + 1
+
+
+def started(kind, **args):
+    head = kind(**({"d_model": D, "d_sae": M, "k": K} | args))
+    head.start_(rows(500, seed=99))
+    return head
+
+
+def train_(head, x, steps, context=NOTHING_DEAD, lr=1e-2):
+    """Steps in the order of the module; leaves the last gradients in place."""
+    optimizer = torch.optim.Adam(head.parameters(), lr=lr)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        out = head(x)
+        torch.stack(list(head.losses(x, out, context).values())).sum().backward()
+        head.project_grad_()
+        optimizer.step()
+        head.project_()
+        head.observe_(out, 0.1)
+
+
+def trained(kind, **args):
+    """A head whose every parameter and statistic is off its start; in training mode."""
+    head = started(kind, **args)
+    train_(head, rows(), 4)
+    return head
+
+
+def same_outputs(a, b):
+    return torch.equal(a.x_hat, b.x_hat) and all(
+        torch.equal(torch.as_tensor(p), torch.as_tensor(q))
+        for p, q in zip(a.codes, b.codes, strict=True)
+    )
+
+
+# ---------------------------------------------------------------------- every head
+
+
+@every_head
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("training", [True, False])
+def test_shapes_and_types(kind, dtype, training):
+    head = trained(kind).train(training)
+    x = rows(10).to(dtype)
+    out = head(x)
+    assert (out.x_hat.shape, out.x_hat.dtype) == ((10, D), torch.float32)
+    assert out.codes.values.dtype == torch.float32
+    assert (out.codes.values > 0).all()
+    assert out.codes.rows.dtype == out.codes.latents.dtype == torch.int64
+    flat = out.codes.rows * M + out.codes.latents
+    assert (flat.diff() > 0).all()  # rows ascend, no latent twice
+    assert flat.min() >= 0
+    assert flat.max() < 10 * M
+    assert (out.codes.n_rows, out.codes.d_sae) == (10, M)
+    assert (head.encode(x).shape, head.encode(x).dtype) == ((10, M), torch.float32)
+    assert head.decode(head.encode(x)).shape == (10, D)
+    assert all(loss.shape == () for loss in head.losses(x, out, NOTHING_DEAD).values())
+
+
+@every_head
+def test_autocast_changes_numbers_a_little_and_no_types(kind):
+    head = trained(kind)
+    x = rows(32)
+    plain = head(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = head(x)
+        losses = head.losses(x, out, StepContext(torch.arange(4), 0.0))
+    assert out.x_hat.dtype == out.codes.values.dtype == torch.float32
+    assert {loss.dtype for loss in losses.values()} == {torch.float32}
+    error = (out.x_hat - plain.x_hat).norm() / plain.x_hat.norm()
+    assert 0 < error < 0.1
+
+
+@every_head
+def test_forward_is_decode_of_encode(kind):
+    head = trained(kind).eval()
+    x = rows(10)
+    out = head(x)
+    assert torch.equal(out.codes.dense(), head.encode(x))
+    torch.testing.assert_close(out.x_hat, head.decode(head.encode(x)))
+
+
+@every_head
+@pytest.mark.parametrize("training", [True, False])
+def test_encode_is_inference_and_leaves_the_mode_alone(kind, training):
+    head = trained(kind).train(training)
+    latents = head.encode(rows(10))
+    assert [m.training for m in head.modules()] == [training] * len(list(head.modules()))
+    assert torch.equal(latents, head.eval()(rows(10)).codes.dense())
+
+
+@every_head
+def test_encode_leaves_the_mode_alone_when_it_fails(kind):
+    head = trained(kind).train()
+    with pytest.raises(RuntimeError):
+        head.encode(torch.zeros(2, D + 1))
+    assert head.training
+
+
+@every_head
+def test_every_parameter_has_a_finite_gradient_by_the_third_step(kind):
+    head = started(kind)
+    train_(head, rows(), 3)
+    for name, parameter in head.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.any(), name
+
+
+def test_at_the_first_step_the_kan_layer_has_no_gradient_as_u_is_zero():
+    head = started(KANEncoder)
+    train_(head, rows(), 1)
+    idle = {name for name, p in head.named_parameters() if not p.grad.any()}
+    assert idle == {"kan.weight", "kan_bias"}
+
+
+@every_head
+def test_the_loss_is_the_squared_error_in_normalised_units(kind):
+    head = trained(kind)
+    x = rows(16)
+    out = head(x)
+    error = (x - out.x_hat).double() * head.scale.double()
+    losses = head.losses(x, out, NOTHING_DEAD)
+    assert list(losses) == ["mse"]
+    assert losses["mse"].item() == pytest.approx(error.square().sum(1).mean().item(), rel=1e-5)
+
+
+@every_head
+def test_training_lowers_the_loss(kind):
+    head, x = started(kind), rows(256)
+    before = head.losses(x, head(x), NOTHING_DEAD)["mse"].item()
+    train_(head, x, 100)
+    assert head.losses(x, head(x), NOTHING_DEAD)["mse"].item() < before / 2
+
+
+@every_head
+def test_saved_and_loaded_bit_for_bit(kind, tmp_path):
+    head = trained(kind, seed=5, alpha_aux=0.5).eval()
+    head.norm_limit.fill_(12.5)
+    head.calibrate_(rows(100))
+    head.save(tmp_path / "made" / "head", {"model": "tiny"})
+    shutil.move(tmp_path / "made", tmp_path / "moved")  # nothing but the folder is needed
+    loaded = SAEHead.load(str(tmp_path / "moved" / "head"))
+    assert type(loaded) is kind
+    assert not loaded.training
+    assert loaded.init_args() == head.init_args()
+    state, saved = loaded.state_dict(), head.state_dict()
+    assert state.keys() == saved.keys()
+    for name, value in saved.items():
+        assert state[name].dtype == value.dtype
+        assert torch.equal(state[name].nan_to_num(-1), value.nan_to_num(-1)), name
+    assert same_outputs(loaded(rows(20)), head(rows(20)))
+
+
+@every_head
+def test_the_card_can_be_read(kind, tmp_path):
+    head = kind(D, M, k=K)
+    head.save(tmp_path, {"model": "tiny", "tokens": 7})
+    card = json.loads((tmp_path / "head.json").read_text())
+    assert card["format"] == 1
+    assert card["class_path"] == f"{kind.__module__}.{kind.__name__}"
+    assert card["provenance"] == {"model": "tiny", "tokens": 7}
+    assert card["init_args"].items() >= {"d_model": D, "d_sae": M, "k": K, "seed": 0}.items()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["head.json", "head.safetensors"]
+
+
+@every_head
+def test_saving_twice_replaces_both_files(kind, tmp_path):
+    kind(D, M, k=K).save(tmp_path)
+    kind(D, M, k=K + 1, seed=1).save(tmp_path)
+    loaded = SAEHead.load(tmp_path)
+    assert loaded.k == K + 1
+    assert torch.equal(loaded.W_dec, kind(D, M, k=K, seed=1).W_dec)
+
+
+@every_head
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"k": M + 1}, rf"head\.k={M + 1}: must be from 1 to d_sae={M}"),
+        ({"k": 0}, r"head\.k=0"),
+        ({"d_sae": 0}, r"head\.d_sae=0"),
+        ({"alpha_aux": -1.0}, r"head\.alpha_aux=-1"),
+    ],
+)
+def test_refused_arguments(kind, args, message):
+    with pytest.raises(InputError, match=message):
+        kind(**({"d_model": D, "d_sae": M, "k": K} | args))
+
+
+@every_head
+def test_dictionary_rows_stay_on_the_unit_sphere(kind):
+    head = started(kind)
+    optimizer = torch.optim.SGD(head.parameters(), lr=1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        head.losses(rows(), head(rows()), NOTHING_DEAD)["mse"].backward()
+        raw = head.W_dec.grad.clone()
+        assert (raw * head.W_dec).sum(1).abs().max() > 0.1
+        head.project_grad_()
+        along = (head.W_dec.grad * head.W_dec).sum(1)
+        assert along.abs().max() < 1e-5 * raw.norm(dim=1).max()
+        across = raw - (raw * head.W_dec).sum(1, keepdim=True) * head.W_dec
+        torch.testing.assert_close(head.W_dec.grad, across.detach())
+        optimizer.step()
+        head.project_()
+        torch.testing.assert_close(head.W_dec.norm(dim=1), torch.ones(M), atol=1e-6, rtol=0)
+
+
+@every_head
+def test_projection_of_gradients_without_any(kind):
+    kind(D, M, k=K).project_grad_()
+
+
+@every_head
+def test_units_of_the_lm_change_nothing(kind):
+    """Powers of two are exact: the same codes, and the reconstruction in the new units."""
+    a, b = kind(D, M, k=K), kind(D, M, k=K)
+    a.start_(rows(500))
+    b.start_(rows(500) * 64)
+    assert torch.equal(b.scale, a.scale / 64)
+    small, large = a(rows(20)), b(rows(20) * 64)
+    assert torch.equal(small.codes.dense(), large.codes.dense())
+    assert torch.equal(small.x_hat * 64, large.x_hat)
+    losses = a.losses(rows(20), small, NOTHING_DEAD), b.losses(rows(20) * 64, large, NOTHING_DEAD)
+    assert losses[0] == losses[1]
+
+
+@every_head
+def test_start_statistics(kind):
+    x = rows(500)
+    head = kind(D, M, k=K)
+    head.start_(x)
+    n = x.double().numpy()
+    norm = np.linalg.norm(n, axis=1).mean()
+    assert head.scale.item() == pytest.approx(D**0.5 / norm, rel=1e-6)
+    np.testing.assert_allclose(head.x_mean.numpy(), n.mean(0), rtol=1e-5)
+    torch.testing.assert_close(head.b_dec.detach(), geometric_median(x * head.scale))
+    if kind is KANEncoder:
+        z = head.standardised(x).double()
+        torch.testing.assert_close(z.mean(0), torch.zeros(D).double(), atol=1e-5, rtol=0)
+        torch.testing.assert_close(z.std(0), torch.ones(D).double(), atol=1e-5, rtol=0)
+
+
+@every_head
+def test_the_seed_decides_the_weights_and_the_global_generator_does_not(kind):
+    state = torch.get_rng_state()
+    a = kind(D, M, k=K, seed=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(123)
+    b, c = kind(D, M, k=K, seed=3), kind(D, M, k=K, seed=4)
+    for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    assert not torch.equal(a.W_dec, c.W_dec)
+    assert a.n_parameters() == sum(p.numel() for p in a.parameters())
+
+
+@every_head
+def test_start_of_the_weights(kind):
+    head = kind(D, M, k=K)
+    assert torch.equal(head.W_enc, head.W_dec.T)
+    torch.testing.assert_close(head.W_dec.norm(dim=1), torch.ones(M))
+    assert not head.b_enc.any()
+    assert (head.W_dec < 0).float().mean() > 0.3  # signed: no all-positive directions
+
+
+@every_head
+def test_every_head_of_one_seed_has_the_same_dictionary(kind):
+    a, b = kind(D, M, k=K, seed=7), BatchTopK(D, M, k=K, seed=7)
+    assert torch.equal(a.W_dec, b.W_dec)
+    assert torch.equal(a.W_enc, b.W_enc)
+
+
+# -------------------------------------------------------------------- gradients
+
+
+def naive_loss(head, x, flat, dead):
+    """The loss as METHODS A writes it: dense, and b_dec taken off inside the product."""
+    x_n = x * head.scale
+    pre = (x_n - head.b_dec) @ head.W_enc + head.b_enc
+    if isinstance(head, KANEncoder):
+        z = (x_n - head.kan_mean) / head.kan_std
+        pre = pre + torch.relu(head.kan(z) + head.kan_bias) @ head.U
+    kept = torch.zeros(len(x) * M).index_fill(0, flat, 1.0).view(len(x), M)
+    x_hat = (torch.relu(pre) * kept) @ head.W_dec + head.b_dec
+    loss = (x_n - x_hat).square().sum(1).mean()
+    if len(dead):
+        target = (x_n - x_hat).detach()
+        acts = torch.relu(pre[:, dead])
+        best = acts.argsort(dim=1, descending=True).argsort(dim=1) < min(D // 2, len(dead))
+        e_hat = (acts * best) @ head.W_dec[dead]
+        variance = (target - target.mean(0)).square().sum(1).mean()
+        loss = loss + head.alpha_aux * (target - e_hat).square().sum(1).mean() / variance
+    return loss
+
+
+@every_head
+@pytest.mark.parametrize("n_dead", [0, 2, 11, M])
+def test_all_gradients_are_those_of_the_formula(kind, n_dead):
+    """Above all b_dec's, which goes round the encoder's product with the batch."""
+    head = trained(kind, alpha_aux=2.0)
+    x = rows(40, seed=3)
+    dead = torch.randperm(M, generator=torch.Generator().manual_seed(1))[:n_dead]
+    head.zero_grad()
+    out = head(x)
+    losses = head.losses(x, out, StepContext(dead, 0.5))
+    assert list(losses) == (["mse", "auxk"] if n_dead else ["mse"])
+    loss = sum(losses.values())
+    got = torch.autograd.grad(loss, list(head.parameters()))
+    want_loss = naive_loss(head, x, out.codes.rows * M + out.codes.latents, dead)
+    want = torch.autograd.grad(want_loss, list(head.parameters()))
+    torch.testing.assert_close(loss, want_loss, rtol=1e-5, atol=0)
+    for (name, _), a, b in zip(head.named_parameters(), got, want, strict=True):
+        torch.testing.assert_close(
+            a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item(), msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+# ------------------------------------------------------------------------- AuxK
+
+
+@every_head
+def test_auxk_reaches_dead_latents_and_no_others(kind):
+    head = trained(kind)
+    with torch.no_grad():  # too small to be selected, still positive on some tokens
+        head.W_enc[:, :6] *= 1e-3
+        head.b_enc[:6] = 0
+        if kind is KANEncoder:
+            head.U[:, :6] *= 1e-3
+    x, dead = rows(), torch.arange(6)
+    out = head(x)
+    assert not out.codes.fired()[:6].any()
+    term = head.losses(x, out, StepContext(dead, 0.0))["auxk"]
+    head.zero_grad()
+    term.backward()
+    for per_latent in (head.W_enc.grad.abs().sum(0), head.W_dec.grad.abs().sum(1)):
+        assert (per_latent[:6] > 0).all()
+        assert not per_latent[6:].any()
+
+
+@every_head
+def test_auxk_can_reach_every_latent(kind):
+    head, x = trained(kind), rows()
+    out = head(x)
+    for latent in range(M):
+        head.zero_grad()
+        head.losses(x, out, StepContext(torch.tensor([latent]), 0.0))["auxk"].backward(
+            retain_graph=True
+        )
+        assert head.W_enc.grad.abs().sum(0).nonzero().flatten().tolist() == [latent]
+        assert head.W_dec.grad.abs().sum(1).nonzero().flatten().tolist() == [latent]
+
+
+@every_head
+@pytest.mark.parametrize("alpha_aux", [0.0, 1.0])
+def test_auxk_revives(kind, alpha_aux):
+    head, x = started(kind, alpha_aux=alpha_aux), rows(256)
+    with torch.no_grad():
+        head.W_enc[:, :6] *= 1e-3
+    train_(head, x, 60, StepContext(torch.arange(6), 0.0))
+    revived = int((head(x).codes.fired()[:6] > 0).sum())
+    assert revived >= 4 if alpha_aux else revived == 0
+
+
+@every_head
+def test_auxk_can_be_left_out(kind):
+    head, x = started(kind, alpha_aux=0.0), rows()
+    assert list(head.losses(x, head(x), StepContext(torch.arange(6), 0.0))) == ["mse"]
+
+
+# ------------------------------------------------------------------------ by hand
+
+
+def by_hand(kind, k):
+    """Two dimensions, three latents; pre-activations of `X` are listed beside it."""
+    head = kind(2, 3, k=k)
+    with torch.no_grad():
+        head.W_enc.copy_(torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, -1.0]]))
+        head.W_dec.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]))
+        head.b_enc.copy_(torch.tensor([0.0, 0.0, 0.5]))
+        head.b_dec.copy_(torch.tensor([1.0, 1.0]))
+    return head
+
+
+X = torch.tensor([[4.0, 3.0], [3.0, 1.0], [0.0, 0.0]])
+# less b_dec: 3 2 | 2 0 | -1 -1; pre-activations: 3 2 1.5 | 2 0 2.5 | -1 -1 0.5
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_topk_by_hand(training):
+    head = by_hand(TopK, 2).train(training)
+    out = head(X)
+    want = torch.tensor([[3.0, 2.0, 0.0], [2.0, 0.0, 2.5], [0.0, 0.0, 0.5]])
+    assert torch.equal(out.codes.dense(), want)
+    assert out.codes.l0().tolist() == [2, 2, 1]
+    assert out.codes.fired().tolist() == [2, 1, 2]
+    torch.testing.assert_close(out.x_hat, torch.tensor([[4.0, 3.0], [4.5, 3.0], [1.3, 1.4]]))
+    # squared errors: 0, 1.5^2 + 2^2, 1.3^2 + 1.4^2
+    assert head.losses(X, out, NOTHING_DEAD)["mse"].item() == pytest.approx(9.9 / 3)
+
+
+@every_thresholded_head
+def test_thresholded_by_hand(kind):
+    """k = 1 keeps three of the batch: 3, 2.5 and, of two 2s, the first; U = 0 adds nothing."""
+    head = by_hand(kind, 1)
+    out = head(X)
+    want = torch.tensor([[3.0, 2.0, 0.0], [0.0, 0.0, 2.5], [0.0, 0.0, 0.0]])
+    assert torch.equal(out.codes.dense(), want)
+    torch.testing.assert_close(out.x_hat, torch.tensor([[4.0, 3.0], [2.5, 3.0], [1.0, 1.0]]))
+
+    head.observe_(out, 0.25)
+    assert head.inference_threshold().item() == 2
+    assert torch.equal(head.encode(X), torch.tensor([[3.0, 0, 0], [0, 0, 2.5], [0, 0, 0]]))
+
+    head.threshold.fill_(1.75)  # a calibrated one goes before the moving average
+    want = torch.tensor([[3.0, 2.0, 0.0], [2.0, 0.0, 2.5], [0.0, 0.0, 0.0]])
+    assert torch.equal(head.encode(X), want)
+
+    head.calibrate_(X)
+    assert 1.9999 < head.inference_threshold().item() < 2
+
+
+def test_scale_by_hand():
+    """The same numbers, with activations half as large."""
+    head = by_hand(TopK, 2)
+    head.scale.fill_(2.0)
+    out, plain = head(X / 2), by_hand(TopK, 2)(X)
+    assert torch.equal(out.codes.dense(), plain.codes.dense())
+    assert torch.equal(out.x_hat, plain.x_hat / 2)
+
+
+def test_kan_encoder_by_hand():
+    """One hidden unit, whose KAN layer is the SiLU of the first coordinate, feeds latent 2."""
+    args = {"grid_size": 1, "spline_order": 1}
+    head = KANEncoder(2, 3, k=1, d_hidden=1, kan_args=args)
+    head.load_state_dict(by_hand(BatchTopK, 1).state_dict(), strict=False)
+    with torch.no_grad():
+        head.kan.weight.zero_()
+        head.kan.weight[0, 0, 0] = 1.0
+        head.kan_bias.fill_(1.0)
+        head.U.copy_(torch.tensor([[0.0, 0.0, 10.0]]))
+        head.kan_mean.copy_(torch.tensor([1.0, 0.0]))
+        head.kan_std.copy_(torch.tensor([2.0, 1.0]))
+    silu = [z / (1 + np.exp(-z)) for z in (1.5, 1.0, -0.5)]  # (x - 1) / 2
+    want = np.array([[3, 2, 1.5], [2, 0, 2.5], [-1, -1, 0.5]])
+    want[:, 2] += 10 * (np.array(silu) + 1)
+    np.testing.assert_allclose(head.pre_acts(X).detach(), want, rtol=1e-6)
+    some = head.pre_acts(X, torch.tensor([2, 0])).detach()
+    np.testing.assert_allclose(some, want[:, [2, 0]], rtol=1e-6)
+
+
+# ----------------------------------------------------------------- TopK, BatchTopK
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 1000), st.integers(1, M), st.booleans())
+def test_topk_keeps_the_k_largest_of_each_token(seed, k, training):
+    head = started(TopK, k=k).train(training)
+    x = rows(20, seed)
+    codes = head(x).codes
+    pre = head.pre_acts(x).detach()
+    assert (codes.l0() <= k).all()
+    assert torch.equal(codes.l0(), (pre > 0).sum(1).clamp_max(k))
+    kth = pre.sort(dim=1, descending=True).values[:, k - 1 : k]
+    want = torch.where((pre >= kth) & (pre > 0), pre, 0.0)
+    assert torch.equal(codes.dense(), want)
+
+
+def test_topk_is_exactly_k_where_enough_are_positive():
+    head = started(TopK)
+    with torch.no_grad():
+        head.b_enc.fill_(100.0)
+    assert head(rows()).codes.l0().tolist() == [K] * 64
+
+
+@every_thresholded_head
+def test_training_keeps_k_times_tokens(kind):
+    head = trained(kind)
+    for n in (1, 7, 64):
+        codes = head(rows(n)).codes
+        assert len(codes.values) == K * n
+        pre = head.pre_acts(rows(n)).detach().flatten()
+        assert codes.values.min() == pre.sort(descending=True).values[K * n - 1]
+    assert len(set(head(rows()).codes.l0().tolist())) > 1  # not k of each token
+
+
+@every_thresholded_head
+def test_inference_does_not_depend_on_the_neighbours(kind):
+    head = trained(kind).eval()
+    x = rows(30)
+    alone = torch.cat([head.encode(row[None]) for row in x])
+    torch.testing.assert_close(alone, head.encode(x), atol=1e-5, rtol=1e-5)
+
+
+@every_thresholded_head
+def test_calibration_is_the_exact_quantile(kind):
+    head, x = trained(kind), rows(1000)
+    head.calibrate_(x)
+    acts = np.sort(head.pre_acts(x).detach().numpy().ravel())[::-1]
+    smallest_kept = acts[K * 1000 - 1]
+    assert head.threshold.item() == np.nextafter(smallest_kept, np.float32(0))
+    largest_dropped = np.quantile(acts, 1 - K / M, method="inverted_cdf")
+    assert largest_dropped <= head.threshold.item() < smallest_kept
+    assert head.eval()(x).codes.l0().sum() == K * 1000
+
+
+@every_thresholded_head
+def test_inference_l0_is_near_k_after_training_and_calibration(kind):
+    """And on other rows of the same distribution too."""
+    head = trained(kind)
+    train_(head, rows(512), 30)
+    head.calibrate_(rows(4000, seed=1))
+    head.eval()
+    assert abs(head(rows(4000, seed=1)).codes.l0().double().mean() / K - 1) < 1e-3
+    assert abs(head(rows(4000, seed=2)).codes.l0().double().mean() / K - 1) < 0.05
+
+
+@every_thresholded_head
+def test_calibration_does_not_depend_on_its_chunks(kind, monkeypatch):
+    head, x = trained(kind), rows(300)
+    found = []
+    for chunk in (1, 7, 64, 299, 300, 10_000):
+        monkeypatch.setattr(thresholded, "CALIBRATION_ROWS", chunk)
+        head.calibrate_(x)
+        found.append(head.threshold.item())
+    assert found == pytest.approx([found[0]] * 6, rel=1e-6)
+
+
+@every_thresholded_head
+def test_calibration_with_too_few_positive_activations_keeps_all_of_them(kind):
+    head = started(kind, k=20)
+    with torch.no_grad():
+        head.b_enc -= 2.0
+    x = rows(50)
+    positive = int((head.pre_acts(x) > 0).sum())
+    assert 0 < positive < 20 * 50
+    head.calibrate_(x)
+    assert head.threshold == 0
+    assert head.eval()(x).codes.l0().sum() == positive
+
+
+@every_thresholded_head
+def test_the_moving_average_is_bias_corrected(kind):
+    head = kind(D, M, k=K)
+    codes = head(rows(4)).codes
+    seen = [5.0, 1.0, 3.0, 4.0]
+    for smallest in seen:
+        values = torch.tensor([smallest + 1, smallest, smallest + 2])
+        head.observe_(head(rows(4))._replace(codes=codes._replace(values=values)), 0.1)
+        if smallest == seen[0]:
+            assert head.inference_threshold().item() == pytest.approx(5.0)
+    weights = 0.9 ** np.arange(3, -1, -1)
+    assert head.inference_threshold().item() == pytest.approx(np.average(seen, weights=weights))
+
+
+@every_thresholded_head
+def test_a_batch_without_codes_leaves_the_moving_average_alone(kind):
+    head = kind(D, M, k=K)
+    none = torch.zeros(0, dtype=torch.int64)
+    out = head(rows(2))._replace(codes=SparseCodes(torch.zeros(0), none, none, 2, M))
+    head.observe_(out, 0.1)
+    assert head.inference_threshold() is None
+
+
+@every_thresholded_head
+def test_a_head_without_a_threshold_warns(kind, caplog):
+    head = started(kind).eval()
+    with caplog.at_level(logging.WARNING):
+        codes = head(rows(10)).codes
+    assert "no threshold yet" in caplog.text
+    assert len(codes.values) == K * 10
+    caplog.clear()
+    head.threshold.fill_(1.0)
+    with caplog.at_level(logging.WARNING):
+        head(rows(10))
+    assert not caplog.records
+
+
+# --------------------------------------------------------------------- KANEncoder
+
+
+def test_step_0_of_the_kan_encoder_is_batch_topk_bit_for_bit():
+    kan, linear = started(KANEncoder, seed=7), started(BatchTopK, seed=7)
+    for x in (rows(50), rows(1), rows(50) * 100):  # beyond the grid as well
+        assert same_outputs(kan(x), linear(x))
+    for head in (kan, linear):
+        head.calibrate_(rows(200))
+        head.eval()
+    assert torch.equal(kan.threshold, linear.threshold)
+    assert same_outputs(kan(rows(50)), linear(rows(50)))
+
+
+def test_the_kan_layer_of_another_seed_is_another():
+    a, b = KANEncoder(D, M, K, seed=0), KANEncoder(D, M, K, seed=1)
+    assert not torch.equal(a.kan.weight, b.kan.weight)
+
+
+def test_kan_layer_by_class_and_arguments(tmp_path):
+    head = KANEncoder(D, M, K, d_hidden=5, kan_class="torch.nn.Linear", kan_args={"bias": False})
+    assert head.kan.weight.shape == (5, D)
+    assert head.diagnostics(rows()) == {}
+    head.save(tmp_path)
+    loaded = SAEHead.load(tmp_path)
+    assert isinstance(loaded.kan, torch.nn.Linear)
+    assert torch.equal(loaded.kan.weight, head.kan.weight)
+
+
+def test_share_out_of_the_grid():
+    head = started(KANEncoder)
+    x = rows(200)
+    z = head.standardised(x)
+    assert head.diagnostics(x)["out_of_grid"] == (z.abs() > 3).double().mean().float()
+    far = head.x_mean + 100 * head.kan_std / head.scale
+    assert head.diagnostics(far.expand(4, -1))["out_of_grid"] == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"d_hidden": 0}, r"head\.d_hidden=0"),
+        ({"kan_class": "no_such_package.KAN"}, r"class_path 'no_such_package\.KAN'.*imported"),
+        ({"kan_class": "torch.nn.NoSuchLayer"}, r"'torch\.nn\.NoSuchLayer'.*imported"),
+        ({"kan_class": "KAN"}, r"class_path 'KAN'"),
+        ({"kan_class": "torch.relu"}, r"'torch\.relu': is no Module"),
+        ({"kan_args": {"colour": 3}}, r"head\.kan_args=\{'colour': 3\}.*does not take"),
+        ({"kan_args": {"grid_size": 0}}, r"grid_size=0"),
+    ],
+)
+def test_refused_kan_layers(args, message):
+    with pytest.raises(InputError, match=message):
+        KANEncoder(D, M, K, **args)
+
+
+# ------------------------------------------------------------------- saved heads
+
+
+def edit_card(folder, **changes):
+    card = json.loads((folder / "head.json").read_text()) | changes
+    (folder / "head.json").write_text(json.dumps(card))
+
+
+def test_a_folder_without_a_head(tmp_path):
+    with pytest.raises(InputError, match=r"head folder .*nowhere.*head\.json"):
+        SAEHead.load(tmp_path / "nowhere")
+    TopK(D, M, K).save(tmp_path)
+    (tmp_path / "head.safetensors").unlink()
+    with pytest.raises(InputError, match=r"holds no head\.json with head\.safetensors"):
+        SAEHead.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": 2}, "format=2; this version reads 1"),
+        ({"class_path": "kanllama_lightning.heads.nothing.Nothing"}, "cannot be imported"),
+        ({"class_path": "torch.nn.Linear"}, r"'torch\.nn\.Linear': is no SAEHead"),
+        ({"class_path": "json.dumps"}, "is no SAEHead"),
+        ({"class_path": "TopK"}, "cannot be imported"),
+    ],
+)
+def test_a_card_that_cannot_be_used(tmp_path, changes, message):
+    TopK(D, M, K).save(tmp_path)
+    edit_card(tmp_path, **changes)
+    with pytest.raises(InputError, match=message):
+        SAEHead.load(tmp_path)
+
+
+# --------------------------------------------------------------------- it learns
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [TopK, BatchTopK, KANEncoder])
+def test_recovers_a_planted_dictionary(kind):
+    """48 atoms in 32 dimensions, three of them per token, strengths from 0.5 to 1.5."""
+    d, atoms, active = 32, 48, 3
+    generator = torch.Generator().manual_seed(1234)  # not the head's: its start is random too
+    planted = torch.nn.functional.normalize(torch.randn(atoms, d, generator=generator), dim=1)
+
+    def sample(n):
+        which = torch.rand(n, atoms, generator=generator).topk(active, dim=1).indices
+        strength = 0.5 + torch.rand(n, active, generator=generator)
+        return torch.zeros(n, atoms).scatter(1, which, strength) @ planted
+
+    head = kind(d, 64, k=active)
+    head.start_(sample(8192))
+    before = (planted @ head.W_dec.detach().T).max(1).values.mean()
+    steps = 1500
+    optimizer = torch.optim.Adam(head.parameters(), lr=3e-3)
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, 5 * (1 - s / steps)))
+    silent = torch.zeros(64)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        x = sample(256)
+        out = head(x)
+        dead = (silent > 20_000).nonzero().flatten()
+        sum(head.losses(x, out, StepContext(dead, 0.0)).values()).backward()
+        head.project_grad_()
+        optimizer.step()
+        head.project_()
+        rate.step()
+        silent = (silent + 256).masked_fill(out.codes.fired() > 0, 0)
+    found = (planted @ head.W_dec.detach().T).max(1).values.mean()
+    assert before < 0.6, before
+    assert found > 0.9, found
+
+
+def test_heads_can_be_copied():
+    """The untrained head is kept by a deep copy."""
+    head = trained(KANEncoder).eval()
+    assert same_outputs(copy.deepcopy(head)(rows(5)), head(rows(5)))
+
+
+def test_pca_is_no_trained_head():
+    head = PCA(D, 2)
+    out = head(rows())
+    with pytest.raises(InputError, match="not trained"):
+        head.losses(rows(), out, NOTHING_DEAD)

@@ -1,0 +1,77 @@
+"""Who may import whom (CONTRIBUTING.md): the arrows, read from the code."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = [
+    p.relative_to(ROOT)
+    for folder in ("kanllama_lightning", "callbacks")
+    for p in (ROOT / folder).rglob("*.py")
+]
+HEADS = "kanllama_lightning.heads"
+SHARED_BY_HEADS = {f"{HEADS}.{name}" for name in ("base", "dictionary", "thresholded")}
+
+
+def imports(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / file).read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def packages(file: Path) -> set[str]:
+    return {name.split(".")[0] for name in imports(file)}
+
+
+def ours(file: Path) -> set[str]:
+    """Modules of the project that a file imports."""
+    modules = {".".join(f.with_suffix("").parts).removesuffix(".__init__") for f in FILES}
+    return imports(file) & modules
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_arrows(file: Path) -> None:
+    name = ".".join(file.with_suffix("").parts)
+    used = ours(file)
+    assert "tests" not in packages(file)
+    if name == "kanllama_lightning.types":
+        assert not used
+    if ".functional." in name:
+        assert packages(file) <= {
+            "torch",
+            "jaxtyping",
+            "typing",
+            "collections",
+            "math",
+            "functools",
+            "kanllama_lightning",
+        }
+        assert all(".functional." in u for u in used)
+    if name.startswith(f"{HEADS}.") and file.name != "__init__.py":
+        assert not packages(file) & {"lightning", "transformers", "datasets", "wandb"}
+        allowed = SHARED_BY_HEADS | {HEADS, "kanllama_lightning.types"}
+        assert all(u in allowed or ".functional" in u for u in used if u != "kanllama_lightning")
+    if name.startswith("kanllama_lightning."):
+        assert "callbacks" not in packages(file), (
+            "YAML and train.py name callbacks, the library does not"
+        )
+    if name.startswith("callbacks."):
+        bad = {"kanllama_lightning.module", "kanllama_lightning.cli", "kanllama_lightning.tokens"}
+        assert not used & bad
+    if ".embedded." in name and not name.endswith("build"):
+        assert not packages(file) & {"torch", "transformers"}, "the story world is plain Python"
+
+
+def test_no_string_ladder_over_heads() -> None:
+    """Heads are chosen by class path; no code compares a head's name."""
+    for file in FILES:
+        text = (ROOT / file).read_text()
+        assert '== "KANEncoder"' not in text
+        assert "architecture ==" not in text

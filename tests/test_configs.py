@@ -1,0 +1,96 @@
+"""Every shipped YAML parses against the real signatures and says what it is for."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from kanllama_lightning import cli, heads
+from kanllama_lightning.heads import SAEHead
+from train import main
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+OVERLAYS = {"base", "embedded"}
+HEAD_CONFIGS = [c for c in CONFIGS if c.stem not in OVERLAYS]
+
+
+class Parsed(Exception):  # noqa: N818
+    """Parsing is done; nothing is built."""
+
+
+def parse(monkeypatch: pytest.MonkeyPatch, *configs: Path) -> Any:
+    """The resolved configuration of a `fit`."""
+
+    def stop(self: cli.KanllamaCLI) -> None:
+        raise Parsed(self.config["fit"])
+
+    monkeypatch.setattr(cli.KanllamaCLI, "before_instantiate_classes", stop)
+    with pytest.raises(Parsed) as parsed:
+        main(["fit", *(a for c in configs for a in ("--config", str(c)))])
+    return parsed.value.args[0]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.stem)
+def test_says_what_it_is_for(config: Path) -> None:
+    assert config.read_text().startswith("# ")
+
+
+@pytest.mark.parametrize("config", HEAD_CONFIGS, ids=lambda c: c.stem)
+def test_is_a_complete_run_on_the_real_target(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed = parse(monkeypatch, config)
+    assert parsed.lm.name == "meta-llama/Llama-3.2-1B"
+    assert parsed.lm.hook_point == "model.layers.0.mlp"
+    assert len(parsed.lm.revision) == 40
+    assert parsed.model.head.init_args.d_sae == 16384
+    assert parsed.model.head.init_args.k == 64
+    assert parsed.model.tokens == 300_000_000
+    assert parsed.data.ctx_len == 512
+    assert parsed.data.train.init_args.name == "roneneldan/TinyStories"
+    assert parsed.data.val[0].init_args.sample_seed == 42
+
+
+@pytest.mark.parametrize("config", HEAD_CONFIGS, ids=lambda c: c.stem)
+def test_embedded_overlay_leaves_nothing_to_download(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed = parse(monkeypatch, config, ROOT / "configs" / "embedded.yaml")
+    assert parsed.lm.name == "embedded"
+    assert parsed.lm.revision is None
+    assert parsed.data.val is None
+    assert "StoryWorldCorpus" in parsed.data.train.class_path
+    own = parse(monkeypatch, config).model.head.class_path
+    assert parsed.model.head.class_path == own, "the overlay keeps the head"
+
+
+def test_every_trainable_head_has_a_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    configured = {parse(monkeypatch, c).model.head.class_path for c in HEAD_CONFIGS}
+    known = {
+        f"{h.__module__}.{h.__qualname__}"
+        for h in (getattr(heads, name) for name in heads.__all__)
+        if h is not SAEHead and h is not heads.PCA
+    }
+    assert {c.rsplit(".", 1)[-1] for c in configured} == {k.rsplit(".", 1)[-1] for k in known}
+
+
+def test_later_config_keeps_shared_arguments_and_drops_foreign_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extra = tmp_path / "extra.yaml"
+    extra.write_text("model: {head: {class_path: KANEncoder, init_args: {d_hidden: 99}}}\n")
+    other = tmp_path / "other.yaml"
+    other.write_text("model: {head: {class_path: TopK}}\n")
+    head = parse(monkeypatch, ROOT / "configs" / "kan.yaml", extra, other).model.head
+    assert head.class_path.endswith("TopK")
+    assert head.init_args.d_sae == 16384
+    assert "d_hidden" not in head.init_args
+
+
+def test_base_callbacks_exist() -> None:
+    base = yaml.safe_load((ROOT / "configs" / "base.yaml").read_text())
+    for entry in base["trainer"]["callbacks"]:
+        module, _, name = entry["class_path"].rpartition(".")
+        assert (ROOT / (module.replace(".", "/") + ".py")).exists(), name

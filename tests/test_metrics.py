@@ -1,0 +1,308 @@
+"""Every metric against plain NumPy on the whole set."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kanllama_lightning.metrics import Reconstruction, Sparsity, SplicedLoss, score
+from kanllama_lightning.types import SparseCodes
+
+SEEDS = st.integers(0, 10_000)
+
+
+def random(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def cuts(n):
+    """Places to cut n rows at; some parts are empty."""
+    return st.lists(st.integers(0, n), max_size=6).map(lambda at: [0, *sorted(at), n])
+
+
+def codes_of(dense):
+    rows, latents = dense.nonzero(as_tuple=True)
+    return SparseCodes(dense[rows, latents], rows, latents, *dense.shape)
+
+
+def merged(metric, parts):
+    """One metric per part, their states summed, as a reduction over ranks does."""
+    into = metric()
+    for part in parts:
+        for name in into._defaults:
+            setattr(into, name, getattr(into, name) + getattr(part, name))
+    return into
+
+
+# ------------------------------------------------------------------ Reconstruction
+
+
+def reconstruction_by_numpy(x, x_hat):
+    x, x_hat = x.double().numpy(), x_hat.double().numpy()
+    norm, norm_hat = np.linalg.norm(x, axis=1), np.linalg.norm(x_hat, axis=1)
+    error = ((x - x_hat) ** 2).sum(1)
+    fvu = error.sum() / ((x - x.mean(0)) ** 2).sum()
+    return {
+        "fvu": fvu,
+        "ev": 1 - fvu,
+        "mse": error.mean(),
+        "cosine": ((x * x_hat).sum(1) / norm / norm_hat).mean(),
+        "l2_ratio": (norm_hat / norm).mean(),
+        "bias": (norm_hat**2).mean() / (x * x_hat).sum(1).mean(),
+    }
+
+
+def reconstruction(x, x_hat, at=None):
+    metric = Reconstruction(x.shape[1])
+    for a, b in zip(at or [0], (at or [0, len(x)])[1:], strict=False):
+        metric.update(x[a:b], x_hat[a:b])
+    return metric.compute()
+
+
+@settings(max_examples=30)
+@given(SEEDS, cuts(20))
+def test_reconstruction_is_numpys_however_the_set_is_cut(seed, at):
+    x = random(seed, 20, 5) * torch.tensor([1.0, 2, 3, 4, 5]) + 10
+    x_hat = x + random(seed + 1, 20, 5)
+    want = pytest.approx(reconstruction_by_numpy(x, x_hat), rel=1e-9)
+    assert reconstruction(x, x_hat, at) == want
+    assert reconstruction(x, x_hat, [0, 20]) == want
+
+
+def test_explained_variance_by_hand():
+    x = torch.tensor([[2.0, 0.0], [0.0, 4.0]])
+    x_hat = torch.tensor([[2.0, 1.0], [0.0, 3.0]])
+    got = reconstruction(x, x_hat, [0, 2])
+    assert got["ev"] == pytest.approx(0.8)
+    assert got["mse"] == 1.0  # summed over d_model
+    assert reconstruction(x, x_hat, [0, 1, 2])["ev"] == pytest.approx(0.8)
+
+
+def test_explained_variance_of_the_mean_is_0_and_of_itself_1():
+    x = random(0, 50, 4) + 3
+    assert reconstruction(x, x.mean(0).expand_as(x), [0, 20, 50])["ev"] == pytest.approx(0)
+    perfect = reconstruction(x, x, [0, 20, 50])
+    assert perfect["ev"] == 1
+    assert perfect["cosine"] == pytest.approx(1)
+    assert (perfect["l2_ratio"], perfect["bias"]) == (1, 1)
+
+
+def test_variance_is_about_the_mean_even_where_it_is_far_away():
+    """In fp32 the two sums would cancel to nothing."""
+    x = random(0, 400, 3).double() + 1e5
+    x_hat = x + 0.1 * random(1, 400, 3)
+    want = reconstruction_by_numpy(x, x_hat)["ev"]
+    assert 0.98 < want < 1
+    assert reconstruction(x, x_hat, [0, 100, 400])["ev"] == pytest.approx(want, abs=1e-4)
+
+
+def test_a_shrunken_reconstruction_has_a_bias_below_1():
+    x = random(0, 50, 4)
+    got = reconstruction(x, 0.8 * x, [0, 50])
+    assert got["bias"] == pytest.approx(0.8)
+    assert got["l2_ratio"] == pytest.approx(0.8)
+
+
+def test_zero_rows_give_no_nan():
+    got = reconstruction(torch.eye(3) * torch.tensor([1.0, 1, 0]), torch.zeros(3, 3), [0, 3])
+    assert (got["cosine"], got["l2_ratio"]) == (0, 0)
+    assert math.isnan(got["bias"])  # 0 / 0: no prediction at all
+
+
+def test_one_constant_row_has_no_fvu():
+    assert math.isnan(reconstruction(torch.ones(2, 2), torch.zeros(2, 2), [0, 2])["fvu"])
+
+
+# ----------------------------------------------------------------------- Sparsity
+
+
+def sparsity_by_numpy(dense):
+    on = dense.numpy() != 0
+    l0, frequency = on.sum(1), on.mean(0)
+
+    def quantile(q):
+        return np.quantile(l0, q, method="inverted_cdf")
+
+    return {
+        "l0": l0.mean(),
+        "l0_median": quantile(0.5),
+        "l0_p5": quantile(0.05),
+        "l0_p95": quantile(0.95),
+        "dead_frac": (frequency == 0).mean(),
+        "dense_frac": (frequency > 0.1).mean(),
+        "sparsity_tokens": len(l0),
+    }
+
+
+@settings(max_examples=40)
+@given(SEEDS, st.integers(1, 60), st.floats(-1, 3), st.data())
+def test_sparsity_is_numpys_however_the_set_is_cut(seed, n, sparse, data):
+    dense = random(seed, n, 9)
+    dense = torch.where(dense > sparse + torch.linspace(-1, 2, 9), dense.abs(), 0)
+    at = data.draw(cuts(n))
+    metric = Sparsity(9)
+    for a, b in zip(at, at[1:], strict=False):
+        metric.update(codes_of(dense[a:b]))
+    assert metric.compute() == pytest.approx(sparsity_by_numpy(dense))
+    np.testing.assert_allclose(metric.frequency(), (dense.numpy() != 0).mean(0))
+
+
+def test_sparsity_by_hand():
+    """Latents on 2, 1, 0 and 1 of 4 tokens; L0 is 3, 1, 0, 0."""
+    metric = Sparsity(4)
+    metric.update(codes_of(torch.tensor([[5.0, 1, 0, 2], [1, 0, 0, 0], [0] * 4, [0] * 4])))
+    assert metric.compute() == {
+        "l0": 1.0,
+        "l0_median": 0.0,
+        "l0_p5": 0.0,
+        "l0_p95": 3.0,
+        "dead_frac": 0.25,
+        "dense_frac": 0.75,
+        "sparsity_tokens": 4.0,
+    }
+    assert metric.frequency().tolist() == [0.5, 0.25, 0, 0.25]
+
+
+def test_negative_codes_count_and_stored_zeros_do_not():
+    index = torch.tensor([0, 1])
+    metric = Sparsity(2)
+    metric.update(SparseCodes(torch.tensor([-1.0, 0.0]), index, index, 2, 2))
+    assert metric.compute()["l0"] == 0.5
+    assert metric.compute()["dead_frac"] == 0.5
+
+
+# -------------------------------------------------------------------- SplicedLoss
+
+NAMES = [f"ce_{run}" for run in SplicedLoss.RUNS] + ["kl_recon", "kl_zero", "kl_mean"]
+
+
+@settings(max_examples=20)
+@given(SEEDS, cuts(30))
+def test_spliced_loss_is_numpys_however_the_set_is_cut(seed, at):
+    per_token = {name: random(seed + i, 30).abs() for i, name in enumerate(NAMES)}
+    metric = SplicedLoss()
+    for a, b in zip(at, at[1:], strict=False):
+        metric.update({n: v[a:b].double().sum() for n, v in per_token.items()}, b - a)
+    means = {name: value.double().numpy().mean() for name, value in per_token.items()}
+    clean, recon = means["ce_clean"], means["ce_recon"]
+    zero, mean = means["ce_zero"], means["ce_mean"]
+    assert metric.compute() == pytest.approx(
+        means
+        | {
+            "delta_ce": recon - clean,
+            "ce_score": (zero - recon) / (zero - clean),
+            "ce_score_mean": (mean - recon) / (mean - clean),
+            "kl_score": 1 - means["kl_recon"] / means["kl_zero"],
+            "ce_tokens": 30,
+        },
+        rel=1e-9,
+    )
+
+
+def losses(clean=2.0, recon=2.5, zero=6.0, mean=4.0, kl_recon=0.5, kl_zero=5.0, kl_mean=2.0):
+    values = (clean, recon, zero, mean, kl_recon, kl_zero, kl_mean)
+    return dict(zip(NAMES, values, strict=True))
+
+
+def test_score_by_hand():
+    got = score(losses(), 10)
+    assert got == losses() | {
+        "delta_ce": 0.5,
+        "ce_score": 3.5 / 4,
+        "ce_score_mean": 1.5 / 2,
+        "kl_score": 0.9,
+        "ce_tokens": 10.0,
+    }
+
+
+def test_scores_are_not_clipped():
+    worse = score(losses(recon=8.0, kl_recon=10.0), 1)
+    assert (worse["ce_score"], worse["kl_score"]) == (-0.5, -1.0)
+    better = score(losses(recon=1.0), 1)
+    assert (better["ce_score"], better["delta_ce"]) == (1.25, -1.0)
+
+
+def test_scores_without_an_ablation_are_nan():
+    got = score(losses(zero=2.0, kl_zero=0.0), 1)
+    assert math.isnan(got["ce_score"])
+    assert math.isnan(got["kl_score"])
+    assert got["ce_score_mean"] == 0.75
+
+
+def test_ratios_are_pooled_and_not_averaged():
+    """Two batches of unlike size and unlike gap."""
+    metric = SplicedLoss()
+    metric.update({k: torch.tensor(v).double() for k, v in losses().items()}, 1)
+    metric.update({k: torch.tensor(v * 9).double() for k, v in losses(zero=2.6).items()}, 9)
+    zero = (6.0 + 9 * 2.6) / 10
+    assert metric.compute()["ce_score"] == pytest.approx((zero - 2.5) / (zero - 2.0))
+
+
+# ------------------------------------------------------------------ all of them
+
+
+def updated(kind, seed, n=15):
+    if kind is Sparsity:
+        metric = Sparsity(6)
+        metric.update(codes_of(random(seed, n, 6).relu()))
+    elif kind is Reconstruction:
+        metric = Reconstruction(6)
+        metric.update(random(seed, n, 6) + 1, random(seed + 100, n, 6))
+    else:
+        metric = SplicedLoss()
+        metric.update({name: random(seed, 9)[i].double() for i, name in enumerate(NAMES)}, n)
+    return metric
+
+
+ALL = pytest.mark.parametrize(
+    ("kind", "empty"),
+    [
+        (Sparsity, lambda: Sparsity(6)),
+        (Reconstruction, lambda: Reconstruction(6)),
+        (SplicedLoss, SplicedLoss),
+    ],
+)
+
+
+@ALL
+def test_ranks_are_merged_by_summing_states(kind, empty):
+    a, b = updated(kind, 0, 15), updated(kind, 1, 4)
+    assert all(fx.__name__ == "dim_zero_sum" for fx in a._reductions.values())
+    both = merged(empty, [a, b]).compute()
+    one = empty()
+    if kind is Sparsity:
+        one.update(codes_of(random(0, 15, 6).relu()))
+        one.update(codes_of(random(1, 4, 6).relu()))
+    elif kind is Reconstruction:
+        one.update(random(0, 15, 6) + 1, random(100, 15, 6))
+        one.update(random(1, 4, 6) + 1, random(101, 4, 6))
+    else:
+        for seed, n in ((0, 15), (1, 4)):
+            one.update({name: random(seed, 9)[i].double() for i, name in enumerate(NAMES)}, n)
+    assert both == pytest.approx(one.compute())
+    assert both != pytest.approx(a.compute())
+
+
+@ALL
+def test_nothing_measured_is_nothing(kind, empty):
+    assert empty().compute() == {}
+
+
+@ALL
+def test_reset_forgets(kind, empty):
+    metric = updated(kind, 0)
+    assert metric.compute()
+    metric.reset()
+    assert metric.compute() == {}
+
+
+@ALL
+@pytest.mark.parametrize("cast", ["half", "float", "bfloat16"])
+def test_sums_stay_in_double_precision(kind, empty, cast):
+    metric = getattr(torch.nn.ModuleList([updated(kind, 0)]), cast)()[0]
+    dtypes = {getattr(metric, name).dtype for name in metric._defaults}
+    assert dtypes <= {torch.float64, torch.int64}
+    assert metric.compute() == updated(kind, 0).compute()

@@ -1,0 +1,163 @@
+"""Which checkpoint a run goes on from, and which it must not."""
+
+import os
+
+import pytest
+import yaml
+
+from kanllama_lightning.resume import compare, find_checkpoint
+from kanllama_lightning.types import InputError
+
+CONFIG = {
+    "seed_everything": 0,
+    "runs_dir": "runs",
+    "model": {"tokens": 1000, "head": {"class_path": "TopK", "init_args": {"k": 4}}},
+    "trainer": {"max_steps": -1, "devices": 1, "precision": "32-true", "logger": {"a": 1}},
+    "data": {"val": [{"path": "a"}], "options": {}},
+}
+
+
+def text(**changes):
+    """The configuration as YAML, with `a.b=value` changed."""
+    config = yaml.safe_load(yaml.safe_dump(CONFIG))
+    for key, value in changes.items():
+        *parents, last = key.split("__")
+        node = config
+        for parent in parents:
+            node = node[parent]
+        node[last] = value
+    return yaml.safe_dump(config)
+
+
+def run(folder, config=None, steps=(1,), finished=False, age=0):
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "config.yaml").write_text(config or text())
+    for step in steps:
+        path = folder / "checkpoints" / f"step={step:09d}.ckpt"
+        path.touch()
+        os.utime(path, (1e9 - age, 1e9 - age))
+    if finished:
+        (folder / "summary.json").write_text("{}")
+    return folder
+
+
+def find(asked, runs_dir="nowhere", config=None, run=None, exact=True):
+    return find_checkpoint(asked, str(runs_dir), config or text(), run, exact)
+
+
+# ------------------------------------------------------------------------- compare
+
+
+def test_the_same_configuration():
+    assert compare(text(), text()) == []
+
+
+def test_what_differs_is_named_with_both_values():
+    given = text(model__head__init_args__k=8, data__val=[{"path": "b"}], seed_everything=1)
+    assert compare(text(), given) == [
+        "data.val: [{'path': 'a'}] in the run, [{'path': 'b'}] now",
+        "model.head.init_args.k: 4 in the run, 8 now",
+        "seed_everything: 0 in the run, 1 now",
+    ]
+
+
+def test_what_is_missing_or_new_differs():
+    more = text(model__head__init_args={"k": 4, "seed": 3})
+    assert compare(text(), more) == ["model.head.init_args.seed: None in the run, 3 now"]
+    assert compare(more, text()) == ["model.head.init_args.seed: 3 in the run, None now"]
+    assert compare(text(), text(data__options={"a": 1})) != []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"runs_dir": "elsewhere"},
+        {"model__tokens": 5000},
+        {"ckpt_path": "last"},
+        {"trainer__max_steps": 10},
+        {"trainer__devices": 2},
+        {"trainer__logger": {"a": 2, "b": {"c": 3}}},
+        {"trainer__logger": None},
+    ],
+)
+def test_what_may_differ(change):
+    assert compare(text(), text(**change)) == []
+
+
+@pytest.mark.parametrize("key", ["trainer__precision", "trainer__devices_", "model__tokens_seen"])
+def test_names_that_only_begin_like_a_free_one_are_not_free(key):
+    assert len(compare(text(), text(**{key: "other"}))) == 1
+
+
+# ----------------------------------------------------------------- find_checkpoint
+
+
+def test_last_is_the_newest_unfinished_run_of_this_configuration(tmp_path):
+    run(tmp_path / "older", age=30)
+    want = run(tmp_path / "wanted", steps=(5, 40, 300), age=20)
+    run(tmp_path / "other", text(seed_everything=9), age=10)
+    run(tmp_path / "done", finished=True)
+    run(tmp_path / "empty", steps=())
+    (tmp_path / "a file").touch()
+    found = find("last", tmp_path)
+    assert found == want / "checkpoints" / "step=000000300.ckpt"
+
+
+def test_last_with_nothing_to_go_on_from(tmp_path):
+    with pytest.raises(InputError, match="nothing to go on with") as error:
+        find("last", tmp_path / "none")
+    assert "Unfinished" not in str(error.value)
+
+
+def test_last_names_runs_of_other_configurations(tmp_path):
+    other = run(tmp_path / "other", text(seed_everything=9))
+    with pytest.raises(InputError) as error:
+        find("last", tmp_path)
+    assert f"{other} differs in seed_everything: 9 in the run, 0 now" in str(error.value)
+
+
+def test_last_of_a_named_run(tmp_path):
+    mine = run(tmp_path / "mine", steps=(1, 2), age=10)
+    run(tmp_path / "newer")
+    assert find("last", tmp_path, run=str(mine)).name == "step=000000002.ckpt"
+    assert find("last", tmp_path, run=str(mine)).parent.parent == mine
+
+
+def test_a_folder_or_a_file(tmp_path):
+    mine = run(tmp_path / "mine", steps=(1, 2))
+    file = mine / "checkpoints" / "step=000000001.ckpt"
+    assert find(str(mine)).name == "step=000000002.ckpt"
+    assert find(mine).name == "step=000000002.ckpt"
+    assert find(str(file)) == file
+
+
+def test_another_configuration_is_refused_where_it_has_to_be_the_same(tmp_path):
+    mine = run(tmp_path / "mine")
+    other = text(model__head__init_args__k=8)
+    with pytest.raises(InputError, match=r"another configuration:\n.*init_args\.k: 4 in.*8 now"):
+        find(str(mine), config=other)
+    assert find(str(mine), config=other, exact=False).is_file()
+
+
+def test_a_run_without_checkpoints(tmp_path):
+    mine = run(tmp_path / "mine", steps=())
+    with pytest.raises(InputError, match="holds no checkpoint to go on from"):
+        find(str(mine))
+    with pytest.raises(InputError, match="holds no checkpoint to go on from"):
+        find("last", tmp_path, run=str(mine))
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_no_such_file(tmp_path, exact):
+    with pytest.raises(InputError, match=r"no such file; give a checkpoint file"):
+        find(str(tmp_path / "nowhere.ckpt"), exact=exact)
+    with pytest.raises(InputError, match="no such file"):
+        find("last", tmp_path, run=str(tmp_path / "nowhere"), exact=exact)
+
+
+def test_a_checkpoint_outside_its_run(tmp_path):
+    alone = tmp_path / "a" / "step=000000001.ckpt"
+    alone.parent.mkdir()
+    alone.touch()
+    with pytest.raises(InputError, match=r"no config\.yaml beside it"):
+        find(str(alone))

@@ -39,7 +39,7 @@ class RunLogger(WandbLogger):
                 "W&B: %s",
                 "online"
                 if mode == "online"
-                else "not logged in, so offline; `wandb login` and "
+                else "not logged in, or out of reach, so offline; `wandb login` and "
                 f"`wandb sync {save_dir}/wandb/offline-run-*` send it later",
             )
         super().__init__(
@@ -50,7 +50,7 @@ class RunLogger(WandbLogger):
             tags=tags,
             resume="allow",
             mode=mode,
-            settings=wandb.Settings(console="off", silent=True, init_timeout=30),
+            settings=wandb.Settings(console="off", silent=True, init_timeout=20),
         )
         self._wandb_init.pop("anonymous", None)  # W&B warns of it, Lightning still passes it
 
@@ -58,7 +58,13 @@ class RunLogger(WandbLogger):
     def experiment(self) -> Any:
         """The W&B run; its metrics are plotted against `tokens`."""
         fresh = self._experiment is None
-        run = super().experiment
+        try:
+            run = super().experiment
+        except (wandb.errors.CommError, wandb.errors.AuthenticationError) as e:
+            log.warning("W&B cannot be reached (%s): logging offline", str(e).splitlines()[0])
+            self._wandb_init |= {"mode": "offline"}
+            self._offline = True
+            run = super().experiment
         if fresh and hasattr(run, "define_metric"):
             run.define_metric("tokens")
             for group in ("train/*", "val/*"):
@@ -69,6 +75,6 @@ class RunLogger(WandbLogger):
 def _logged_in() -> bool:
     """Whether a key is at hand, without asking for one or showing it."""
     try:
-        return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
-    except (AttributeError, OSError, wandb.errors.Error):
+        return bool(wandb.login(prompt=False))
+    except (OSError, wandb.errors.Error):
         return False

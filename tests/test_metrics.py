@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from kanllama_lightning.metrics import Reconstruction, Sparsity, SplicedLoss, score
 from kanllama_lightning.types import SparseCodes
 
+pytestmark = pytest.mark.filterwarnings("ignore:The ``compute`` method of metric:UserWarning")
+
 SEEDS = st.integers(0, 10_000)
 
 
@@ -257,22 +259,17 @@ def updated(kind, seed, n=15):
     return metric
 
 
-ALL = pytest.mark.parametrize(
-    ("kind", "empty"),
-    [
-        (Sparsity, lambda: Sparsity(6)),
-        (Reconstruction, lambda: Reconstruction(6)),
-        (SplicedLoss, SplicedLoss),
-    ],
-)
+EMPTY = {Sparsity: lambda: Sparsity(6), Reconstruction: lambda: Reconstruction(6)}
+EMPTY[SplicedLoss] = SplicedLoss
+every_metric = pytest.mark.parametrize("kind", EMPTY)
 
 
-@ALL
-def test_ranks_are_merged_by_summing_states(kind, empty):
+@every_metric
+def test_ranks_are_merged_by_summing_states(kind):
     a, b = updated(kind, 0, 15), updated(kind, 1, 4)
     assert all(fx.__name__ == "dim_zero_sum" for fx in a._reductions.values())
-    both = merged(empty, [a, b]).compute()
-    one = empty()
+    both = merged(EMPTY[kind], [a, b]).compute()
+    one = EMPTY[kind]()
     if kind is Sparsity:
         one.update(codes_of(random(0, 15, 6).relu()))
         one.update(codes_of(random(1, 4, 6).relu()))
@@ -286,22 +283,22 @@ def test_ranks_are_merged_by_summing_states(kind, empty):
     assert both != pytest.approx(a.compute())
 
 
-@ALL
-def test_nothing_measured_is_nothing(kind, empty):
-    assert empty().compute() == {}
+@every_metric
+def test_nothing_measured_is_nothing(kind):
+    assert EMPTY[kind]().compute() == {}
 
 
-@ALL
-def test_reset_forgets(kind, empty):
+@every_metric
+def test_reset_forgets(kind):
     metric = updated(kind, 0)
     assert metric.compute()
     metric.reset()
     assert metric.compute() == {}
 
 
-@ALL
+@every_metric
 @pytest.mark.parametrize("cast", ["half", "float", "bfloat16"])
-def test_sums_stay_in_double_precision(kind, empty, cast):
+def test_sums_stay_in_double_precision(kind, cast):
     metric = getattr(torch.nn.ModuleList([updated(kind, 0)]), cast)()[0]
     dtypes = {getattr(metric, name).dtype for name in metric._defaults}
     assert dtypes <= {torch.float64, torch.int64}

@@ -48,12 +48,6 @@ def test_cut_drops_later_steps(table):
     assert [p.name for p in table.path.parent.iterdir()] == ["t.csv"]
 
 
-def torn(table, n_bytes):
-    """The file without its last bytes, as a full disk or a kill leaves it."""
-    data = table.path.read_bytes()
-    table.path.write_bytes(data[: len(data) - n_bytes])
-
-
 @pytest.mark.parametrize("left", ["2", "2,", "2,n"])
 def test_cut_drops_a_last_line_that_misses_columns(table, left):
     with table.path.open("a", newline="") as file:
@@ -65,10 +59,11 @@ def test_cut_drops_a_last_line_that_misses_columns(table, left):
 
 
 @pytest.mark.xfail(strict=True, reason="a line cut short within its last field is kept")
-@pytest.mark.parametrize("n_bytes", [3, 6, 24])
-def test_cut_drops_a_last_line_cut_short_within_its_last_field(table, n_bytes):
-    """3.14...e-20 would become 3.14...e-2, 3.14..., or nothing."""
-    torn(table, n_bytes)
+@pytest.mark.parametrize("n_left", [0, 1, 20])
+def test_cut_drops_a_last_line_cut_short_within_its_last_field(table, n_left):
+    """3.14...e-20 would become nothing, 3, or 3.14...e-2."""
+    data = table.path.read_bytes()
+    table.path.write_bytes(data[: data.rindex(b",") + 1 + n_left])
     table.cut(100)
     assert steps(table.path) == [1, 2]
 

@@ -1,5 +1,8 @@
 """The resolved configuration, beside the run and in the logger."""
 
+from pathlib import Path
+from typing import Any
+
 import yaml
 from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
@@ -9,15 +12,23 @@ from kanllama_lightning.run import CONFIG
 
 
 class LogConfig(SaveConfigCallback):
-    """Writes `config.yaml` into the run folder and sends it to W&B. Configs hold no secrets."""
+    """Writes `config.yaml` into the run folder and sends it to W&B. Configs hold no secrets.
+
+    Args:
+        args: Of Lightning's callback.
+        resolved: The configuration as it was resolved, before the run folder and what follows from
+            it was filled in: as YAML that runs again as `--config`.
+        kwargs: Of Lightning's callback.
+    """
+
+    def __init__(self, *args: Any, resolved: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.resolved = resolved
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Runs on rank zero only."""
-        from pathlib import Path
-
-        text = self.parser.dump(self.config, skip_unset=False)
-        (Path(trainer.default_root_dir) / CONFIG).write_text(text)
+        (Path(trainer.default_root_dir) / CONFIG).write_text(self.resolved)
         if isinstance(trainer.logger, WandbLogger):
             trainer.logger.experiment.config.update(
-                {"cli": yaml.safe_load(text)}, allow_val_change=True
+                {"cli": yaml.safe_load(self.resolved)}, allow_val_change=True
             )

@@ -64,9 +64,9 @@ class Summary(L.Callback):
             "d_model": pl_module.head.d_model,
             "d_sae": pl_module.head.d_sae,
             "parameters": pl_module.head.n_parameters(),
-            "steps": trainer.global_step,
+            "steps": pl_module.tokens_seen // pl_module.schedule.batch,
             "tokens": pl_module.tokens_seen,
-            "finished": trainer.global_step >= pl_module.schedule.steps,
+            "finished": pl_module.tokens_seen >= pl_module.schedule.tokens,
             "seconds": round(self.seconds, 3),
             "tokens_per_second": pl_module.tokens_seen / max(self.seconds, 1e-9),
         }

@@ -21,7 +21,7 @@ from kanllama_lightning.lm import FrozenLM
 from kanllama_lightning.module import SAEModule, check_precision
 from kanllama_lightning.preflight import check_room
 from kanllama_lightning.resume import find_checkpoint
-from kanllama_lightning.run import LOGGER_ID, make_folder
+from kanllama_lightning.run import CHECKPOINTS, LOGGER_ID, make_folder
 from kanllama_lightning.schedule import Schedule
 from kanllama_lightning.tokens import TokenData
 from kanllama_lightning.types import InputError, RunStopped
@@ -81,25 +81,23 @@ class KanllamaCLI(LightningCLI):
         config = self.config[self.subcommand]
         trainer, model = config.trainer, config.model
         check_precision(str(trainer.precision))  # on a CPU the trainer would change it silently
-        parser = self._parser(self.subcommand)
+        resolved = self._parser(self.subcommand).dump(config, skip_unset=False)
+        self.save_config_kwargs["resolved"] = resolved
+        fit = self.subcommand == "fit"
+        self.run_folder = Path(config.run or self._new_name(config))
         if config.get("ckpt_path"):
             checkpoint = find_checkpoint(
-                config.ckpt_path,
-                config.runs_dir,
-                parser.dump(config, skip_unset=False),
-                config.run,
-                self.subcommand == "fit",
+                config.ckpt_path, config.runs_dir, resolved, config.run, fit
             )
             config.ckpt_path = str(checkpoint)
-            self.run_folder = checkpoint.parent.parent
-            log.info("continuing %s from %s", self.run_folder, checkpoint.name)
-        else:
-            self.run_folder = Path(config.run or self._new_name(config))
-            if self.subcommand == "fit" and (self.run_folder / "checkpoints").exists():
-                raise InputError(
-                    f"run folder {str(self.run_folder)!r}: holds a run already; continue it with "
-                    f"--ckpt_path {self.run_folder}, or choose another --run"
-                )
+            log.info("continuing from %s", checkpoint)
+            if fit:
+                self.run_folder = checkpoint.parent.parent
+        elif fit and (self.run_folder / CHECKPOINTS).exists():
+            raise InputError(
+                f"run folder {str(self.run_folder)!r}: holds a run already; continue it with "
+                f"--ckpt_path {self.run_folder}, or choose another --run"
+            )
         make_folder(self.run_folder)
         config.run = trainer.default_root_dir = str(self.run_folder)
         trainer.max_epochs = -1
@@ -117,6 +115,8 @@ class KanllamaCLI(LightningCLI):
 
     def _new_name(self, config: Any) -> str:
         stems = [Path(str(c)).stem for c in (config.get("config") or [])[1:]]
+        if self.subcommand != "fit":
+            stems.append(self.subcommand)
         name = "-".join([time.strftime("%Y%m%d-%H%M%S"), *stems])
         folder, n = Path(config.runs_dir) / name, 1
         while folder.exists():

@@ -96,6 +96,7 @@ class SAEModule(L.LightningModule):
         self.schedule = Schedule(tokens, sae_batch_tokens)
         self.start_tokens = start_tokens or self.schedule.start_tokens
         self.clip_ratio, self.seed = clip_ratio, seed
+        self.tokens_seen = 0
         self.register_buffer("silent_tokens", torch.zeros(head.d_sae, dtype=torch.int64))
         self.register_buffer("dead_index", torch.zeros(head.d_sae, dtype=torch.bool))
         self.register_buffer("grad_norm_mean", torch.zeros(()))
@@ -131,11 +132,6 @@ class SAEModule(L.LightningModule):
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
     # ---------------------------------------------------------------- training
-
-    @property
-    def tokens_seen(self) -> int:
-        """Rows trained on so far."""
-        return int(self.trainer.global_step) * self.schedule.batch
 
     def heads(self) -> dict[str, SAEHead]:
         """The heads by name."""
@@ -261,6 +257,7 @@ class SAEModule(L.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Bring the parameters back to their constraints."""
         self.head.project_()
+        self.tokens_seen += self.schedule.batch
 
     # -------------------------------------------------------------- validation
 
@@ -285,7 +282,12 @@ class SAEModule(L.LightningModule):
 
     # ------------------------------------------------------------- checkpoints
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Nothing but tensors and plain values: checkpoints load with `weights_only=True`."""
+        checkpoint["tokens_seen"] = self.tokens_seen
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let the data go on behind the last batch that was used."""
+        self.tokens_seen = checkpoint["tokens_seen"]
         data: Any = self.trainer.datamodule
         data.resume_from(checkpoint["state_dict"]["data_position"])

@@ -1,5 +1,6 @@
 """Finding the checkpoint to go on from, and refusing one of another run."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def _newest(runs_dir: Path, config: str) -> Path:
     unfinished = [
         folder
         for folder in (runs_dir.iterdir() if runs_dir.is_dir() else [])
-        if (folder / CONFIG).is_file() and not (folder / SUMMARY).is_file() and checkpoints(folder)
+        if (folder / CONFIG).is_file() and not _finished(folder) and checkpoints(folder)
     ]
     unfinished.sort(key=lambda folder: checkpoints(folder)[-1].stat().st_mtime)
     near: list[str] = []
@@ -94,6 +95,11 @@ def _newest(runs_dir: Path, config: str) -> Path:
         f"ckpt_path='last': nothing to go on with: {runs_dir}/ holds no unfinished run of this "
         f"configuration; leave --ckpt_path out to start one{listed}"
     )
+
+
+def _finished(folder: Path) -> bool:
+    summary = folder / SUMMARY
+    return summary.is_file() and bool(json.loads(summary.read_text()).get("finished"))
 
 
 def compare(saved: str, given: str) -> list[str]:

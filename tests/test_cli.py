@@ -1,6 +1,5 @@
 """The command line as people use it: a run, its outputs, stopping and going on, and mistakes."""
 
-import csv
 import json
 import math
 import os
@@ -202,8 +201,7 @@ def test_killed_run_goes_on_from_its_last_checkpoint(
     monkeypatch.setattr(SAEModule, "on_before_optimizer_step", crash)
     with pytest.raises(MemoryError):
         fit(f"--config={callbacks}")
-    steps = [int(r["step"]) for r in csv.DictReader((only_run(tmp_path) / "l0.csv").open())]
-    assert max(steps) == 20
+    assert pd.read_csv(only_run(tmp_path) / "l0.csv")["step"].max() == 20
     assert fit(f"--config={callbacks}", "--ckpt_path=last") == 0
     for name, value in weights(undisturbed).items():
         assert torch.equal(value, weights(only_run(tmp_path))[name]), name
@@ -216,6 +214,33 @@ def test_finished_run_can_be_extended(run_folder: Path, fit: Fit) -> None:
     assert summary["tokens"] == 3200
     steps = pd.read_csv(run_folder / "l0.csv")["step"].unique()
     assert list(steps) == [10, 20, 30, 40, 50]
+
+
+def test_run_cut_short_is_unfinished(fit: Fit, tmp_path: Path) -> None:
+    assert fit(trainer__max_steps="7") == 0
+    assert json.loads((only_run(tmp_path) / "summary.json").read_text())["finished"] is False
+    assert fit("--ckpt_path=last") == 0
+    summary = json.loads((only_run(tmp_path) / "summary.json").read_text())
+    assert summary["finished"] is True
+    assert summary["steps"] == 40
+
+
+def test_validate_leaves_the_run_alone(run_folder: Path, tmp_path: Path) -> None:
+    before = {p: p.read_bytes() for p in run_folder.glob("*.*")}
+    config = run_folder / "config.yaml"
+    code = main(["validate", f"--config={config}", f"--ckpt_path={run_folder}"])
+    assert code == 0
+    assert {p: p.read_bytes() for p in run_folder.glob("*.*")} == before
+    (folder,) = (tmp_path / "runs").glob("*validate")
+    old, new = (json.loads((f / "summary.json").read_text()) for f in (run_folder, folder))
+    assert new["tokens"] == old["tokens"]
+    assert new["val/fvu"] == pytest.approx(old["val/fvu"], rel=1e-5)
+
+
+def test_resolved_config_runs_again(run_folder: Path, tmp_path: Path) -> None:
+    assert main(["fit", f"--config={run_folder / 'config.yaml'}"]) == 0
+    again = next(f for f in (tmp_path / "runs").iterdir() if f != run_folder)
+    assert all(torch.equal(v, weights(again)[k]) for k, v in weights(run_folder).items())
 
 
 def test_same_seed_same_run(fit: Fit, tmp_path: Path) -> None:

@@ -53,14 +53,10 @@ def test_cutoff_where_exactly_count_values_are_positive():
     assert largest_positive(torch.tensor([[1.0, 3.0, -5.0]]), 2)[1] == 1
 
 
-@settings(max_examples=15, deadline=None)
-@given(
-    st.integers(0, 10_000),
-    st.sampled_from([1, 40, 900, 5_000, 40_000]),
-    st.sampled_from(["normal", "tied", "few positive", "one latent", "columns"]),
-)
-def test_large_inputs_too(seed, count, kind):
-    values = random(seed, 130, 1021)
+@pytest.mark.parametrize("count", [1, 40, 900, 5_000, 40_000])
+@pytest.mark.parametrize("kind", ["normal", "tied", "few positive", "one latent", "misleading"])
+def test_large_inputs_too(count, kind):
+    values = random(count, 130, 1021)
     assert values.numel() > sparse.SMALL
     if kind == "tied":
         values = (values * 4).round()
@@ -68,7 +64,7 @@ def test_large_inputs_too(seed, count, kind):
         values = torch.where(values > 3, values, -values.abs())
     elif kind == "one latent":
         values = torch.where(torch.arange(1021) == 3, values.abs(), -values.abs())
-    elif kind == "columns":  # what the sample sees is not what the rest is like
+    elif kind == "misleading":  # what the sample sees is not what the rest is like
         values = values.reshape(-1)
         values[:: sparse.SAMPLE_STRIDE] += 10
         values = values.reshape(130, 1021)

@@ -89,8 +89,8 @@ class ShuffleBuffer:
     def state(self) -> dict[str, Tensor]:
         """Everything needed to go on exactly, as tensors."""
         return {
-            "held": self.held[: self.filled],
-            "queue": self.queue[: self.queued].contiguous(),
+            "held": self.held[: self.filled].clone(),
+            "queue": self.queue[: self.queued].clone(),
             "generator": self.generator.get_state(),
         }
 
@@ -101,7 +101,8 @@ class ShuffleBuffer:
             InputError: The state is of a buffer of another size, width or format.
         """
         held, queue = state["held"], state["queue"]
-        if len(held) > len(self.held) or len(queue) > len(self.queue) or held.dtype != self.dtype:
+        fits = len(held) <= len(self.held) and len(queue) <= len(self.queue)
+        if not fits or held.shape[1:] != self.held.shape[1:] or held.dtype != self.dtype:
             raise InputError(
                 f"buffer: the checkpoint holds {tuple(held.shape)} {held.dtype}, this run wants "
                 f"{tuple(self.held.shape)} {self.dtype}; continue with the run's own configuration"

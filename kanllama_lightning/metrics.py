@@ -58,7 +58,9 @@ class Sparsity(_Sums):
         below = self.l0_counts.cumsum(0).double() / tokens
 
         def quantile(q: float) -> float:
-            return float(torch.searchsorted(below, torch.tensor(q, device=below.device).double()))
+            return float(
+                torch.searchsorted(below, torch.tensor(q, dtype=below.dtype, device=below.device))
+            )
 
         frequency = self.fired.double() / tokens
         return {

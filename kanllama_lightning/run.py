@@ -61,7 +61,7 @@ class Table:
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Add rows; floats are written so that they read back exactly."""
-        new = not self.path.exists()
+        new = not self.path.exists() or not self.path.stat().st_size
         with self.path.open("a", newline="") as file:
             writer = csv.DictWriter(file, self.columns)
             if new:
@@ -72,12 +72,9 @@ class Table:
         """Drop rows of later steps, and a last line cut short: a run goes on from before them."""
         if not self.path.exists():
             return
-        with self.path.open(newline="") as file:
-            kept = [
-                row
-                for row in csv.DictReader(file)
-                if None not in row.values() and int(row["step"]) <= after_step
-            ]
+        whole, _, _ = self.path.read_bytes().rpartition(b"\r\n")
+        rows = csv.DictReader(whole.decode().splitlines())
+        kept = [row for row in rows if int(row["step"]) <= after_step]
         part = self.path.with_name(self.path.name + ".tmp")
         with part.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.columns)

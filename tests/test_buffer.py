@@ -195,7 +195,6 @@ def test_refuses_the_state_of_another_buffer(other):
         allocated(8, 8).load_(full.state())
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="load_ does not look at the width")
 def test_refuses_the_state_of_another_width():
     full = allocated(8, 8)
     full.push_(numbered(0, 8))

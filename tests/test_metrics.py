@@ -141,7 +141,7 @@ def sparsity_by_numpy(dense):
 
 
 @settings(max_examples=40)
-@given(SEEDS, st.integers(1, 60).filter(lambda n: n % 20), st.floats(-1, 3), st.data())
+@given(SEEDS, st.integers(1, 60), st.floats(-1, 3), st.data())
 def test_sparsity_is_numpys_however_the_set_is_cut(seed, n, sparse, data):
     dense = random(seed, n, 9)
     dense = torch.where(dense > sparse + torch.linspace(-1, 2, 9), dense.abs(), 0)
@@ -153,7 +153,6 @@ def test_sparsity_is_numpys_however_the_set_is_cut(seed, n, sparse, data):
     np.testing.assert_allclose(metric.frequency(), (dense.numpy() != 0).mean(0))
 
 
-@pytest.mark.xfail(strict=True, reason="0.05 is rounded up to fp32: the next token is taken")
 def test_percentile_that_falls_on_a_token():
     """Of 20 tokens with L0 0 to 19, one (5 %) does not exceed 0."""
     dense = (torch.arange(20)[None] < torch.arange(20)[:, None]).float()

@@ -1,5 +1,6 @@
 """Which checkpoint a run goes on from, and which it must not."""
 
+import json
 import os
 
 import pytest
@@ -29,15 +30,15 @@ def text(**changes):
     return yaml.safe_dump(config)
 
 
-def run(folder, config=None, steps=(1,), finished=False, age=0):
+def run(folder, config=None, steps=(1,), finished=None, age=0):
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "config.yaml").write_text(config or text())
     for step in steps:
         path = folder / "checkpoints" / f"step={step:09d}.ckpt"
         path.touch()
         os.utime(path, (1e9 - age, 1e9 - age))
-    if finished:
-        (folder / "summary.json").write_text("{}")
+    if finished is not None:
+        (folder / "summary.json").write_text(json.dumps({"finished": finished}))
     return folder
 
 
@@ -101,6 +102,12 @@ def test_last_is_the_newest_unfinished_run_of_this_configuration(tmp_path):
     (tmp_path / "a file").touch()
     found = find("last", tmp_path)
     assert found == want / "checkpoints" / "step=000000300.ckpt"
+
+
+def test_a_run_that_was_cut_short_is_unfinished(tmp_path):
+    """Stopped by a limit, it has a summary too."""
+    short = run(tmp_path / "short", finished=False)
+    assert find("last", tmp_path).parent.parent == short
 
 
 def test_last_with_nothing_to_go_on_from(tmp_path):

@@ -24,11 +24,13 @@ def auxk(
     """How badly the dead latents explain what the live ones missed; 1 is predicting the mean.
 
     AuxK of Gao et al. 2024 (arXiv 2406.04093), divided by the variance of its target. The target
-    is detached here: the live latents must not learn to leave work to the dead ones.
+    is detached here: the live latents must not learn to leave work to the dead ones. 0 where the
+    target does not vary.
     """
     target = error.detach()
     variance = (target - target.mean(0)).square().sum()
-    return (target - error_hat).square().sum() / variance.clamp_min(torch.finfo(target.dtype).tiny)
+    known = variance > 0
+    return (target - error_hat).square().sum() * known / torch.where(known, variance, 1.0)
 
 
 def geometric_median(

@@ -40,7 +40,7 @@ def largest_positive(
     if candidates is None:
         candidates = (flat > 0).nonzero().squeeze(1)
     kept = flat[candidates]
-    if candidates.numel() <= count:
+    if candidates.numel() < count:
         return candidates, kept.new_zeros(())
     cutoff = kept.topk(count, sorted=False).values.min()
     above = kept > cutoff

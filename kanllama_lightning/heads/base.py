@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -135,14 +136,24 @@ class SAEHead(nn.Module, ABC):
             raise InputError(
                 f"{folder / CARD}: format={card.get('format')!r}; this version reads {FORMAT}"
             )
-        head = import_class(card["class_path"], SAEHead)(**card["init_args"])
-        head.load_state_dict(load_file(folder / WEIGHTS))
+        kind = import_class(card["class_path"], SAEHead)
+        try:
+            head: SAEHead = kind(**card["init_args"])
+            head.load_state_dict(load_file(folder / WEIGHTS))
+        except (TypeError, RuntimeError, SafetensorError) as e:
+            raise InputError(
+                f"head folder {str(folder)!r}: {CARD} and {WEIGHTS} do not fit together or are "
+                f"damaged ({str(e).splitlines()[0]}); copy the folder anew from its run"
+            ) from e
         return head.eval()
 
 
 def read_card(folder: Path) -> dict[str, Any]:
     """The `head.json` of a saved head."""
-    card: dict[str, Any] = json.loads((folder / CARD).read_text())
+    try:
+        card: dict[str, Any] = json.loads((folder / CARD).read_text())
+    except ValueError as e:
+        raise InputError(f"{folder / CARD}: is no valid JSON ({e})") from e
     return card
 
 
@@ -155,7 +166,7 @@ def import_class(class_path: str, base: type) -> Any:
     module, _, name = class_path.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as e:
+    except (ImportError, AttributeError, ValueError, TypeError) as e:
         raise InputError(f"class_path {class_path!r}: cannot be imported ({e})") from e
     if not (isinstance(found, type) and issubclass(found, base)):
         raise InputError(f"class_path {class_path!r}: is no {base.__name__}")

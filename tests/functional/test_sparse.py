@@ -48,7 +48,6 @@ def test_by_hand():
     assert largest_positive(-values.abs(), 1)[0].tolist() == []
 
 
-@pytest.mark.xfail(strict=True, reason="cut-off is 0 when exactly `count` values are positive")
 def test_cutoff_where_exactly_count_values_are_positive():
     assert largest_positive(torch.tensor([[1.0, 3.0, -5.0]]), 2)[1] == 1
 

@@ -37,9 +37,11 @@ LINKED = {
     "data.tokenizer": "lm.name",
     "model.head.init_args.d_model": "lm.name (the model's width)",
     "model.head.d_model": "lm.name (the model's width)",
+    "model.head.init_args.seed": "seed_everything",
+    "model.head.seed": "seed_everything",
 }
 """Arguments that follow from another one; setting them would be ignored silently."""
-SUBCOMMANDS = ("fit", "validate", "test", "predict")
+SUBCOMMANDS = ("fit", "validate")
 NOISE = (
     r".*You are using the `dataloader_iter` step flavor.*",
     r".*does not have many workers.*",
@@ -70,8 +72,14 @@ class KanllamaCLI(LightningCLI):
         parser.link_arguments("lm", "model.lm", apply_on="instantiate")
         parser.link_arguments("lm.tokenizer", "data.tokenizer", apply_on="instantiate")
         parser.link_arguments("lm.d_model", "model.head.init_args.d_model", apply_on="instantiate")
-        parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
-        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+        for seed in ("model.seed", "model.head.init_args.seed", "data.seed"):
+            parser.link_arguments("seed_everything", seed, compute_fn=int)
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Training, and validating a checkpoint."""
+        every = LightningCLI.subcommands()
+        return {name: every[name] for name in SUBCOMMANDS}
 
     def _parse_ckpt_path(self) -> None:
         """Checkpoints hold no arguments here: the configuration always counts."""

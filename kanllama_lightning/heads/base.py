@@ -28,8 +28,8 @@ class SAEHead(nn.Module, ABC):
     Args:
         d_model: Width of the activations (linked from the LM on the command line).
         d_sae: Number of latents.
-        seed: Seed of the initial weights; the same seed gives the same W_enc and W_dec to every
-            kind of head.
+        seed: Seed of the initial weights (linked to `seed_everything`); the same seed gives the
+            same W_enc and W_dec to every kind of head.
     """
 
     scale: Tensor

@@ -26,7 +26,7 @@ class Dictionary(SAEHead):
         d_sae: Number of latents.
         k: Kept latents per token (L0).
         alpha_aux: Weight of AuxK, which revives dead latents; 0 leaves it out.
-        seed: Seed of the initial weights.
+        seed: Seed of the initial weights (linked to `seed_everything`).
     """
 
     def __init__(

@@ -32,7 +32,8 @@ class KANEncoder(Thresholded):
         kan_args: Further arguments of the KAN layer; left out, a cubic spline on 5 intervals of
             [-3, 3] (with linear tails beyond, for our own layer).
         alpha_aux: Weight of AuxK, which revives dead latents; 0 leaves it out.
-        seed: Seed of the initial weights; the KAN layer draws from a stream of its own.
+        seed: Seed of the initial weights (linked to `seed_everything`); the KAN layer draws from
+            a stream of its own.
     """
 
     kan_mean: Tensor

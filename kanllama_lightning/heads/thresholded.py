@@ -28,7 +28,7 @@ class Thresholded(Dictionary):
         d_sae: Number of latents.
         k: Kept latents per token on average (L0).
         alpha_aux: Weight of AuxK, which revives dead latents; 0 leaves it out.
-        seed: Seed of the initial weights.
+        seed: Seed of the initial weights (linked to `seed_everything`).
     """
 
     threshold: Tensor

@@ -18,7 +18,7 @@ class TopK(Dictionary):
         d_sae: Number of latents.
         k: Kept latents per token (L0).
         alpha_aux: Weight of AuxK, which revives dead latents; 0 leaves it out.
-        seed: Seed of the initial weights.
+        seed: Seed of the initial weights (linked to `seed_everything`).
     """
 
     def select(self, pre_acts: Float[Tensor, "tok d_sae"]) -> Int[Tensor, " nnz"]:

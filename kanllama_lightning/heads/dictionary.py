@@ -51,11 +51,23 @@ class Dictionary(SAEHead):
     def select(self, pre_acts: Float[Tensor, "tok d_sae"]) -> Int[Tensor, " nnz"]:
         """Flat positions, ascending, of the activations to keep; no gradient flows through."""
 
+    @torch.no_grad()
     def start_(self, x: Float[Tensor, "tok d_model"]) -> None:
-        """Scale from all rows, b_dec = geometric median of the first ones."""
+        """Scale from all rows; b_dec and the encoder's size from the first ones.
+
+        b_dec is their geometric median. W_enc = c W_dec^T with the c that makes the first
+        reconstruction best: k overlapping directions overshoot at c = 1, five-fold where d_model
+        is small, and the first steps then drive all latents down instead of apart (LOG.md).
+        """
         super().start_(x)
-        with torch.no_grad():
-            self.b_dec.copy_(geometric_median(x[:MEDIAN_ROWS].float() * self.scale))
+        x = x[:MEDIAN_ROWS]
+        target = x.float() * self.scale
+        self.b_dec.copy_(geometric_median(target))
+        codes = self.codes(x)
+        summed = sparse_decode(codes.values, codes.rows, codes.latents, self.W_dec, len(x))
+        size = summed.square().sum()
+        if size > 0:
+            self.W_enc.mul_(((target - self.b_dec) * summed).sum() / size)
 
     def centred(self, x: Float[Tensor, "tok d_model"]) -> Float[Tensor, "tok d_model"]:
         """Raw activations in the head's units, b_dec taken off (its gradient left out)."""

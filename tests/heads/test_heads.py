@@ -562,9 +562,9 @@ def test_calibration_does_not_depend_on_its_chunks(kind, monkeypatch):
 @every_thresholded_head
 def test_calibration_with_too_few_positive_activations_keeps_all_of_them(kind):
     head = started(kind, k=20)
-    with torch.no_grad():
-        head.b_enc -= 2.0
     x = rows(50)
+    with torch.no_grad():
+        head.b_enc -= head.pre_acts(x).quantile(0.95)
     positive = int((head.pre_acts(x) > 0).sum())
     assert 0 < positive < 20 * 50
     head.calibrate_(x)
@@ -748,3 +748,18 @@ def test_pca_is_no_trained_head():
     out = head(rows())
     with pytest.raises(InputError, match="not trained"):
         head.losses(rows(), out, NOTHING_DEAD)
+
+
+@pytest.mark.parametrize("kind", [TopK, BatchTopK, KANEncoder])
+def test_start_gives_the_encoder_its_best_size(kind):
+    """No other multiple of W_enc reconstructs the start sample better at step 0."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(512, 8, generator=generator) @ torch.randn(8, 8, generator=generator) + 3
+    head = kind(8, 64, 6)
+    head.start_(x)
+    best = (head(x).x_hat - x).square().sum()
+    for factor in (0.9, 1.1):
+        with torch.no_grad():
+            head.W_enc.mul_(factor)
+            assert (head(x).x_hat - x).square().sum() > best
+            head.W_enc.div_(factor)

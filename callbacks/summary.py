@@ -101,8 +101,8 @@ class Summary(L.Callback):
         return (
             f"{summary['head']}, {summary['d_sae']} latents, {summary['parameters']:,} parameters; "
             f"{summary['tokens']:,} tokens in {summary['seconds']:.0f} s\n"
-            f"{summary['hook_point']} of {summary['lm']}: CE {clean:.4f} nats per token untouched, "
-            f"{zero:.4f} zero-ablated"
+            f"{summary['hook_point']} of {summary['lm']}\n"
+            f"CE of the LM in nats per token: {clean:.4f} untouched, {zero:.4f} zero-ablated"
         )
 
     @staticmethod

@@ -44,6 +44,7 @@ LINKED = {
 SUBCOMMANDS = ("fit", "validate")
 NOISE = (
     r".*You are using the `dataloader_iter` step flavor.*",
+    r".*Found `dataloader_iter` argument.*",
     r".*does not have many workers.*",
     r".*litlogger.*",
     r".*is smaller than the logging interval.*",

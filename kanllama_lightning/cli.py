@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 import wandb
 from jsonargparse import ArgumentError
@@ -107,6 +108,8 @@ class KanllamaCLI(LightningCLI):
                 f"run folder {str(self.run_folder)!r}: holds a run already; continue it with "
                 f"--ckpt_path {self.run_folder}, or choose another --run"
             )
+        if trainer.accelerator == "auto" and not torch.cuda.is_available():
+            trainer.accelerator = "cpu"  # Apple's GPUs have no fp64, which the metrics need
         make_folder(self.run_folder)
         config.run = trainer.default_root_dir = str(self.run_folder)
         trainer.max_epochs = -1

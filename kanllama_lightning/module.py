@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kanllama_lightning.buffer import ShuffleBuffer
 from kanllama_lightning.functional.losses import fvu
+from kanllama_lightning.functional.moments import norms
 from kanllama_lightning.heads.base import SAEHead
 from kanllama_lightning.lm import FrozenLM
 from kanllama_lightning.preflight import preflight
@@ -158,15 +159,20 @@ class SAEModule(L.LightningModule):
         """Statistics from the first rows; those rows also begin to fill the buffer."""
         began = time.perf_counter()
         log.info("collecting %s activations for the start statistics", f"{self.start_tokens:,}")
-        parts: list[Tensor] = []
-        while sum(map(len, parts)) < self.start_tokens:
+        shape = (self.start_tokens, self.lm.d_model)
+        x = torch.empty(shape, dtype=self.buffer.dtype, device=self.device)
+        filled = 0
+        while filled < len(x):
             tokens = self._next_tokens(batches)
-            parts.append(self.lm.acts(tokens.ids)[tokens.keep].float())
-        x = torch.cat(parts)
-        norms = x.norm(dim=1)
-        self.head.norm_limit.copy_(SINK_RATIO * norms.median())
-        x = x[self._regular(x)]
-        self.seen += torch.tensor([len(norms), len(norms) - len(x)], device=self.seen.device)
+            rows = self.lm.acts(tokens.ids)[tokens.keep][: len(x) - filled]
+            x[filled : filled + len(rows)] = rows.to(x.dtype)
+            filled += len(rows)
+        sizes = norms(x)
+        self.head.norm_limit.copy_(SINK_RATIO * sizes.median())
+        regular = sizes <= self.head.norm_limit
+        if not regular.all():
+            x = x[regular]
+        self.seen += torch.tensor([filled, filled - len(x)], device=self.seen.device)
         self.head.start_(x)
         self.buffer.push_(x[: self.buffer.capacity_tokens])
         while self.buffer.filled < self.buffer.capacity_tokens:

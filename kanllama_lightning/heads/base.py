@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from kanllama_lightning.functional.moments import mean_and_std, norms
 from kanllama_lightning.types import InputError, SAEOutput, StepContext
 
 FORMAT = 1
@@ -68,9 +69,8 @@ class SAEHead(nn.Module, ABC):
 
     def start_(self, x: Float[Tensor, "tok d_model"]) -> None:
         """Estimate once, from a sample of raw activations, everything that comes from data."""
-        norms = x.float().norm(dim=1)
-        self.scale.copy_(self.d_model**0.5 / norms.mean())
-        self.x_mean.copy_(x.double().mean(0))
+        self.scale.copy_(self.d_model**0.5 / norms(x).double().mean())
+        self.x_mean.copy_(mean_and_std(x)[0])
 
     def observe_(self, out: SAEOutput, rate: float) -> None:  # noqa: B027
         """Update running statistics after a training step; `rate` of a moving average."""

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from kanllama_lightning.functional.moments import mean_and_std
 from kanllama_lightning.heads.base import import_class
 from kanllama_lightning.heads.thresholded import Thresholded
 from kanllama_lightning.types import InputError
@@ -77,9 +78,9 @@ class KANEncoder(Thresholded):
     def start_(self, x: Float[Tensor, "tok d_model"]) -> None:
         """As a linear head, and freeze the standardisation of the KAN layer's input."""
         super().start_(x)
-        x_n = x.double() * self.scale
-        self.kan_mean.copy_(x_n.mean(0))
-        self.kan_std.copy_(x_n.std(0).clamp_min(1e-6))
+        mean, std = mean_and_std(x)
+        self.kan_mean.copy_(mean * self.scale)
+        self.kan_std.copy_((std * self.scale).clamp_min(1e-6))
 
     def standardised(self, x: Float[Tensor, "tok d_model"]) -> Float[Tensor, "tok d_model"]:
         """x~: what the KAN layer sees of raw activations, fp32."""

@@ -9,7 +9,7 @@ import uuid
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers
@@ -22,7 +22,7 @@ from kanllama_lightning.lm import FrozenLM
 from kanllama_lightning.module import SAEModule, check_precision
 from kanllama_lightning.preflight import check_room
 from kanllama_lightning.resume import find_checkpoint
-from kanllama_lightning.run import CHECKPOINTS, LOGGER_ID, make_folder
+from kanllama_lightning.run import CHECKPOINTS, LOGGER_ID, make_folder, remove_unused
 from kanllama_lightning.schedule import Schedule
 from kanllama_lightning.tokens import TokenData
 from kanllama_lightning.types import InputError, RunStopped
@@ -61,6 +61,8 @@ class KanllamaCLI(LightningCLI):
     """One module, one data module; variety comes in as injected objects."""
 
     run_folder: Path
+    made: ClassVar[Path | None] = None
+    """The folder made for the run, if it is new."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The LM, the run folder, and the links that keep them consistent."""
@@ -110,7 +112,9 @@ class KanllamaCLI(LightningCLI):
             )
         if trainer.accelerator == "auto" and not torch.cuda.is_available():
             trainer.accelerator = "cpu"  # Apple's GPUs have no fp64, which the metrics need
+        new = not self.run_folder.exists()
         make_folder(self.run_folder)
+        KanllamaCLI.made = self.run_folder if new else None
         config.run = trainer.default_root_dir = str(self.run_folder)
         trainer.max_epochs = -1
         steps = Schedule(model.tokens, model.sae_batch_tokens).steps
@@ -137,7 +141,8 @@ class KanllamaCLI(LightningCLI):
         return str(folder)
 
     def before_fit(self) -> None:
-        """Refuse what cannot fit into memory or onto the disk."""
+        """Refuse unusable data, and what cannot fit into memory or onto the disk."""
+        self.datamodule.setup("fit")
         lm, buffer = self.model.lm, self.model.buffer
         lm_bytes = _lm_parameters(lm) * lm.dtype.itemsize
         rows = buffer.capacity_tokens + self.model.schedule.batch
@@ -243,6 +248,7 @@ def main(args: Sequence[str] | None = None, **kwargs: Any) -> int:
     _quiet()
     given = list(sys.argv[1:] if args is None else args)
     sys.argv = sys.argv[:1]  # LightningCLI warns when it sees both
+    KanllamaCLI.made = None
     try:
         _refuse_linked(given)
         KanllamaCLI(
@@ -261,6 +267,7 @@ def main(args: Sequence[str] | None = None, **kwargs: Any) -> int:
             **kwargs,
         )
     except InputError as e:
+        _discard_unused()
         sys.stderr.write(f"error: {e}\n")
         return 2
     except ArgumentError as e:
@@ -276,6 +283,12 @@ def main(args: Sequence[str] | None = None, **kwargs: Any) -> int:
         if wandb.run is not None:
             wandb.finish()
     return 0
+
+
+def _discard_unused() -> None:
+    """Leave no empty run behind a mistake."""
+    if KanllamaCLI.made is not None:
+        remove_unused(KanllamaCLI.made)
 
 
 def _quiet() -> None:

@@ -36,6 +36,14 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
+def remove_unused(folder: Path) -> None:
+    """Take away a run folder in which nothing was computed yet."""
+    if folder.is_dir() and {p.name for p in folder.iterdir()} <= {CONFIG, LOGGER_ID}:
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """Checkpoints of a run, oldest first."""
     return sorted((folder / CHECKPOINTS).glob("step=*.ckpt"))

@@ -340,6 +340,7 @@ def test_ids_of_another_tokenizer(fit: Fit, tmp_path: Path, capsys: pytest.Captu
 def test_empty_dataset(fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "empty.jsonl").touch()
     refused(capsys, fit(data__train=str(tmp_path / "empty.jsonl")), "empty.jsonl")
+    assert not list((tmp_path / "runs").iterdir()), "a mistake leaves no empty run behind"
 
 
 def test_missing_column(fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

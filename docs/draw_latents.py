@@ -22,7 +22,8 @@ from kanllama_lightning.heads.base import read_card
 from kanllama_lightning.lm import FrozenLM
 
 STORIES, SEED = 600, 7
-ROWS, COLUMNS = 8, 104
+CANDIDATES, ROWS, COLUMNS = 30, 6, 104
+PUNCTUATION = {"period", "comma", "quote_open", "quote_close", "question", "exclamation"}
 EM, LINE = 7.2, 19
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#8c6d00", "#56b4e9", "#7a5195", "#444444")
 
@@ -74,11 +75,11 @@ def choose(reads: Sequence[Read]) -> list[tuple[int, int, float]]:
     kinds: set[str] = set()
     for fact in order.tolist():
         latent, kind = int(best.indices[fact]), FACTS[fact].split(":")[0]
-        if kind in kinds or latent in [c[1] for c in chosen]:
+        if kind in kinds | PUNCTUATION or latent in [c[1] for c in chosen]:
             continue
         kinds.add(kind)
         chosen.append((fact, latent, float(second[fact, latent])))
-        if len(chosen) == ROWS:
+        if len(chosen) == CANDIDATES:
             break
     return chosen
 
@@ -133,12 +134,16 @@ def main() -> None:
     with torch.no_grad():
         reads = [read(lm, head, i) for i in range(STORIES)]
     chosen = choose(reads)
-    wanted = torch.tensor([fact for fact, _, _ in chosen])
-    short = [r for r in reads if len(r.story.text) < 2.6 * COLUMNS]
-    shown = max(short or reads, key=lambda r: int(r.facts[:, wanted].any(0).sum()))
+    short = [r for r in reads if len(r.story.text) < 3.5 * COLUMNS] or reads
+
+    def seen(r: Read) -> list[tuple[int, int, float]]:
+        """The candidates whose fact holds somewhere in the story."""
+        return [c for c in chosen if r.facts[:, c[0]].any()][:ROWS]
+
+    shown = max(short, key=lambda r: sum(score for _, _, score in seen(r)))
     name = card["class_path"].rsplit(".", 1)[-1]
     title = f"{name}, {head.d_sae} latents at {card['provenance']['hook_point']}: one story"
-    args.out.write_text(draw(shown, chosen, title))
+    args.out.write_text(draw(shown, seen(shown), title))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,60 @@
+"""The README says what is there: its commands parse, its files and targets exist."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from kanllama_lightning import cli
+from train import main
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+SHELL = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL))
+COMMANDS = re.findall(r"^python train\.py (.+?)(?:\s+#.*)?$", SHELL, re.MULTILINE)
+
+
+class Parsed(Exception):  # noqa: N818
+    """Parsing is done; nothing is built."""
+
+
+def test_there_are_commands() -> None:
+    assert len(COMMANDS) >= 4
+    assert "make demo" in SHELL
+    assert "make test" in SHELL
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(_: cli.KanllamaCLI) -> None:
+        raise Parsed
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(cli.KanllamaCLI, "before_instantiate_classes", stop)
+    with pytest.raises(Parsed):
+        main(shlex.split(command))
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\S+)", SHELL, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_linked_files_exist() -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        assert target.startswith("http") or (ROOT / target).exists(), target
+
+
+def test_named_files_exist() -> None:
+    tree = README.split("## What is where")[1]
+    for name in re.findall(r"\b[\w/]+\.py\b", tree):
+        places = (ROOT / name, ROOT / "kanllama_lightning" / name)
+        assert any(p.exists() for p in places), name
+    for name in re.findall(r"configs/\w+\.yaml", README):
+        assert (ROOT / name).exists(), name
+
+
+def test_ci_calls_the_readmes_commands() -> None:
+    assert "make lint test test-slow" in (ROOT / ".ci" / "run").read_text()

@@ -67,12 +67,8 @@ class ShuffleBuffer:
 
     def swap_(self, n: int) -> Float[Tensor, "tok d_model"]:
         """Put n queued rows in the places of n random held rows, which are returned in fp32."""
+        assert n <= self.capacity_tokens, "the buffer must hold a batch"
         assert not self.wants(n), "push more rows first"
-        if n > self.capacity_tokens:
-            raise InputError(
-                f"model.sae_batch_tokens={n}: larger than buffer.capacity_tokens="
-                f"{self.capacity_tokens}; the buffer must hold at least one batch"
-            )
         places = torch.randperm(
             self.capacity_tokens, generator=self.generator, device=self.held.device
         )[:n]

@@ -68,7 +68,7 @@ class SAEModule(L.LightningModule):
         seed: Seed of the shuffling of activations (linked to `seed_everything`).
     """
 
-    dead_index: Tensor
+    dead_mask: Tensor
     silent_tokens: Tensor
     grad_norm_mean: Tensor
     seen: Tensor
@@ -94,12 +94,19 @@ class SAEModule(L.LightningModule):
             raise InputError(f"model.clip_ratio={clip_ratio}: must be larger than 1 (default 5)")
         self.lm, self.head, self.optimizer = lm, head, optimizer
         self.buffer = buffer or ShuffleBuffer()
+        if sae_batch_tokens > self.buffer.capacity_tokens:
+            raise InputError(
+                f"model.sae_batch_tokens={sae_batch_tokens}: larger than model.buffer."
+                f"capacity_tokens={self.buffer.capacity_tokens}; the buffer must hold a batch"
+            )
+        if start_tokens is not None and start_tokens < 1:
+            raise InputError(f"model.start_tokens={start_tokens}: must be at least 1")
         self.schedule = Schedule(tokens, sae_batch_tokens)
         self.start_tokens = start_tokens or self.schedule.start_tokens
         self.clip_ratio, self.seed = clip_ratio, seed
         self.tokens_seen = 0
         self.register_buffer("silent_tokens", torch.zeros(head.d_sae, dtype=torch.int64))
-        self.register_buffer("dead_index", torch.zeros(head.d_sae, dtype=torch.bool))
+        self.register_buffer("dead_mask", torch.zeros(head.d_sae, dtype=torch.bool))
         self.register_buffer("grad_norm_mean", torch.zeros(()))
         # tokens looked at, and dropped as sinks
         self.register_buffer("seen", torch.zeros(2, dtype=torch.int64))
@@ -133,10 +140,6 @@ class SAEModule(L.LightningModule):
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
     # ---------------------------------------------------------------- training
-
-    def heads(self) -> dict[str, SAEHead]:
-        """The heads by name."""
-        return {type(self.head).__name__: self.head}
 
     def rows(self, tokens: TokenBatch) -> Float[Tensor, "tok d_model"]:
         """Kept activations of a token batch; counts what is dropped as a sink."""
@@ -210,9 +213,9 @@ class SAEModule(L.LightningModule):
 
     def _context(self) -> StepContext:
         if self.trainer.global_step % DEAD_REFRESH_STEPS == 0:
-            self.dead_index = self.silent_tokens >= self.schedule.dead_after_tokens
+            self.dead_mask = self.silent_tokens >= self.schedule.dead_after_tokens
         progress = self.tokens_seen / self.schedule.tokens
-        return StepContext(self.dead_index.nonzero().squeeze(1), progress)
+        return StepContext(self.dead_mask.nonzero().squeeze(1), progress)
 
     def _count_silence(self, fired: Tensor, n: int) -> None:
         self.silent_tokens = (self.silent_tokens + n).masked_fill(fired > 0, 0)

@@ -167,13 +167,6 @@ def test_draws_leave_the_global_generator_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_refuses_a_batch_larger_than_itself():
-    buffer = allocated(4, 9)
-    buffer.push_(numbered(0, 13))
-    with pytest.raises(InputError, match=r"model\.sae_batch_tokens=5: .*capacity_tokens=4"):
-        buffer.swap_(5)
-
-
 def test_refuses_to_hold_nothing():
     with pytest.raises(InputError, match=r"buffer\.capacity_tokens=0"):
         ShuffleBuffer(0)

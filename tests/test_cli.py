@@ -327,6 +327,11 @@ def test_k_larger_than_dictionary(fit: Fit, capsys: pytest.CaptureFixture) -> No
     refused(capsys, fit(model__head__k="33", **{"model.head.k": "33"}), "k=33", "d_sae=32")
 
 
+def test_batch_larger_than_the_buffer(fit: Fit, capsys: pytest.CaptureFixture) -> None:
+    code = fit(model__sae_batch_tokens="1024")
+    refused(capsys, code, "sae_batch_tokens=1024", "capacity_tokens=512")
+
+
 def test_linked_target(fit: Fit, capsys: pytest.CaptureFixture) -> None:
     refused(capsys, fit("--model.head.d_model=8"), "model.head.d_model", "lm.name")
 

@@ -117,7 +117,7 @@ class KanllamaCLI(LightningCLI):
         KanllamaCLI.made = self.run_folder if new else None
         config.run = trainer.default_root_dir = str(self.run_folder)
         trainer.max_epochs = -1
-        steps = Schedule(model.tokens, model.sae_batch_tokens).steps
+        steps = Schedule.of(model.tokens, model.sae_batch_tokens).steps
         asked = trainer.max_steps if trainer.max_steps is not None else -1
         trainer.max_steps = steps if asked < 0 else min(asked, steps)
         if isinstance(trainer.logger, bool) or trainer.logger is None:

@@ -17,6 +17,13 @@ from kanllama_lightning.types import InputError, Prefix
 log = logging.getLogger(__name__)
 
 BLOCK_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+LLAMA_CONFIG = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "vocab_size",
+)
 EMBEDDED = "embedded"
 HUB_TIMEOUT_S = 8
 
@@ -57,9 +64,13 @@ class FrozenLM:
             kwargs = {"revision": revision, "local_files_only": self._local}
             self.config = AutoConfig.from_pretrained(self.path, **kwargs)
             self.tokenizer = AutoTokenizer.from_pretrained(self.path, **kwargs)
-        n_layers = getattr(self.config, "num_hidden_layers", None)
-        if n_layers is None:
-            raise InputError(f"lm.name={name!r}: not a causal LM of the Llama kind (no layers)")
+        missing = [a for a in LLAMA_CONFIG if not hasattr(self.config, a)]
+        if missing:
+            raise InputError(
+                f"lm.name={name!r}: not a causal LM of the Llama kind: its configuration has no "
+                f"{', '.join(missing)}"
+            )
+        n_layers = int(self.config.num_hidden_layers)
         self.hook = parse_hook_point(hook_point, n_layers)
         self.hook_point = hook_point
         self._model: Any = None

@@ -87,9 +87,6 @@ class SAEModule(L.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in (("tokens", tokens), ("sae_batch_tokens", sae_batch_tokens)):
-            if value < 1:
-                raise InputError(f"model.{name}={value}: must be at least 1")
         if clip_ratio <= 1:
             raise InputError(f"model.clip_ratio={clip_ratio}: must be larger than 1 (default 5)")
         self.lm, self.head, self.optimizer = lm, head, optimizer
@@ -101,7 +98,7 @@ class SAEModule(L.LightningModule):
             )
         if start_tokens is not None and start_tokens < 1:
             raise InputError(f"model.start_tokens={start_tokens}: must be at least 1")
-        self.schedule = Schedule(tokens, sae_batch_tokens)
+        self.schedule = Schedule.of(tokens, sae_batch_tokens)
         self.start_tokens = start_tokens or self.schedule.start_tokens
         self.clip_ratio, self.seed = clip_ratio, seed
         self.tokens_seen = 0

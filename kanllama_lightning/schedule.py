@@ -3,6 +3,8 @@
 import math
 from typing import NamedTuple
 
+from kanllama_lightning.types import InputError
+
 
 class Schedule(NamedTuple):
     """Lengths for a budget of `tokens` in batches of `batch` (METHODS A0, small-run rule)."""
@@ -11,6 +13,18 @@ class Schedule(NamedTuple):
     """Rows to train on in all."""
     batch: int
     """Rows per step."""
+
+    @classmethod
+    def of(cls, tokens: int, sae_batch_tokens: int) -> "Schedule":
+        """The schedule of what a user asks for.
+
+        Raises:
+            InputError: A number is below 1.
+        """
+        for name, value in (("tokens", tokens), ("sae_batch_tokens", sae_batch_tokens)):
+            if value < 1:
+                raise InputError(f"model.{name}={value}: must be at least 1")
+        return cls(tokens, sae_batch_tokens)
 
     @property
     def steps(self) -> int:

@@ -12,11 +12,13 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from transformers import GPT2Config
 
 from kanllama_lightning.heads import KANEncoder, SAEHead
 from kanllama_lightning.lm import FrozenLM
 from kanllama_lightning.metrics import Reconstruction, Sparsity
 from kanllama_lightning.tokens import TokenData
+from tests.conftest import word_tokenizer
 from tests.wandb_file import history
 from train import main
 
@@ -330,6 +332,17 @@ def test_k_larger_than_dictionary(fit: Fit, capsys: pytest.CaptureFixture) -> No
 def test_batch_larger_than_the_buffer(fit: Fit, capsys: pytest.CaptureFixture) -> None:
     code = fit(model__sae_batch_tokens="1024")
     refused(capsys, code, "sae_batch_tokens=1024", "capacity_tokens=512")
+
+
+@pytest.mark.parametrize("name", ["tokens", "sae_batch_tokens", "start_tokens"])
+def test_lengths_below_one(fit: Fit, name: str, capsys: pytest.CaptureFixture) -> None:
+    refused(capsys, fit(**{f"model.{name}": "0"}), f"model.{name}=0", "at least 1")
+
+
+def test_model_of_another_kind(fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=64).save_pretrained(tmp_path / "gpt2")
+    word_tokenizer().save_pretrained(tmp_path / "gpt2")
+    refused(capsys, fit(lm__name=str(tmp_path / "gpt2")), "gpt2", "Llama kind")
 
 
 def test_linked_target(fit: Fit, capsys: pytest.CaptureFixture) -> None:

@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from kanllama_lightning.lm import FrozenLM
 from kanllama_lightning.types import InputError
@@ -337,8 +337,22 @@ def test_a_folder_with_a_broken_configuration(folder):
 
 def test_a_model_of_another_kind(folder):
     config = GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=3, n_head=2)
+    config.save_pretrained(folder)
+    with pytest.raises(InputError, match=r"Llama kind: its configuration has no intermediate_size"):
+        FrozenLM(str(folder), "model.layers.0.mlp")
+
+
+def test_a_model_whose_blocks_are_of_another_kind(folder):
+    config = GPTNeoXConfig(
+        vocab_size=64,
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+    )
     (folder / "model.safetensors").unlink()
-    GPT2LMHeadModel(config).save_pretrained(folder)
+    GPTNeoXForCausalLM(config).save_pretrained(folder)
     lm = FrozenLM(str(folder), "model.layers.0.mlp")
     with pytest.raises(InputError, match=r"its blocks have no input_layernorm.*Llama, Mistral"):
         lm.load_()

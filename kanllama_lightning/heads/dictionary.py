@@ -56,8 +56,8 @@ class Dictionary(SAEHead):
         """Scale from all rows; b_dec and the encoder's size from the first ones.
 
         b_dec is their geometric median. W_enc = c W_dec^T with the c that makes the first
-        reconstruction best: k overlapping directions overshoot at c = 1, five-fold where d_model
-        is small, and the first steps then drive all latents down instead of apart (LOG.md).
+        reconstruction best: k overlapping directions overshoot at c = 1, three-fold at d_model
+        128 and k 16, and the first steps then drive all latents down instead of apart (LOG.md).
         """
         super().start_(x)
         x = x[:MEDIAN_ROWS]

@@ -40,7 +40,7 @@ class Baselines(L.Callback):
             return
         head: SAEHead = pl_module.head
         x = pl_module.buffer.sample(1 << 15)
-        k = getattr(head, "k", None)
+        k = getattr(head, "target_l0", None)
         if k is None:
             return
         controls: dict[str, SAEHead] = {

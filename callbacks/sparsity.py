@@ -35,7 +35,7 @@ class Sparsity(ValidationMeter):
         """Count one batch."""
         meter.update(batch.out.codes)
         n = len(batch.x)
-        fired = int((batch.out.codes.values != 0).sum())
+        fired = int(batch.out.codes.l0().sum())
         return {"n_tokens": n, "l0": fired / n if n else float("nan")}
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:

@@ -194,10 +194,11 @@ class SAEModule(L.LightningModule):
             self._after_start()
         x = self.next_batch(dataloader_iter)
         out = self.head(x)
-        losses = self.head.losses(x, out, self._context())
+        ctx = self._context()
+        losses = self.head.losses(x, out, ctx)
         loss = torch.stack(list(losses.values())).sum()
         with torch.no_grad():
-            self.head.observe_(out, self.schedule.threshold_rate)
+            self.head.observe_(out, ctx)
             self._count_silence(out.codes.fired(), len(x))
             self._log_step(x, out, losses, loss)
         return loss
@@ -212,7 +213,8 @@ class SAEModule(L.LightningModule):
         if self.trainer.global_step % DEAD_REFRESH_STEPS == 0:
             self.dead_mask = self.silent_tokens >= self.schedule.dead_after_tokens
         progress = self.tokens_seen / self.schedule.tokens
-        return StepContext(self.dead_mask.nonzero().squeeze(1), progress)
+        dead = self.dead_mask.nonzero().squeeze(1)
+        return StepContext(dead, progress, self.schedule.threshold_rate)
 
     def _count_silence(self, fired: Tensor, n: int) -> None:
         self.silent_tokens = (self.silent_tokens + n).masked_fill(fired > 0, 0)

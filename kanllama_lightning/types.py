@@ -43,7 +43,7 @@ class SparseCodes(NamedTuple):
     """The kept activations of a batch: nothing of shape [tok d_sae] is held."""
 
     values: Float[Tensor, " nnz"]
-    """Post-activation values, > 0."""
+    """Post-activation values (> 0 but for PCA, whose codes are signed)."""
     rows: Int[Tensor, " nnz"]
     """Token of each value, ascending."""
     latents: Int[Tensor, " nnz"]
@@ -68,21 +68,51 @@ class SparseCodes(NamedTuple):
         out = torch.zeros(size, dtype=torch.int64, device=index.device)
         return out.index_add_(0, index, (self.values != 0).long())
 
+    def sparse(self) -> "SparseCodes":
+        """These codes."""
+        return self
+
+
+class DenseCodes(NamedTuple):
+    """The latents of a head that selects nothing: its penalty sees all of them."""
+
+    latents: Float[Tensor, "tok d_sae"]
+
+    def dense(self) -> Float[Tensor, "tok d_sae"]:
+        """These latents."""
+        return self.latents
+
+    def l0(self) -> Int[Tensor, " tok"]:
+        """Number of non-zero latents of each token."""
+        return (self.latents != 0).sum(1)
+
+    def fired(self) -> Int[Tensor, " d_sae"]:
+        """Number of tokens on which each latent is non-zero."""
+        return (self.latents != 0).sum(0)
+
+    def sparse(self) -> SparseCodes:
+        """The non-zero latents alone, for people and reports."""
+        rows, latents = self.latents.nonzero(as_tuple=True)
+        values = self.latents[rows, latents]
+        return SparseCodes(values, rows, latents, *self.latents.shape)
+
 
 class SAEOutput(NamedTuple):
     """What a head returns: the reconstruction, in the LM's units, and the codes it came from."""
 
     x_hat: Float[Tensor, "tok d_model"]
-    codes: SparseCodes
+    codes: SparseCodes | DenseCodes
 
 
 class StepContext(NamedTuple):
-    """What a loss may need to know about the step it is computed in."""
+    """What a head may need to know about the step it is in."""
 
     dead: Int[Tensor, " n_dead"]
     """Indices of the latents that have not fired for `dead_after_tokens` tokens."""
     progress: float
     """Share of the token budget already trained on, 0 to 1."""
+    rate: float
+    """Weight of this step in a moving average: one over its horizon in steps."""
 
 
 class Prefix(NamedTuple):

@@ -12,7 +12,7 @@ FILES = [
     for p in (ROOT / folder).rglob("*.py")
 ]
 HEADS = "kanllama_lightning.heads"
-SHARED_BY_HEADS = {f"{HEADS}.{name}" for name in ("base", "dictionary", "thresholded")}
+SHARED_BY_HEADS = {f"{HEADS}.{name}" for name in ("base", "dictionary", "selecting", "thresholded")}
 
 
 def imports(file: Path) -> set[str]:

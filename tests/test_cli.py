@@ -30,7 +30,7 @@ SMALL = {
     "lm.untrained": "true",
     "model.head": "KANEncoder",
     "model.head.d_sae": "32",
-    "model.head.k": "4",
+    "model.head.target_l0": "4",
     "model.tokens": "2560",
     "model.sae_batch_tokens": "64",
     "model.start_tokens": "256",
@@ -93,7 +93,7 @@ def test_a_run_leaves_everything_behind(capsys: pytest.CaptureFixture, run_folde
     assert pooled == pytest.approx(summary["val/ce_recon"], rel=1e-6)
 
     config = yaml.safe_load((run_folder / "config.yaml").read_text())
-    assert config["model"]["head"]["init_args"]["k"] == 4
+    assert config["model"]["head"]["init_args"]["target_l0"] == 4
     assert "untrained head" in capsys.readouterr().out
 
 
@@ -326,7 +326,12 @@ def test_misspelt_hook(fit: Fit, capsys: pytest.CaptureFixture) -> None:
 
 
 def test_k_larger_than_dictionary(fit: Fit, capsys: pytest.CaptureFixture) -> None:
-    refused(capsys, fit(model__head__k="33", **{"model.head.k": "33"}), "k=33", "d_sae=32")
+    refused(
+        capsys,
+        fit(model__head__target_l0="33", **{"model.head.target_l0": "33"}),
+        "target_l0=33",
+        "d_sae=32",
+    )
 
 
 def test_batch_larger_than_the_buffer(fit: Fit, capsys: pytest.CaptureFixture) -> None:
@@ -394,7 +399,12 @@ def test_last_never_takes_another_configuration(
 ) -> None:
     (run_folder / "summary.json").unlink()
     capsys.readouterr()
-    refused(capsys, fit("--ckpt_path=last", **{"model.head.k": "5"}), "nothing", "head.init_args.k")
+    refused(
+        capsys,
+        fit("--ckpt_path=last", **{"model.head.target_l0": "5"}),
+        "nothing",
+        "head.init_args.target_l0",
+    )
 
 
 def test_run_folder_in_use(fit: Fit, run_folder: Path, capsys: pytest.CaptureFixture) -> None:

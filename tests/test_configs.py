@@ -46,7 +46,7 @@ def test_is_a_complete_run_on_the_real_target(
     assert parsed.lm.hook_point == "model.layers.0.mlp"
     assert len(parsed.lm.revision) == 40
     assert parsed.model.head.init_args.d_sae == 16384
-    assert parsed.model.head.init_args.k == 64
+    assert parsed.model.head.init_args.target_l0 == 64
     assert parsed.model.tokens == 300_000_000
     assert parsed.data.ctx_len == 512
     assert parsed.data.train.init_args.name == "roneneldan/TinyStories"

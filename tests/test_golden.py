@@ -54,7 +54,7 @@ def run(head: str, lm: Path, text: Path, folder: Path, losses: list[float]) -> d
         "lm.dtype": "float32",
         "lm.untrained": "true",
         "model.head.d_sae": 48,
-        "model.head.k": 4,
+        "model.head.target_l0": 4,
         "model.tokens": 1280,
         "model.sae_batch_tokens": 64,
         "model.start_tokens": 256,

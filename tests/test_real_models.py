@@ -38,7 +38,7 @@ def test_stories260k(head: str, tmp_path: Path) -> None:
         *("fit", "--config", f"configs/{head}.yaml", "--config", "configs/embedded.yaml"),
         *("--lm.name", str(SHARED / "stories260K-hf"), "--lm.hook_point", "model.layers.2"),
         *("--data.train", str(SHARED / "tinystories_sample.jsonl"), "--run", str(folder)),
-        *("--model.head.d_sae", "512", "--model.head.k", "16", "--model.tokens", "400_000"),
+        *("--model.head.d_sae", "512", "--model.head.target_l0", "16", "--model.tokens", "400_000"),
     )
     assert done.returncode == 0, done.stderr
     summary = json.loads((folder / "summary.json").read_text())

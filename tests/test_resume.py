@@ -12,7 +12,7 @@ from kanllama_lightning.types import InputError
 CONFIG = {
     "seed_everything": 0,
     "runs_dir": "runs",
-    "model": {"tokens": 1000, "head": {"class_path": "TopK", "init_args": {"k": 4}}},
+    "model": {"tokens": 1000, "head": {"class_path": "TopK", "init_args": {"target_l0": 4}}},
     "trainer": {"max_steps": -1, "devices": 1, "precision": "32-true", "logger": {"a": 1}},
     "data": {"val": [{"path": "a"}], "options": {}},
 }
@@ -54,16 +54,16 @@ def test_the_same_configuration():
 
 
 def test_what_differs_is_named_with_both_values():
-    given = text(model__head__init_args__k=8, data__val=[{"path": "b"}], seed_everything=1)
+    given = text(model__head__init_args__target_l0=8, data__val=[{"path": "b"}], seed_everything=1)
     assert compare(text(), given) == [
         "data.val: [{'path': 'a'}] in the run, [{'path': 'b'}] now",
-        "model.head.init_args.k: 4 in the run, 8 now",
+        "model.head.init_args.target_l0: 4 in the run, 8 now",
         "seed_everything: 0 in the run, 1 now",
     ]
 
 
 def test_what_is_missing_or_new_differs():
-    more = text(model__head__init_args={"k": 4, "seed": 3})
+    more = text(model__head__init_args={"target_l0": 4, "seed": 3})
     assert compare(text(), more) == ["model.head.init_args.seed: None in the run, 3 now"]
     assert compare(more, text()) == ["model.head.init_args.seed: 3 in the run, None now"]
     assert compare(text(), text(data__options={"a": 1})) != []
@@ -140,8 +140,10 @@ def test_a_folder_or_a_file(tmp_path):
 
 def test_another_configuration_is_refused_where_it_has_to_be_the_same(tmp_path):
     mine = run(tmp_path / "mine")
-    other = text(model__head__init_args__k=8)
-    with pytest.raises(InputError, match=r"another configuration:\n.*init_args\.k: 4 in.*8 now"):
+    other = text(model__head__init_args__target_l0=8)
+    with pytest.raises(
+        InputError, match=r"another configuration:\n.*init_args\.target_l0: 4 in.*8 now"
+    ):
         find(str(mine), config=other)
     assert find(str(mine), config=other, exact=False).is_file()
 

@@ -1,8 +1,13 @@
-"""Selecting the largest activations of a batch, and decoding only those."""
+"""Selecting the largest activations of a batch, and computing with only those."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 SAMPLE_STRIDE = 61
@@ -49,27 +54,166 @@ def largest_positive(
     return candidates[above], cutoff
 
 
+class Pattern:
+    """Which latents are kept on which rows: by row as given, and by latent once that is asked for.
+
+    Both orders are what a bag of rows is summed in: a token's latents to decode it, a latent's
+    tokens for the gradients of its weights.
+
+    Args:
+        flat: Row * n_latents + latent of everything kept, ascending.
+        n_rows: Number of tokens.
+        n_latents: Number of latents.
+    """
+
+    def __init__(self, flat: Int[Tensor, " nnz"], n_rows: int, n_latents: int) -> None:
+        self.flat, self.n_rows, self.n_latents = flat, n_rows, n_latents
+        self.rows: Int[Tensor, " nnz"] = flat.div(n_latents, rounding_mode="floor")
+        self.latents: Int[Tensor, " nnz"] = flat - self.rows * n_latents
+
+    @cached_property
+    def row_starts(self) -> Int[Tensor, " tok"]:
+        """Where each row begins."""
+        return _starts(self.rows, self.n_rows)
+
+    @cached_property
+    def latent_starts(self) -> Int[Tensor, " d_sae"]:
+        """Where each latent begins, in `by_latent` order."""
+        return _starts(self.latents, self.n_latents)
+
+    @cached_property
+    def by_latent(self) -> tuple[Int[Tensor, " nnz"], Int[Tensor, " nnz"]]:
+        """The order that sorts by latent, and the rows in it."""
+        order = self.latents.sort(stable=True).indices
+        return order, self.rows[order]
+
+    def sum_latents(
+        self, values: Float[Tensor, " nnz"], table: Float[Tensor, "d_sae n"]
+    ) -> Float[Tensor, "tok n"]:
+        """For each row, the sum of value * table[latent] over what it keeps."""
+        return F.embedding_bag(
+            self.latents, table, self.row_starts, mode="sum", per_sample_weights=values
+        )
+
+    def sum_rows(
+        self, values: Float[Tensor, " nnz"], table: Float[Tensor, "tok n"]
+    ) -> Float[Tensor, "d_sae n"]:
+        """For each latent, the sum of value * table[row] over the rows that keep it."""
+        order, rows = self.by_latent
+        return F.embedding_bag(
+            rows, table, self.latent_starts, mode="sum", per_sample_weights=values[order]
+        )
+
+
+def _starts(index: Int[Tensor, " nnz"], size: int) -> Int[Tensor, " size"]:
+    counts = torch.zeros(size, dtype=torch.int64, device=index.device)
+    counts.index_add_(0, index, torch.ones_like(index))
+    return counts.cumsum(0) - counts
+
+
 def sparse_decode(
-    values: Float[Tensor, " nnz"],
-    rows: Int[Tensor, " nnz"],
-    latents: Int[Tensor, " nnz"],
-    dictionary: Float[Tensor, "d_sae d_model"],
-    n_rows: int,
+    values: Float[Tensor, " nnz"], pattern: Pattern, dictionary: Float[Tensor, "d_sae d_model"]
 ) -> Float[Tensor, "tok d_model"]:
-    """Sum of value * dictionary row over the kept activations of each token.
+    """Sum of value * dictionary row over what each token keeps.
 
     Touches only kept rows of the dictionary, forward and backward.
 
     Args:
         values: Kept activations.
-        rows: Token of each, ascending.
-        latents: Dictionary row of each.
+        pattern: Where they are.
         dictionary: One direction per latent.
-        n_rows: Number of tokens.
     """
-    counts = torch.zeros(n_rows, dtype=torch.int64, device=rows.device)
-    counts.index_add_(0, rows, torch.ones_like(rows))
-    offsets = counts.cumsum(0) - counts
-    return F.embedding_bag(
-        latents, dictionary, offsets, mode="sum", per_sample_weights=values.to(dictionary.dtype)
+    values = values.to(dictionary.dtype)
+    summed = pattern.sum_latents(values, dictionary.detach())
+    if not dictionary.requires_grad:
+        return summed
+    out: Tensor = _ToDictionary.apply(summed, values.detach(), dictionary, pattern)
+    return out
+
+
+class _ToDictionary(torch.autograd.Function):
+    """The identity; hands the gradient on and gives the dictionary its own."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        summed: Float[Tensor, "tok d_model"],
+        values: Float[Tensor, " nnz"],
+        dictionary: Float[Tensor, "d_sae d_model"],
+        pattern: Pattern,
+    ) -> Float[Tensor, "tok d_model"]:
+        ctx.save_for_backward(values)
+        ctx.pattern = pattern
+        return summed.view_as(summed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Float[Tensor, "tok d_model"]) -> tuple[Tensor | None, ...]:
+        (values,) = ctx.saved_tensors
+        return grad, None, ctx.pattern.sum_rows(values, grad.contiguous()), None
+
+
+def kept_products(
+    values: Float[Tensor, " nnz"],
+    pattern: Pattern,
+    bias: Float[Tensor, " d_sae"],
+    branches: Sequence[tuple[Float[Tensor, "tok n"], Float[Tensor, "n d_sae"]]],
+) -> Float[Tensor, " nnz"]:
+    """Kept entries of sum_b inputs_b @ weights_b + bias, with sparse gradients.
+
+    The products themselves were made, without autograd, to find out what to keep; this ties
+    the kept values to what they came from. Backward costs one pass over the kept entries per
+    weight (and per input that wants a gradient), not a product of the batch's size. It is
+    fastest for weights stored transposed, [d_sae n], whose gradients then need no transposing.
+
+    Args:
+        values: The kept entries.
+        pattern: Where they are.
+        bias: What was added to the products.
+        branches: Inputs and weights whose products were summed.
+    """
+    out: Tensor = _KeptProducts.apply(
+        values, pattern, bias, *(tensor for branch in branches for tensor in branch)
     )
+    return out
+
+
+class _KeptProducts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        values: Float[Tensor, " nnz"],
+        pattern: Pattern,
+        bias: Float[Tensor, " d_sae"],
+        *pairs: Tensor,
+    ) -> Float[Tensor, " nnz"]:
+        ctx.save_for_backward(bias, *pairs)
+        ctx.pattern = pattern
+        return values.view_as(values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Float[Tensor, " nnz"]) -> tuple[Tensor | None, ...]:
+        bias, *pairs = ctx.saved_tensors
+        pattern: Pattern = ctx.pattern
+        need_bias, *need = ctx.needs_input_grad[2:]
+        found: list[Tensor | None] = [
+            torch.zeros_like(bias).index_add_(0, pattern.latents, grad.to(bias.dtype))
+            if need_bias
+            else None
+        ]
+        for i in range(0, len(pairs), 2):
+            inputs, weights = pairs[i], pairs[i + 1]
+            found.append(
+                pattern.sum_latents(grad.to(weights.dtype), weights.t().contiguous()).to(
+                    inputs.dtype
+                )
+                if need[i]
+                else None
+            )
+            found.append(
+                pattern.sum_rows(grad.to(weights.dtype), inputs.to(weights.dtype)).t()
+                if need[i + 1]
+                else None
+            )
+        return None, None, *found

@@ -72,8 +72,8 @@ class SAEHead(nn.Module, ABC):
         self.scale.copy_(self.d_model**0.5 / norms(x).double().mean())
         self.x_mean.copy_(mean_and_std(x)[0])
 
-    def observe_(self, out: SAEOutput, rate: float) -> None:  # noqa: B027
-        """Update running statistics after a training step; `rate` of a moving average."""
+    def observe_(self, out: SAEOutput, ctx: StepContext) -> None:  # noqa: B027
+        """Update running statistics (a threshold, a penalty's weight) from a training batch."""
 
     def calibrate_(self, x: Float[Tensor, "tok d_model"]) -> None:  # noqa: B027
         """Set what inference needs (a threshold, say) from raw training activations."""

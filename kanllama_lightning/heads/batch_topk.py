@@ -4,7 +4,7 @@ from kanllama_lightning.heads.thresholded import Thresholded
 
 
 class BatchTopK(Thresholded):
-    """z keeps the k * tokens largest of ReLU((x - b_dec) W_enc + b_enc) over the whole batch.
+    """z keeps the target_l0 * tokens largest of ReLU((x - b_dec) W_enc + b_enc) over the whole batch.
 
     Bussmann, Leask, Nanda 2024 (arXiv 2412.06410). At inference a global threshold takes the
     batch's place, so that a token's latents do not depend on its neighbours.
@@ -12,7 +12,7 @@ class BatchTopK(Thresholded):
     Args:
         d_model: Width of the activations (linked from the LM on the command line).
         d_sae: Number of latents.
-        k: Kept latents per token on average (L0).
+        target_l0: Kept latents per token on average, the paper's k.
         alpha_aux: Weight of AuxK, which revives dead latents; 0 leaves it out.
         seed: Seed of the initial weights (linked to `seed_everything`).
     """

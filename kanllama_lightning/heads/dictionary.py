@@ -1,4 +1,4 @@
-"""A linear unit-norm dictionary read by a sparse code: what every TopK-like head shares."""
+"""A linear dictionary and its encoder: what every trained head but the earlier KAN designs shares."""
 
 from abc import abstractmethod
 
@@ -7,49 +7,53 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from kanllama_lightning.functional.losses import auxk, geometric_median, reconstruction
-from kanllama_lightning.functional.sparse import sparse_decode
 from kanllama_lightning.heads.base import SAEHead
-from kanllama_lightning.types import InputError, SAEOutput, SparseCodes, StepContext
+from kanllama_lightning.types import InputError, SAEOutput, StepContext
 
 MEDIAN_ROWS = 8192
 """Rows of the start sample that the geometric median is taken of."""
 
+Branch = tuple[Float[Tensor, "tok n"], Float[Tensor, "n d_sae"]]
+"""Inputs and weights whose product is a part of the pre-activations."""
+
 
 class Dictionary(SAEHead):
-    """x_hat = z W_dec + b_dec with unit-norm rows of W_dec, z the kept part of ReLU(pre_acts).
+    """x_hat = z W_dec + b_dec, z made of pre-activations p = (x - b_dec) W_enc + b_enc.
 
-    A subclass says which activations are kept (`select`); a KAN head also says what the
-    pre-activations are. L = ||e||^2 + alpha_aux * AuxK (Gao et al. 2024, arXiv 2406.04093).
+    A subclass says how p becomes z; a KAN head also what else p is made of. The rows of W_dec
+    are kept at norm 1. AuxK (Gao et al. 2024, arXiv 2406.04093) revives dead latents.
 
     Args:
         d_model: Width of the activations (linked from the LM on the command line).
         d_sae: Number of latents.
-        k: Kept latents per token (L0).
+        target_l0: Latents per token.
         alpha_aux: Weight of AuxK, which revives dead latents; 0 leaves it out.
         seed: Seed of the initial weights (linked to `seed_everything`).
     """
 
     def __init__(
-        self, d_model: int, d_sae: int, k: int, alpha_aux: float = 1 / 32, seed: int = 0
+        self, d_model: int, d_sae: int, target_l0: int, alpha_aux: float = 1 / 32, seed: int = 0
     ) -> None:
         super().__init__(d_model, d_sae, seed)
-        if not 1 <= k <= d_sae:
+        if not 1 <= target_l0 <= d_sae:
             raise InputError(
-                f"head.k={k}: must be from 1 to d_sae={d_sae}; lower k or widen the dictionary"
+                f"head.target_l0={target_l0}: must be from 1 to d_sae={d_sae}; lower it or widen "
+                "the dictionary"
             )
         if alpha_aux < 0:
             raise InputError(f"head.alpha_aux={alpha_aux}: must be 0 or more (default 1/32)")
-        self.k, self.alpha_aux = k, alpha_aux
+        self.target_l0, self.alpha_aux = target_l0, alpha_aux
         generator = torch.Generator().manual_seed(seed)
         rows = torch.randn(d_sae, d_model, generator=generator)
         self.W_dec = nn.Parameter(rows / rows.norm(dim=1, keepdim=True))
-        self.W_enc = nn.Parameter(self.W_dec.detach().T.clone().contiguous())
+        # stored as [d_sae, d_model]: the layout its sparse gradient comes in
+        self.W_enc = nn.Parameter(self.W_dec.detach().clone().T)
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.b_dec = nn.Parameter(torch.zeros(d_model))
 
     @abstractmethod
-    def select(self, pre_acts: Float[Tensor, "tok d_sae"]) -> Int[Tensor, " nnz"]:
-        """Flat positions, ascending, of the activations to keep; no gradient flows through."""
+    def reconstruct(self, pre_acts: Float[Tensor, "tok d_sae"]) -> Float[Tensor, "tok d_model"]:
+        """What the dictionary makes of pre-activations in training, without b_dec."""
 
     @torch.no_grad()
     def start_(self, x: Float[Tensor, "tok d_model"]) -> None:
@@ -60,58 +64,45 @@ class Dictionary(SAEHead):
         128 and k 16, and the first steps then drive all latents down instead of apart (LOG.md).
         """
         super().start_(x)
-        x = x[:MEDIAN_ROWS]
-        target = x.float() * self.scale
+        target = x[:MEDIAN_ROWS].float() * self.scale
         self.b_dec.copy_(geometric_median(target))
-        codes = self.codes(x)
-        summed = sparse_decode(codes.values, codes.rows, codes.latents, self.W_dec, len(x))
+        target = target - self.b_dec
+        summed = self.reconstruct(target @ self.W_dec.T)
         size = summed.square().sum()
-        if size > 0:
-            self.W_enc.mul_(((target - self.b_dec) * summed).sum() / size)
+        best = (target * summed).sum() / size if size > 0 else target.new_ones(())
+        self.set_encoder_(best * self.W_dec.T)
+
+    def set_encoder_(self, W: Float[Tensor, "d_model d_sae"]) -> None:
+        """Make the encoder the linear map (x - b_dec) W, with no other part."""
+        self.W_enc.copy_(W)
 
     def centred(self, x: Float[Tensor, "tok d_model"]) -> Float[Tensor, "tok d_model"]:
         """Raw activations in the head's units, b_dec taken off (its gradient left out)."""
         return x.float() * self.scale - self.b_dec.detach()
 
+    def branches(self, x: Float[Tensor, "tok d_model"]) -> list[Branch]:
+        """What the pre-activations are the sum of, `bias` apart."""
+        return [(self.centred(x), self.W_enc)]
+
+    def bias(self) -> Float[Tensor, " d_sae"]:
+        """What is added to the products of `branches`.
+
+        The gradient of b_dec goes through a matrix-vector product of value zero: the same
+        number as through `x - b_dec`, without a matrix product of the batch's size.
+        """
+        return self.b_enc + (self.b_dec.detach() - self.b_dec) @ self.W_enc.detach()
+
     def pre_acts(
         self, x: Float[Tensor, "tok d_model"], latents: Int[Tensor, " some"] | None = None
     ) -> Float[Tensor, "tok d_sae"]:
-        """Pre-activations, fp32, of all latents or of some.
-
-        The gradient of b_dec goes through a matrix-vector product of value zero: the same
-        number as through `x - b_dec`, without a third matrix product of the batch's size.
-        """
-        W: Tensor = self.W_enc
-        b: Tensor = self.b_enc
-        if latents is not None:
-            W, b = W[:, latents], b[latents]
-        linear = self.centred(x) @ W
-        return linear.float() + (b + (self.b_dec.detach() - self.b_dec) @ W.detach())
-
-    def codes(self, x: Float[Tensor, "tok d_model"]) -> SparseCodes:
-        """The kept activations of raw activations."""
-        pre = self.pre_acts(x)
-        flat = self.select(pre.detach())
-        return SparseCodes(
-            values=pre.reshape(-1)[flat],
-            rows=flat.div(self.d_sae, rounding_mode="floor"),
-            latents=flat % self.d_sae,
-            n_rows=len(x),
-            d_sae=self.d_sae,
-        )
-
-    def forward(self, x: Float[Tensor, "tok d_model"]) -> SAEOutput:
-        """Reconstruction and codes of raw activations."""
-        codes = self.codes(x)
-        with torch.autocast(x.device.type, enabled=False):
-            summed = sparse_decode(codes.values, codes.rows, codes.latents, self.W_dec, len(x))
-            return SAEOutput((summed + self.b_dec) / self.scale, codes)
+        """Pre-activations, fp32, of all latents or of some."""
+        return products(self.branches(x), self.bias(), latents)
 
     def encode(self, x: Float[Tensor, "tok d_model"]) -> Float[Tensor, "tok d_sae"]:
         """Dense latents as at inference, whatever mode the head is in."""
         training = self.training
         try:
-            return self.eval().codes(x).dense()
+            return self.eval()(x).codes.dense()
         finally:
             self.train(training)
 
@@ -151,3 +142,17 @@ class Dictionary(SAEHead):
     def project_(self) -> None:
         """Renormalise the dictionary rows to 1."""
         self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
+
+
+def products(
+    branches: list[Branch],
+    bias: Float[Tensor, " d_sae"],
+    latents: Int[Tensor, " some"] | None = None,
+) -> Float[Tensor, "tok d_sae"]:
+    """The sum of inputs @ weights over the branches, plus the bias, fp32; of all latents or some."""
+    total: Tensor | None = None
+    for inputs, weights in branches:
+        part = inputs @ (weights if latents is None else weights.T[latents].T)
+        total = part.float() if total is None else total + part.float()
+    assert total is not None, "a head without an encoder"
+    return total + (bias if latents is None else bias[latents])

@@ -3,11 +3,12 @@
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from kanllama_lightning.functional.moments import mean_and_std
 from kanllama_lightning.heads.base import import_class
+from kanllama_lightning.heads.dictionary import Branch
 from kanllama_lightning.heads.thresholded import Thresholded
 from kanllama_lightning.types import InputError
 
@@ -25,7 +26,7 @@ class KANEncoder(Thresholded):
     Args:
         d_model: Width of the activations (linked from the LM on the command line).
         d_sae: Number of latents.
-        k: Kept latents per token on average (L0).
+        target_l0: Kept latents per token on average.
         d_hidden: Outputs of the KAN layer; left out, d_model.
         kan_class: Import path of the KAN layer: built as `kan_class(d_model, d_hidden,
             **kan_args)`, maps [tok d_model] to [tok d_hidden]. `efficient_kan.KANLinear` works
@@ -44,14 +45,14 @@ class KANEncoder(Thresholded):
         self,
         d_model: int,
         d_sae: int,
-        k: int,
+        target_l0: int,
         d_hidden: int | None = None,
         kan_class: str = "kanllama_lightning.heads.kan_linear.KANLinear",
         kan_args: dict[str, Any] | None = None,
         alpha_aux: float = 1 / 32,
         seed: int = 0,
     ) -> None:
-        super().__init__(d_model, d_sae, k, alpha_aux, seed)
+        super().__init__(d_model, d_sae, target_l0, alpha_aux, seed)
         self.d_hidden, self.kan_class, self.kan_args = d_hidden, kan_class, kan_args
         if d_hidden is not None and d_hidden < 1:
             raise InputError(f"head.d_hidden={d_hidden}: must be at least 1 (default d_model)")
@@ -71,7 +72,7 @@ class KANEncoder(Thresholded):
                     f"head.kan_args={args}: {kan_class} does not take them ({e})"
                 ) from e
         self.kan_bias = nn.Parameter(torch.zeros(hidden))
-        self.U = nn.Parameter(torch.zeros(hidden, d_sae))
+        self.U = nn.Parameter(torch.zeros(d_sae, hidden).T)
         self.register_buffer("kan_mean", torch.zeros(d_model))
         self.register_buffer("kan_std", torch.ones(d_model))
 
@@ -86,13 +87,10 @@ class KANEncoder(Thresholded):
         """x~: what the KAN layer sees of raw activations, fp32."""
         return (x.float() * self.scale - self.kan_mean) / self.kan_std
 
-    def pre_acts(
-        self, x: Float[Tensor, "tok d_model"], latents: Int[Tensor, " some"] | None = None
-    ) -> Float[Tensor, "tok d_sae"]:
-        """Linear pre-activations plus what the KAN layer adds."""
-        U = self.U if latents is None else self.U[:, latents]
+    def branches(self, x: Float[Tensor, "tok d_model"]) -> list[Branch]:
+        """The linear branch, and the KAN layer's outputs with their weights U."""
         hidden = torch.relu(self.kan(self.standardised(x)) + self.kan_bias)
-        return super().pre_acts(x, latents) + (hidden.to(U.dtype) @ U).float()
+        return [*super().branches(x), (hidden, self.U)]
 
     @torch.no_grad()
     def diagnostics(self, x: Float[Tensor, "tok d_model"]) -> dict[str, Float[Tensor, ""]]:

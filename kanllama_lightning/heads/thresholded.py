@@ -7,8 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kanllama_lightning.functional.sparse import largest_positive
-from kanllama_lightning.heads.dictionary import Dictionary
-from kanllama_lightning.types import SAEOutput
+from kanllama_lightning.heads.selecting import Selecting
+from kanllama_lightning.types import SAEOutput, SparseCodes, StepContext
 
 log = logging.getLogger(__name__)
 
@@ -16,17 +16,17 @@ CALIBRATION_ROWS = 2048
 """Rows whose activations exist at once while calibrating."""
 
 
-class Thresholded(Dictionary):
-    """Training keeps the k * tokens largest activations of the batch; inference those above theta.
+class Thresholded(Selecting):
+    """Training keeps the target_l0 * tokens largest activations of the batch; inference those above theta.
 
     theta is tracked as a moving average of the smallest kept activation, and set exactly by
-    `calibrate_`: the value at which training activations have mean L0 = k. Both are saved;
+    `calibrate_`: the value at which training activations have mean L0 = target_l0. Both are saved;
     inference takes the calibrated one when there is one.
 
     Args:
         d_model: Width of the activations (linked from the LM on the command line).
         d_sae: Number of latents.
-        k: Kept latents per token on average (L0).
+        target_l0: Kept latents per token on average (L0).
         alpha_aux: Weight of AuxK, which revives dead latents; 0 leaves it out.
         seed: Seed of the initial weights (linked to `seed_everything`).
     """
@@ -36,9 +36,9 @@ class Thresholded(Dictionary):
     threshold_ema_weight: Tensor
 
     def __init__(
-        self, d_model: int, d_sae: int, k: int, alpha_aux: float = 1 / 32, seed: int = 0
+        self, d_model: int, d_sae: int, target_l0: int, alpha_aux: float = 1 / 32, seed: int = 0
     ) -> None:
-        super().__init__(d_model, d_sae, k, alpha_aux, seed)
+        super().__init__(d_model, d_sae, target_l0, alpha_aux, seed)
         self.register_buffer("threshold", torch.full((), torch.nan))
         self.register_buffer("threshold_ema", torch.zeros(()))
         self.register_buffer("threshold_ema_weight", torch.zeros(()))
@@ -46,14 +46,14 @@ class Thresholded(Dictionary):
     def select(self, pre_acts: Float[Tensor, "tok d_sae"]) -> Int[Tensor, " nnz"]:
         """In training the batch's largest, at inference everything above the threshold."""
         if self.training:
-            return largest_positive(pre_acts, self.k * len(pre_acts))[0]
+            return largest_positive(pre_acts, self.target_l0 * len(pre_acts))[0]
         theta = self.inference_threshold()
         if theta is None:
             log.warning(
                 "this head has no threshold yet: keeping the largest activations of the batch "
-                "at hand instead, so its L0 is k by construction"
+                "at hand instead, so its L0 is the target by construction"
             )
-            return largest_positive(pre_acts, self.k * len(pre_acts))[0]
+            return largest_positive(pre_acts, self.target_l0 * len(pre_acts))[0]
         return (pre_acts > theta).reshape(-1).nonzero().squeeze(1)
 
     def inference_threshold(self) -> Float[Tensor, ""] | None:
@@ -65,17 +65,18 @@ class Thresholded(Dictionary):
         return None
 
     @torch.no_grad()
-    def observe_(self, out: SAEOutput, rate: float) -> None:
+    def observe_(self, out: SAEOutput, ctx: StepContext) -> None:
         """Move the average towards the batch's smallest kept activation (bias-corrected)."""
+        assert isinstance(out.codes, SparseCodes)
         if len(out.codes.values):
             smallest = out.codes.values.detach().min()
-            self.threshold_ema.lerp_(smallest.float(), rate)
-            self.threshold_ema_weight.lerp_(torch.ones_like(self.threshold_ema_weight), rate)
+            self.threshold_ema.lerp_(smallest.float(), ctx.rate)
+            self.threshold_ema_weight.lerp_(torch.ones_like(self.threshold_ema_weight), ctx.rate)
 
     @torch.no_grad()
     def calibrate_(self, x: Float[Tensor, "tok d_model"]) -> None:
-        """Set the threshold at which these raw training activations have mean L0 = k, exactly."""
-        wanted = self.k * len(x)
+        """Set the threshold at which these raw training activations have mean L0 = target_l0, exactly."""
+        wanted = self.target_l0 * len(x)
         best = self.b_enc.new_zeros(0)
         for chunk in x.split(CALIBRATION_ROWS):
             acts = self.pre_acts(chunk).reshape(-1)

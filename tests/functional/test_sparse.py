@@ -7,7 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kanllama_lightning.functional import sparse
-from kanllama_lightning.functional.sparse import largest_positive, sparse_decode
+from kanllama_lightning.functional.sparse import (
+    Pattern,
+    kept_products,
+    largest_positive,
+    sparse_decode,
+)
 
 
 def brute_force(values, count):
@@ -88,33 +93,90 @@ def test_large_inputs_are_sampled_first(tok, few, monkeypatch):
     assert len(searched) == 1 + few
 
 
+def kept_at_random(seed, tok, d_sae):
+    """Rows and latents without any, and none at all, too."""
+    flat = (random(seed, tok, d_sae) > 0.3).reshape(-1).nonzero().squeeze(1)
+    return Pattern(flat, tok, d_sae)
+
+
 @settings(max_examples=40)
 @given(st.integers(0, 10_000), st.integers(1, 6), st.integers(1, 8))
 def test_decode_is_the_dense_product_with_all_gradients(seed, tok, d_sae):
-    kept = (random(seed, tok, d_sae) > 0.3).nonzero()  # rows without any, and none at all, too
-    rows, latents = kept.unbind(1)
-    values = random(seed + 1, len(rows)).double().requires_grad_()
+    pattern = kept_at_random(seed, tok, d_sae)
+    values = random(seed + 1, len(pattern.flat)).double().requires_grad_()
     dictionary = random(seed + 2, d_sae, 5).double().requires_grad_()
     seen_by = random(seed + 3, tok, 5).double()
 
-    sparse_out = sparse_decode(values, rows, latents, dictionary, tok)
-    dense = torch.zeros(tok, d_sae).double().index_put((rows, latents), values)
+    sparse_out = sparse_decode(values, pattern, dictionary)
+    where = pattern.rows, pattern.latents
+    dense = torch.zeros(tok, d_sae).double().index_put(where, values)
     torch.testing.assert_close(sparse_out, dense @ dictionary)
     got = torch.autograd.grad((sparse_out * seen_by).sum(), (values, dictionary))
     want = torch.autograd.grad((dense @ dictionary * seen_by).sum(), (values, dictionary))
     torch.testing.assert_close(got, want)
 
 
+@settings(max_examples=40)
+@given(st.integers(0, 10_000), st.integers(1, 6), st.integers(1, 8), st.booleans())
+def test_kept_products_have_the_gradients_of_the_dense_ones(seed, tok, d_sae, transposed):
+    pattern = kept_at_random(seed, tok, d_sae)
+    shapes = [(d_sae,), (tok, 5), (5, d_sae), (tok, 3), (3, d_sae)]
+    bias, *leaves = (
+        random(seed + i, *shape).double().requires_grad_() for i, shape in enumerate(shapes)
+    )
+    branches = [
+        (inputs, weights.T.contiguous().T if transposed else weights)
+        for inputs, weights in (leaves[:2], leaves[2:])
+    ]
+    dense = sum(inputs @ weights for inputs, weights in branches) + bias
+    want = dense.reshape(-1)[pattern.flat]
+    kept = kept_products(want.detach(), pattern, bias, branches)
+    assert torch.equal(kept, want)
+    seen_by = random(seed + 9, len(want)).double()
+    everything = [bias, *leaves]
+    got = torch.autograd.grad((kept * seen_by).sum(), everything)
+    torch.testing.assert_close(got, torch.autograd.grad((want * seen_by).sum(), everything))
+
+
+def test_a_weight_stored_transposed_gets_its_gradient_in_the_same_layout():
+    weights = torch.nn.Parameter(torch.randn(7, 5).T)
+    pattern = Pattern(torch.tensor([1, 8]), 2, 7)
+    kept_products(
+        torch.ones(2), pattern, torch.zeros(7), [(torch.ones(2, 5), weights)]
+    ).sum().backward()
+    assert weights.grad.stride() == weights.stride() == (1, 5)
+
+
+def test_gradients_that_are_not_wanted_are_not_made():
+    x = torch.ones(2, 5)
+    weights = torch.ones(5, 7, requires_grad=True)
+    kept = kept_products(
+        torch.ones(2), Pattern(torch.tensor([1, 8]), 2, 7), torch.zeros(7), [(x, weights)]
+    )
+    assert len(torch.autograd.grad(kept.sum(), weights)) == 1
+    assert x.grad is None
+
+
+def test_a_pattern_by_hand():
+    pattern = Pattern(torch.tensor([1, 2, 7]), 3, 3)  # row 0: latents 1, 2; row 2: latent 1
+    assert pattern.rows.tolist() == [0, 0, 2]
+    assert pattern.latents.tolist() == [1, 2, 1]
+    assert pattern.row_starts.tolist() == [0, 2, 2]
+    assert pattern.latent_starts.tolist() == [0, 0, 2]
+    order, rows = pattern.by_latent
+    assert order.tolist() == [0, 2, 1]
+    assert rows.tolist() == [0, 2, 0]
+
+
 def test_decode_by_hand():
-    rows, latents = torch.tensor([0, 0, 2]), torch.tensor([1, 0, 1])
+    pattern = Pattern(torch.tensor([0, 1, 5]), 4, 2)
     dictionary = torch.tensor([[1.0, 0.0], [0.0, 10.0]])
-    out = sparse_decode(torch.tensor([2.0, 3.0, 4.0]), rows, latents, dictionary, 4)
+    out = sparse_decode(torch.tensor([3.0, 2.0, 4.0]), pattern, dictionary)
     assert out.tolist() == [[3.0, 20.0], [0.0, 0.0], [0.0, 40.0], [0.0, 0.0]]
 
 
 def test_decode_in_another_number_format():
     """Under bf16 autocast values come in bf16; the dictionary stays fp32, and so does the sum."""
-    out = sparse_decode(
-        torch.ones(1).bfloat16(), torch.zeros(1).long(), torch.zeros(1).long(), torch.ones(1, 2), 1
-    )
+    pattern = Pattern(torch.zeros(1).long(), 1, 1)
+    out = sparse_decode(torch.ones(1).bfloat16(), pattern, torch.ones(1, 2))
     assert out.dtype == torch.float32

@@ -22,7 +22,7 @@ HEADS = [
     KANEncoder,
 ]
 THRESHOLDED = [head for head in HEADS if issubclass(head, thresholded.Thresholded)]
-NOTHING_DEAD = StepContext(torch.zeros(0, dtype=torch.int64), 0.0)
+NOTHING_DEAD = StepContext(torch.zeros(0, dtype=torch.int64), 0.0, 0.1)
 
 every_head = pytest.mark.parametrize("kind", HEADS)
 every_thresholded_head = pytest.mark.parametrize("kind", THRESHOLDED)
@@ -35,7 +35,7 @@ def rows(n=64, seed=0, d=D):
 
 
 def started(kind, **args):
-    head = kind(**({"d_model": D, "d_sae": M, "k": K} | args))
+    head = kind(**({"d_model": D, "d_sae": M, "target_l0": K} | args))
     head.start_(rows(500, seed=99))
     return head
 
@@ -50,7 +50,7 @@ def train_(head, x, steps, context=NOTHING_DEAD, lr=1e-2):
         head.project_grad_()
         optimizer.step()
         head.project_()
-        head.observe_(out, 0.1)
+        head.observe_(out, context)
 
 
 def trained(kind, **args):
@@ -98,7 +98,7 @@ def test_autocast_changes_numbers_a_little_and_no_types(kind):
     plain = head(x)
     with torch.autocast("cpu", torch.bfloat16):
         out = head(x)
-        losses = head.losses(x, out, StepContext(torch.arange(4), 0.0))
+        losses = head.losses(x, out, StepContext(torch.arange(4), 0.0, 0.1))
     assert out.x_hat.dtype == out.codes.values.dtype == torch.float32
     assert {loss.dtype for loss in losses.values()} == {torch.float32}
     error = (out.x_hat - plain.x_hat).norm() / plain.x_hat.norm()
@@ -187,38 +187,40 @@ def test_saved_and_loaded_bit_for_bit(kind, tmp_path):
 
 @every_head
 def test_the_card_can_be_read(kind, tmp_path):
-    head = kind(D, M, k=K)
+    head = kind(D, M, target_l0=K)
     head.save(tmp_path, {"model": "tiny", "tokens": 7})
     card = json.loads((tmp_path / "head.json").read_text())
     assert card["format"] == 1
     assert card["class_path"] == f"{kind.__module__}.{kind.__name__}"
     assert card["provenance"] == {"model": "tiny", "tokens": 7}
-    assert card["init_args"].items() >= {"d_model": D, "d_sae": M, "k": K, "seed": 0}.items()
+    assert (
+        card["init_args"].items() >= {"d_model": D, "d_sae": M, "target_l0": K, "seed": 0}.items()
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["head.json", "head.safetensors"]
 
 
 @every_head
 def test_saving_twice_replaces_both_files(kind, tmp_path):
-    kind(D, M, k=K).save(tmp_path)
-    kind(D, M, k=K + 1, seed=1).save(tmp_path)
+    kind(D, M, target_l0=K).save(tmp_path)
+    kind(D, M, target_l0=K + 1, seed=1).save(tmp_path)
     loaded = SAEHead.load(tmp_path)
-    assert loaded.k == K + 1
-    assert torch.equal(loaded.W_dec, kind(D, M, k=K, seed=1).W_dec)
+    assert loaded.target_l0 == K + 1
+    assert torch.equal(loaded.W_dec, kind(D, M, target_l0=K, seed=1).W_dec)
 
 
 @every_head
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"k": M + 1}, rf"head\.k={M + 1}: must be from 1 to d_sae={M}"),
-        ({"k": 0}, r"head\.k=0"),
+        ({"target_l0": M + 1}, rf"head\.target_l0={M + 1}: must be from 1 to d_sae={M}"),
+        ({"target_l0": 0}, r"head\.target_l0=0"),
         ({"d_sae": 0}, r"head\.d_sae=0"),
         ({"alpha_aux": -1.0}, r"head\.alpha_aux=-1"),
     ],
 )
 def test_refused_arguments(kind, args, message):
     with pytest.raises(InputError, match=message):
-        kind(**({"d_model": D, "d_sae": M, "k": K} | args))
+        kind(**({"d_model": D, "d_sae": M, "target_l0": K} | args))
 
 
 @every_head
@@ -242,13 +244,13 @@ def test_dictionary_rows_stay_on_the_unit_sphere(kind):
 
 @every_head
 def test_projection_of_gradients_without_any(kind):
-    kind(D, M, k=K).project_grad_()
+    kind(D, M, target_l0=K).project_grad_()
 
 
 @every_head
 def test_units_of_the_lm_change_nothing(kind):
     """Powers of two are exact: the same codes, and the reconstruction in the new units."""
-    a, b = kind(D, M, k=K), kind(D, M, k=K)
+    a, b = kind(D, M, target_l0=K), kind(D, M, target_l0=K)
     a.start_(rows(500))
     b.start_(rows(500) * 64)
     assert torch.equal(b.scale, a.scale / 64)
@@ -262,7 +264,7 @@ def test_units_of_the_lm_change_nothing(kind):
 @every_head
 def test_start_statistics(kind):
     x = rows(500)
-    head = kind(D, M, k=K)
+    head = kind(D, M, target_l0=K)
     head.start_(x)
     n = x.double().numpy()
     norm = np.linalg.norm(n, axis=1).mean()
@@ -278,10 +280,10 @@ def test_start_statistics(kind):
 @every_head
 def test_the_seed_decides_the_weights_and_the_global_generator_does_not(kind):
     state = torch.get_rng_state()
-    a = kind(D, M, k=K, seed=3)
+    a = kind(D, M, target_l0=K, seed=3)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(123)
-    b, c = kind(D, M, k=K, seed=3), kind(D, M, k=K, seed=4)
+    b, c = kind(D, M, target_l0=K, seed=3), kind(D, M, target_l0=K, seed=4)
     for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
         assert torch.equal(p, q), name
     assert not torch.equal(a.W_dec, c.W_dec)
@@ -290,7 +292,7 @@ def test_the_seed_decides_the_weights_and_the_global_generator_does_not(kind):
 
 @every_head
 def test_start_of_the_weights(kind):
-    head = kind(D, M, k=K)
+    head = kind(D, M, target_l0=K)
     assert torch.equal(head.W_enc, head.W_dec.T)
     torch.testing.assert_close(head.W_dec.norm(dim=1), torch.ones(M))
     assert not head.b_enc.any()
@@ -299,7 +301,7 @@ def test_start_of_the_weights(kind):
 
 @every_head
 def test_every_head_of_one_seed_has_the_same_dictionary(kind):
-    a, b = kind(D, M, k=K, seed=7), BatchTopK(D, M, k=K, seed=7)
+    a, b = kind(D, M, target_l0=K, seed=7), BatchTopK(D, M, target_l0=K, seed=7)
     assert torch.equal(a.W_dec, b.W_dec)
     assert torch.equal(a.W_enc, b.W_enc)
 
@@ -336,7 +338,7 @@ def test_all_gradients_are_those_of_the_formula(kind, n_dead):
     dead = torch.randperm(M, generator=torch.Generator().manual_seed(1))[:n_dead]
     head.zero_grad()
     out = head(x)
-    losses = head.losses(x, out, StepContext(dead, 0.5))
+    losses = head.losses(x, out, StepContext(dead, 0.5, 0.1))
     assert list(losses) == (["mse", "auxk"] if n_dead else ["mse"])
     loss = sum(losses.values())
     got = torch.autograd.grad(loss, list(head.parameters()))
@@ -363,7 +365,7 @@ def test_auxk_reaches_dead_latents_and_no_others(kind):
     x, dead = rows(), torch.arange(6)
     out = head(x)
     assert not out.codes.fired()[:6].any()
-    term = head.losses(x, out, StepContext(dead, 0.0))["auxk"]
+    term = head.losses(x, out, StepContext(dead, 0.0, 0.1))["auxk"]
     head.zero_grad()
     term.backward()
     for per_latent in (head.W_enc.grad.abs().sum(0), head.W_dec.grad.abs().sum(1)):
@@ -377,7 +379,7 @@ def test_auxk_can_reach_every_latent(kind):
     out = head(x)
     for latent in range(M):
         head.zero_grad()
-        head.losses(x, out, StepContext(torch.tensor([latent]), 0.0))["auxk"].backward(
+        head.losses(x, out, StepContext(torch.tensor([latent]), 0.0, 0.1))["auxk"].backward(
             retain_graph=True
         )
         assert head.W_enc.grad.abs().sum(0).nonzero().flatten().tolist() == [latent]
@@ -390,7 +392,7 @@ def test_auxk_revives(kind, alpha_aux):
     head, x = started(kind, alpha_aux=alpha_aux), rows(256)
     with torch.no_grad():
         head.W_enc[:, :6] *= 1e-3
-    train_(head, x, 60, StepContext(torch.arange(6), 0.0))
+    train_(head, x, 60, StepContext(torch.arange(6), 0.0, 0.1))
     revived = int((head(x).codes.fired()[:6] > 0).sum())
     assert revived >= 4 if alpha_aux else revived == 0
 
@@ -398,7 +400,7 @@ def test_auxk_revives(kind, alpha_aux):
 @every_head
 def test_auxk_can_be_left_out(kind):
     head, x = started(kind, alpha_aux=0.0), rows()
-    assert list(head.losses(x, head(x), StepContext(torch.arange(6), 0.0))) == ["mse"]
+    assert list(head.losses(x, head(x), StepContext(torch.arange(6), 0.0, 0.1))) == ["mse"]
 
 
 # ------------------------------------------------------------------------ by hand
@@ -406,7 +408,7 @@ def test_auxk_can_be_left_out(kind):
 
 def by_hand(kind, k):
     """Two dimensions, three latents; pre-activations of `X` are listed beside it."""
-    head = kind(2, 3, k=k)
+    head = kind(2, 3, target_l0=k)
     with torch.no_grad():
         head.W_enc.copy_(torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, -1.0]]))
         head.W_dec.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]))
@@ -441,7 +443,7 @@ def test_thresholded_by_hand(kind):
     assert torch.equal(out.codes.dense(), want)
     torch.testing.assert_close(out.x_hat, torch.tensor([[4.0, 3.0], [2.5, 3.0], [1.0, 1.0]]))
 
-    head.observe_(out, 0.25)
+    head.observe_(out, NOTHING_DEAD._replace(rate=0.25))
     assert head.inference_threshold().item() == 2
     assert torch.equal(head.encode(X), torch.tensor([[3.0, 0, 0], [0, 0, 2.5], [0, 0, 0]]))
 
@@ -465,7 +467,7 @@ def test_scale_by_hand():
 def test_kan_encoder_by_hand():
     """One hidden unit, whose KAN layer is the SiLU of the first coordinate, feeds latent 2."""
     args = {"grid_size": 1, "spline_order": 1}
-    head = KANEncoder(2, 3, k=1, d_hidden=1, kan_args=args)
+    head = KANEncoder(2, 3, target_l0=1, d_hidden=1, kan_args=args)
     head.load_state_dict(by_hand(BatchTopK, 1).state_dict(), strict=False)
     with torch.no_grad():
         head.kan.weight.zero_()
@@ -488,7 +490,7 @@ def test_kan_encoder_by_hand():
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 1000), st.integers(1, M), st.booleans())
 def test_topk_keeps_the_k_largest_of_each_token(seed, k, training):
-    head = started(TopK, k=k).train(training)
+    head = started(TopK, target_l0=k).train(training)
     x = rows(20, seed)
     codes = head(x).codes
     pre = head.pre_acts(x).detach()
@@ -561,7 +563,7 @@ def test_calibration_does_not_depend_on_its_chunks(kind, monkeypatch):
 
 @every_thresholded_head
 def test_calibration_with_too_few_positive_activations_keeps_all_of_them(kind):
-    head = started(kind, k=20)
+    head = started(kind, target_l0=20)
     x = rows(50)
     with torch.no_grad():
         head.b_enc -= head.pre_acts(x).quantile(0.95)
@@ -574,12 +576,12 @@ def test_calibration_with_too_few_positive_activations_keeps_all_of_them(kind):
 
 @every_thresholded_head
 def test_the_moving_average_is_bias_corrected(kind):
-    head = kind(D, M, k=K)
+    head = kind(D, M, target_l0=K)
     codes = head(rows(4)).codes
     seen = [5.0, 1.0, 3.0, 4.0]
     for smallest in seen:
         values = torch.tensor([smallest + 1, smallest, smallest + 2])
-        head.observe_(head(rows(4))._replace(codes=codes._replace(values=values)), 0.1)
+        head.observe_(head(rows(4))._replace(codes=codes._replace(values=values)), NOTHING_DEAD)
         if smallest == seen[0]:
             assert head.inference_threshold().item() == pytest.approx(5.0)
     weights = 0.9 ** np.arange(3, -1, -1)
@@ -588,10 +590,10 @@ def test_the_moving_average_is_bias_corrected(kind):
 
 @every_thresholded_head
 def test_a_batch_without_codes_leaves_the_moving_average_alone(kind):
-    head = kind(D, M, k=K)
+    head = kind(D, M, target_l0=K)
     none = torch.zeros(0, dtype=torch.int64)
     out = head(rows(2))._replace(codes=SparseCodes(torch.zeros(0), none, none, 2, M))
-    head.observe_(out, 0.1)
+    head.observe_(out, NOTHING_DEAD)
     assert head.inference_threshold() is None
 
 
@@ -714,7 +716,7 @@ def test_recovers_a_planted_dictionary(kind):
         strength = 0.5 + torch.rand(n, active, generator=generator)
         return torch.zeros(n, atoms).scatter(1, which, strength) @ planted
 
-    head = kind(d, 64, k=active)
+    head = kind(d, 64, target_l0=active)
     head.start_(sample(8192))
     before = (planted @ head.W_dec.detach().T).max(1).values.mean()
     steps = 1500
@@ -726,7 +728,7 @@ def test_recovers_a_planted_dictionary(kind):
         x = sample(256)
         out = head(x)
         dead = (silent > 20_000).nonzero().flatten()
-        sum(head.losses(x, out, StepContext(dead, 0.0)).values()).backward()
+        sum(head.losses(x, out, StepContext(dead, 0.0, 0.1)).values()).backward()
         head.project_grad_()
         optimizer.step()
         head.project_()

@@ -139,7 +139,7 @@ class _ToDictionary(torch.autograd.Function):
         ctx: Any,
         summed: Float[Tensor, "tok d_model"],
         values: Float[Tensor, " nnz"],
-        dictionary: Float[Tensor, "d_sae d_model"],
+        dictionary: Float[Tensor, "d_sae d_model"],  # noqa: ARG004 (its gradient is made)
         pattern: Pattern,
     ) -> Float[Tensor, "tok d_model"]:
         ctx.save_for_backward(values)

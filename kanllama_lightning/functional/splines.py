@@ -122,6 +122,7 @@ def kan_linear(
     base: Callable[[Tensor], Tensor] = F.silu,
     *,
     linear_tails: bool = False,
+    compiled: bool = False,
     block_bytes: int | None = None,
 ) -> Float[Tensor, "tok out"]:
     """The KAN layer y_o = sum_i [W_o0i base(x_i) + sum_c W_o(1+c)i B_c(x_i)], differentiable once.
@@ -144,6 +145,9 @@ def kan_linear(
         base: Elementwise function of plane 0; takes x as it is, beyond the grid too.
         linear_tails: Beyond the grid, continue the spline by its tangent at the end instead of
             letting it fade to zero.
+        compiled: Make the planes and pull gradients through them with torch.compile: one pass over
+            memory instead of a dozen. Needs a compiler (C++ on the CPU, Triton on a GPU) and some
+            ten seconds in the first step.
         block_bytes: Size of the buffer of planes, in bytes; None chooses one for the device.
     """
     kind = x.device.type
@@ -151,8 +155,31 @@ def kan_linear(
     grid = _Grid(lo, hi, grid_size, order, linear_tails)
     if block_bytes is None:
         block_bytes = _CPU_BLOCK_BYTES if kind == "cpu" else _DEVICE_BLOCK_BYTES
-    y: Tensor = _KANLinear.apply(x, weight, grid, base, dtype, block_bytes)
+    y: Tensor = _KANLinear.apply(x, weight, grid, base, dtype, compiled, block_bytes)
     return y
+
+
+@torch.no_grad()
+def kan_planes(
+    x: Float[Tensor, "tok in"],
+    lo: float,
+    hi: float,
+    grid_size: int,
+    order: int = 3,
+    base: Callable[[Tensor], Tensor] = F.silu,
+    *,
+    linear_tails: bool = False,
+    compiled: bool = False,
+) -> Float[Tensor, "tok planes in"]:
+    """What `kan_linear` weighs: base(x), then every basis; in fp32 (fp64 if x is), no gradient.
+
+    Arguments as for `kan_linear`, whose memory stays bounded; this holds all planes at once.
+    """
+    grid = _Grid(lo, hi, grid_size, order, linear_tails)
+    shape = len(x), 1 + grid.n_bases, x.shape[1]
+    planes = x.new_empty(shape, dtype=torch.promote_types(x.dtype, torch.float32))
+    _by_rows(_fill_, compiled, grid, base, x, planes)
+    return planes
 
 
 class _KANLinear(torch.autograd.Function):
@@ -166,18 +193,19 @@ class _KANLinear(torch.autograd.Function):
         grid: _Grid,
         base: Callable[[Tensor], Tensor],
         dtype: torch.dtype,
+        compiled: bool,
         block_bytes: int,
     ) -> Float[Tensor, "tok out"]:
         """One product per block of rows, in `dtype`."""
         ctx.save_for_backward(x, weight)
-        ctx.settings = grid, base, dtype, block_bytes
+        ctx.settings = grid, base, dtype, compiled, block_bytes
         with torch.autocast(x.device.type, enabled=False):
             wide = weight.flatten(1).to(dtype)
             y = x.new_empty(len(x), len(weight), dtype=dtype)
             planes = _buffer(x, grid, dtype, block_bytes)
             for rows in _blocks(len(x), len(planes)):
                 block = planes[: rows.stop - rows.start]
-                _fill_(block, x[rows], grid, base)
+                _by_rows(_fill_, compiled, grid, base, x[rows], block)
                 torch.mm(block.flatten(1), wide.t(), out=y[rows])
         return y
 
@@ -186,7 +214,7 @@ class _KANLinear(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Float[Tensor, "tok out"]) -> tuple[Tensor | None, ...]:
         """Both gradients from one buffer: planes for the weight, then their gradients for x."""
         x, weight = ctx.saved_tensors
-        grid, base, dtype, block_bytes = ctx.settings
+        grid, base, dtype, compiled, block_bytes = ctx.settings
         need_x, need_weight = ctx.needs_input_grad[:2]
         grad_x = torch.empty_like(x) if need_x else None
         grad_weight = None
@@ -196,16 +224,16 @@ class _KANLinear(torch.autograd.Function):
             for rows in _blocks(len(x), len(planes)):
                 block, grad = planes[: rows.stop - rows.start], grad_y[rows]
                 if need_weight:
-                    _fill_(block, x[rows], grid, base)
+                    _by_rows(_fill_, compiled, grid, base, x[rows], block)
                     grad_weight = _add_product(grad_weight, grad.t(), block.flatten(1), weight)
                 if grad_x is not None:
                     torch.mm(grad, wide, out=block.flatten(1))
-                    _pull_(grad_x[rows], block, x[rows], grid, base)
+                    _by_rows(_pull_, compiled, grid, base, x[rows], block, grad_x[rows])
         if grad_weight is not None:
             grad_weight = grad_weight.view_as(weight)
         elif need_weight:
             grad_weight = torch.zeros_like(weight)
-        return grad_x, grad_weight, None, None, None, None
+        return grad_x, grad_weight, None, None, None, None, None
 
 
 def _add_product(
@@ -226,35 +254,55 @@ def _add_product(
 
 
 def _fill_(
-    planes: Float[Tensor, "rows planes in"],
-    x: Float[Tensor, "rows in"],
     grid: _Grid,
     base: Callable[[Tensor], Tensor],
+    x: Float[Tensor, "rows in"],
+    planes: Float[Tensor, "rows planes in"],
 ) -> None:
     """Write base(x) and the bases of x into `planes`, rounding once to its type."""
-    for rows in _fill_blocks(x, grid):
-        points = _exact(x[rows])
-        planes[rows, 0] = base(points)
-        planes[rows, 1:] = _bases(_position(points, grid), grid)
+    points = _exact(x)
+    planes[:, 0] = base(points)
+    planes[:, 1:] = _bases(_position(points, grid), grid)
 
 
 def _pull_(
-    grad_x: Float[Tensor, "rows in"],
-    grad_planes: Float[Tensor, "rows planes in"],
-    x: Float[Tensor, "rows in"],
     grid: _Grid,
     base: Callable[[Tensor], Tensor],
+    x: Float[Tensor, "rows in"],
+    grad_planes: Float[Tensor, "rows planes in"],
+    grad_x: Float[Tensor, "rows in"],
 ) -> None:
     """Write the gradient to x, from that of the planes, into `grad_x`."""
-    for rows in _fill_blocks(x, grid):
-        points = _exact(x[rows])
-        with torch.enable_grad():
-            leaf = points.detach().requires_grad_()
-            value = base(leaf)
-        (through_base,) = torch.autograd.grad(value, leaf, grad_planes[rows, 0].to(points.dtype))
-        slopes = _slopes(_position(points, grid), grid)
-        through_spline = slopes.mul_(grad_planes[rows, 1:]).sum(1)
-        grad_x[rows] = through_spline.div_(grid.cell).add_(through_base)
+    points = _exact(x)
+    _, base_vjp = torch.func.vjp(base, points)
+    (through_base,) = base_vjp(grad_planes[:, 0].to(points.dtype))
+    slopes = _slopes(_position(points, grid), grid)
+    through_spline = slopes.mul_(grad_planes[:, 1:]).sum(1)
+    grad_x.copy_(through_spline.div_(grid.cell).add_(through_base))
+
+
+def _by_rows(
+    work: Callable[..., None],
+    compiled: bool,
+    grid: _Grid,
+    base: Callable[[Tensor], Tensor],
+    x: Float[Tensor, "rows in"],
+    *others: Tensor,
+) -> None:
+    """`_fill_` or `_pull_`, as one compiled loop, or eagerly: few rows at a time on the CPU."""
+    size = len(x)
+    if compiled:
+        work = _compiled(work)
+    elif x.device.type == "cpu":
+        size = max(1, _CPU_FILL_BYTES // (grid.n_bases * max(1, x.shape[1]) * 4))
+    for rows in _blocks(len(x), size):
+        work(grid, base, x[rows], *(other[rows] for other in others))
+
+
+@lru_cache
+def _compiled(work: Callable[..., None]) -> Callable[..., None]:
+    """The function in a compiled form that takes any number of rows."""
+    return torch.compile(work, dynamic=True)
 
 
 def _bases(u: Float[Tensor, "tok in"], grid: _Grid) -> Float[Tensor, "tok bases in"]:
@@ -337,7 +385,7 @@ def _position(x: Float[Tensor, "tok in"], grid: _Grid) -> Float[Tensor, "tok in"
 
 def _exact(x: Tensor) -> Tensor:
     """The tensor in fp32, or as it is if that is fp64: bf16 bases would be wrong by 1e-2."""
-    return x if x.dtype == torch.float64 else x.float()
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _buffer(
@@ -347,13 +395,6 @@ def _buffer(
     shape = 1 + grid.n_bases, x.shape[1]
     rows = max(1, block_bytes // (shape[0] * max(1, shape[1]) * dtype.itemsize))
     return x.new_empty(min(rows, len(x)), *shape, dtype=dtype)
-
-
-def _fill_blocks(x: Float[Tensor, "rows in"], grid: _Grid) -> Iterator[slice]:
-    """Rows to work on elementwise at a time: few on the CPU, for its cache; all elsewhere."""
-    bytes_per_row = grid.n_bases * max(1, x.shape[1]) * 4
-    rows = max(1, _CPU_FILL_BYTES // bytes_per_row) if x.device.type == "cpu" else len(x)
-    return _blocks(len(x), rows)
 
 
 def _blocks(total: int, size: int) -> Iterator[slice]:

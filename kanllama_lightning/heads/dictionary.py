@@ -1,4 +1,4 @@
-"""A linear dictionary and its encoder: what every trained head but the earlier KAN designs shares."""
+"""A linear dictionary and its encoder: what nearly every trained head shares."""
 
 from abc import abstractmethod
 
@@ -149,7 +149,7 @@ def products(
     bias: Float[Tensor, " d_sae"],
     latents: Int[Tensor, " some"] | None = None,
 ) -> Float[Tensor, "tok d_sae"]:
-    """The sum of inputs @ weights over the branches, plus the bias, fp32; of all latents or some."""
+    """Inputs @ weights, summed over the branches, plus the bias; fp32, of all latents or some."""
     total: Tensor | None = None
     for inputs, weights in branches:
         part = inputs @ (weights if latents is None else weights.T[latents].T)

@@ -1,27 +1,38 @@
 """KANLinear: the KAN layer of efficient-kan, with one folded weight and a frugal backward."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from kanllama_lightning.functional.splines import kan_linear, spline_knots
+from kanllama_lightning.functional.splines import greville, kan_linear, kan_planes, spline_knots
 from kanllama_lightning.types import InputError
 
 log = logging.getLogger(__name__)
 
+BASE_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": nn.SiLU(),
+    "relu": nn.ReLU(),
+    "gelu": nn.GELU(),
+    "tanh": nn.Tanh(),
+    "identity": nn.Identity(),
+    "zero": torch.zeros_like,
+}
+"""What plane 0 may be, by name; `zero` leaves the splines alone."""
+
 
 class KANLinear(nn.Module):
-    """y_o = sum_i [ W_o0i SiLU(x_i) + sum_c W_o(1+c)i B_c(x_i) ]: B-splines and SiLU, no bias.
+    """y_o = sum_i [ W_o0i b(x_i) + sum_c W_o(1+c)i B_c(x_i) ]: a base b and B-splines, no bias.
 
     Liu et al. 2024 (arXiv 2404.19756) in the form of Blealtan's efficient-kan, whose spline
     scaler is multiplied into the weight here. The grid is uniform, the same for every input, and
     never moves. Backward keeps nothing but x and the weight.
 
     Init: W_o0i ~ U(+-1/sqrt(in)), as a linear layer; W_o(1+c)i ~ U(+-0.1 / (sqrt(in) * bases)), the
-    size of efficient-kan's (3e-4 at in = 2048 and 8 bases), so a new layer is SiLU, then linear.
+    size of efficient-kan's (3e-4 at in = 2048 and 8 bases), so a new layer is its base, then linear.
 
     Args:
         in_features: Number of inputs.
@@ -31,6 +42,9 @@ class KANLinear(nn.Module):
         grid_range: The two ends of the grid, in the units of the inputs.
         linear_tails: Beyond the grid, continue each spline by its tangent at the end. Otherwise it
             fades to zero over `spline_order` more cells, as in efficient-kan.
+        base_activation: The function b of plane 0, a name in `BASE_ACTIVATIONS`.
+        compiled: Make the planes with torch.compile: the same to rounding, one pass over memory
+            instead of a dozen; needs a compiler, and some ten seconds in the first step.
         generator: Source of the initial weights; left out, torch's default generator.
     """
 
@@ -42,7 +56,9 @@ class KANLinear(nn.Module):
         spline_order: int = 3,
         grid_range: tuple[float, float] = (-1.0, 1.0),
         linear_tails: bool = False,
+        base_activation: str = "silu",
         *,
+        compiled: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
@@ -59,10 +75,15 @@ class KANLinear(nn.Module):
             raise InputError(
                 f"grid_range={grid_range}: must be two numbers, the smaller first, such as (-1, 1)"
             )
+        if base_activation not in BASE_ACTIVATIONS:
+            raise InputError(
+                f"base_activation={base_activation!r}: must be one of {', '.join(BASE_ACTIVATIONS)}"
+            )
         self.in_features, self.out_features = in_features, out_features
         self.grid_size, self.spline_order = grid_size, spline_order
         self.lo, self.hi = float(grid_range[0]), float(grid_range[1])
-        self.linear_tails = linear_tails
+        self.linear_tails, self.base_activation = linear_tails, base_activation
+        self.compiled = compiled
         n_bases = grid_size + spline_order
         self.weight: Float[nn.Parameter, "out planes in"] = nn.Parameter(
             torch.empty(out_features, 1 + n_bases, in_features)
@@ -75,15 +96,72 @@ class KANLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "tok in"]) -> Float[Tensor, "tok out"]:
         """The layer at x, in the type of the weight, or of the autocast where that is on."""
-        return kan_linear(
-            x,
-            self.weight,
-            self.lo,
-            self.hi,
-            self.grid_size,
-            self.spline_order,
-            linear_tails=self.linear_tails,
-        )
+        return kan_linear(x, self.weight, **self._settings())
+
+    def features(self, x: Float[Tensor, "tok in"]) -> Float[Tensor, "tok planes in"]:
+        """The planes that the weight multiplies: y = sum over planes and inputs of both.
+
+        In fp32 (fp64 if x is), whatever the autocast. For callers that make the product themselves;
+        no gradient flows to x.
+        """
+        return kan_planes(x, **self._settings())
+
+    def edge_curves(
+        self,
+        out_index: Int[Tensor, " edges"],
+        in_index: Int[Tensor, " edges"],
+        points: Float[Tensor, " points"],
+    ) -> Float[Tensor, "edges points"]:
+        """The function on each edge: what output `out_index` gets of input `in_index`.
+
+        All of it, base and spline, in the type of the weight whatever the autocast; a layer is the
+        sum of its edges. Differentiable by the weight and the points.
+
+        Args:
+            out_index: Output of each edge.
+            in_index: Input of each edge, as many.
+            points: Values of that input, in the units of the grid; the same for every edge.
+        """
+        for name, index, size in (
+            ("out_index", out_index, self.out_features),
+            ("in_index", in_index, self.in_features),
+        ):
+            if index.shape != out_index.shape or ((index < 0) | (index >= size)).any():
+                raise InputError(
+                    f"{name}={index.tolist()}: must be numbers from 0 to {size - 1}, one for each "
+                    f"edge, and there are {len(out_index)} in out_index"
+                )
+        edges = self.weight[out_index, :, in_index].unsqueeze(2)
+        with torch.autocast(edges.device.type, enabled=False):
+            return kan_linear(points.unsqueeze(1), edges, **self._settings()).t()
+
+    def smoothness(self) -> Float[Tensor, ""]:
+        """How much the splines bend, differentiable by the weight; 0 where each is a line.
+
+        The mean over edges of sum_c (W_c - 2 W_(c+1) + W_(c+2))^2, bases c only, with the scaler
+        folded in. A second difference is a second derivative by x counted in cells: in the units of
+        y per cell^2, so divide by the width of a cell to the fourth for (d2y / dx2)^2.
+
+        Source: P-splines (Eilers and Marx 1996, Statistical Science 11(2)).
+        """
+        bends = self.weight[:, 1:].diff(n=2, dim=1)
+        return bends.square().sum() / (self.out_features * self.in_features)
+
+    @torch.no_grad()
+    def set_linear_(self, W: Float[Tensor, "in out"]) -> "KANLinear":
+        """Make the layer x @ W: exactly (but for rounding) on the grid, with tails everywhere.
+
+        The base gets no weight; the spline coefficients are W times the Greville abscissae.
+        """
+        if W.shape != (self.in_features, self.out_features):
+            raise InputError(
+                f"W: is {list(W.shape)}, must be [in_features, out_features] = "
+                f"[{self.in_features}, {self.out_features}]; a weight of nn.Linear is its transpose"
+            )
+        line = greville(self.lo, self.hi, self.grid_size, self.spline_order).to(W)
+        self.weight[:, 0] = 0
+        self.weight[:, 1:] = W.t().unsqueeze(1) * line.unsqueeze(1)
+        return self
 
     @torch.no_grad()
     def out_of_grid(self, x: Float[Tensor, "tok in"]) -> Float[Tensor, ""]:
@@ -95,22 +173,37 @@ class KANLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"grid_size={self.grid_size}, spline_order={self.spline_order}, "
-            f"grid_range=({self.lo:g}, {self.hi:g}), linear_tails={self.linear_tails}"
+            f"grid_range=({self.lo:g}, {self.hi:g}), linear_tails={self.linear_tails}, "
+            f"base_activation={self.base_activation}"
         )
 
+    def _settings(self) -> dict[str, Any]:
+        """What the functions of `splines` want to know."""
+        return {
+            "lo": self.lo,
+            "hi": self.hi,
+            "grid_size": self.grid_size,
+            "order": self.spline_order,
+            "base": BASE_ACTIVATIONS[self.base_activation],
+            "linear_tails": self.linear_tails,
+            "compiled": self.compiled,
+        }
+
     @classmethod
-    def from_efficient_kan(cls, source: nn.Module | Mapping[str, Tensor]) -> "KANLinear":
+    def from_efficient_kan(
+        cls, source: nn.Module | Mapping[str, Tensor], base_activation: str | None = None
+    ) -> "KANLinear":
         """The layer that computes what an efficient-kan `KANLinear` does.
 
         Args:
             source: That module, or its state dict: `base_weight` [out in], `spline_weight`
                 [out in bases], `grid` [in knots], and `spline_scaler` [out in] where it has one.
-                The base activation must be SiLU, the grid uniform and the same for every input.
+                The grid must be uniform and the same for every input.
+            base_activation: Name of its base activation; left out, that of the module, and silu
+                (efficient-kan's default) for a state dict, which does not say.
         """
         if isinstance(source, nn.Module):
-            activation = getattr(source, "base_activation", None)
-            if not isinstance(activation, nn.SiLU):
-                raise InputError(f"base_activation={activation}: only SiLU can be imported")
+            base_activation = base_activation or _name(getattr(source, "base_activation", None))
             source = source.state_dict()
         missing = {"base_weight", "spline_weight", "grid"} - source.keys()
         if missing:
@@ -135,7 +228,15 @@ class KANLinear(nn.Module):
         if scaler is not None:
             spline = spline * scaler.unsqueeze(-1)
         own = torch.Generator()  # its draws are overwritten: leave the default generator alone
-        layer = cls(n_in, n_out, n_bases - order, order, (lo, hi), generator=own)
+        layer = cls(
+            n_in,
+            n_out,
+            n_bases - order,
+            order,
+            (lo, hi),
+            base_activation=base_activation or "silu",
+            generator=own,
+        )
         with torch.no_grad():
             layer.weight[:, 0] = base
             layer.weight[:, 1:] = spline.transpose(1, 2)
@@ -145,7 +246,7 @@ class KANLinear(nn.Module):
     def to_efficient_kan(self) -> dict[str, Tensor]:
         """A state dict for efficient-kan's `KANLinear`, with a spline scaler of ones.
 
-        It computes the same on the grid, and beyond it where this layer has no linear tails:
+        Build that layer with the same base activation: the state dict does not say. It computes the same on the grid, and beyond it where this layer has no linear tails:
         efficient-kan knows none (a warning is logged).
         """
         if self.linear_tails:
@@ -160,3 +261,15 @@ class KANLinear(nn.Module):
             "spline_scaler": torch.ones_like(base),
             "grid": knots.to(base).expand(self.in_features, -1).contiguous(),
         }
+
+
+def _name(activation: object) -> str:
+    """The name of an activation module of efficient-kan's, which its arguments tell apart too."""
+    for name, ours in BASE_ACTIVATIONS.items():
+        if type(ours) is type(activation) and repr(ours) == repr(activation):
+            return name
+    known = [repr(f) for f in BASE_ACTIVATIONS.values() if isinstance(f, nn.Module)]
+    raise InputError(
+        f"base_activation={activation}: only {', '.join(known)} can be imported; if it computes the "
+        f"same as one of {', '.join(BASE_ACTIVATIONS)}, give that name as base_activation"
+    )

@@ -17,7 +17,7 @@ CALIBRATION_ROWS = 2048
 
 
 class Thresholded(Selecting):
-    """Training keeps the target_l0 * tokens largest activations of the batch; inference those above theta.
+    """Training keeps the batch's target_l0 * tokens largest activations, inference those above theta.
 
     theta is tracked as a moving average of the smallest kept activation, and set exactly by
     `calibrate_`: the value at which training activations have mean L0 = target_l0. Both are saved;
@@ -75,7 +75,7 @@ class Thresholded(Selecting):
 
     @torch.no_grad()
     def calibrate_(self, x: Float[Tensor, "tok d_model"]) -> None:
-        """Set the threshold at which these raw training activations have mean L0 = target_l0, exactly."""
+        """Set the threshold at which these raw training activations have the target L0, exactly."""
         wanted = self.target_l0 * len(x)
         best = self.b_enc.new_zeros(0)
         for chunk in x.split(CALIBRATION_ROWS):

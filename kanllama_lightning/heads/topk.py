@@ -22,7 +22,7 @@ class TopK(Selecting):
     """
 
     def select(self, pre_acts: Float[Tensor, "tok d_sae"]) -> Int[Tensor, " nnz"]:
-        """The target_l0 largest positive pre-activations of every token; equal ones: any of them."""
+        """The target_l0 largest positive pre-activations of a token; equal ones: any of them."""
         top = pre_acts.topk(self.target_l0, dim=1, sorted=False)
         first = torch.arange(len(pre_acts), device=pre_acts.device) * self.d_sae
         flat = (top.indices + first[:, None])[top.values > 0]

@@ -227,8 +227,9 @@ def _explain(message: str) -> str:
     unknown = re.search(r"[Uu]nrecognized arguments: --([\w.]+)", text)
     if option or unknown:
         name = next(g for m in (option, unknown) if m for g in m.groups() if g)
+        hint = " Latents per token are `target_l0`, for every head." if name.endswith("k") else ""
         return (
-            f"{name}: no such option. See `python train.py fit --help`, or for a head "
+            f"{name}: no such option.{hint} See `python train.py fit --help`, or for a head "
             f"`python train.py fit --model.head.help KANEncoder`\n({text[:600]})"
         )
     if "head" in text and head:

@@ -5,6 +5,7 @@ Axes, everywhere: `batch` sequences, `pos` positions in a sequence, `tok` tokens
 `nnz` kept activations in a batch, `vocab` the LM's vocabulary, `hidden` a head's inner width.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -102,6 +103,9 @@ class SAEOutput(NamedTuple):
 
     x_hat: Float[Tensor, "tok d_model"]
     codes: SparseCodes | DenseCodes
+    pre_acts: Callable[[Int[Tensor, " some"]], Float[Tensor, "tok some"]] | None = None
+    """Pre-activations of some latents (dead ones, say) from the same pass, where that is cheaper
+    than another one."""
 
 
 class StepContext(NamedTuple):
@@ -113,6 +117,38 @@ class StepContext(NamedTuple):
     """Share of the token budget already trained on, 0 to 1."""
     rate: float
     """Weight of this step in a moving average: one over its horizon in steps."""
+
+
+class Curves(NamedTuple):
+    """Learned curves of one kind, over what they see in a sample of activations.
+
+    Most bent first: ranked by `size * sqrt(bend)`, the RMS departure of a curve from its best line.
+    That is in the units of what the curve adds to, so neither a wild curve that hardly counts nor a
+    large one that is all but straight comes first, and its squares add up over the curves of a sum.
+    """
+
+    kind: str
+    """"edge", "hidden unit", "input", "latent", "decoder edge" or "decoder latent"."""
+    names: list[str]
+    """What each curve belongs to."""
+    axes: tuple[str, str]
+    """What lies along the points and along the values, with units."""
+    points: Float[Tensor, "curves points"]
+    """Evenly spaced over what each curve sees, but for the last 0.1 % on either side."""
+    values: Float[Tensor, "curves points"]
+    """The curves themselves; of what has many (see its name), the one that says most."""
+    density: Float[Tensor, "curves points"]
+    """Share of what a curve sees that is nearest to each point; adds up to 1."""
+    bend: Float[Tensor, " curves"]
+    """Share, 0 to 1, of the curve's variance over the sample that no straight line explains."""
+    size: Float[Tensor, " curves"]
+    """RMS deviation of the curve from its mean over the sample, in the units of the values."""
+    out_of_grid: Float[Tensor, " curves"]
+    """Share of what the curve sees that lies beyond its grid."""
+    mean_bend: float
+    """Bend of all curves of this kind, the ones not listed too, weighted by their variance."""
+    mean_out_of_grid: float
+    """Share of all that the curves of this kind see that lies beyond the grid."""
 
 
 class Prefix(NamedTuple):

@@ -12,7 +12,22 @@ FILES = [
     for p in (ROOT / folder).rglob("*.py")
 ]
 HEADS = "kanllama_lightning.heads"
-SHARED_BY_HEADS = {f"{HEADS}.{name}" for name in ("base", "dictionary", "selecting", "thresholded")}
+SHARED_BY_HEADS = {
+    f"{HEADS}.{name}"
+    for name in (
+        "base",
+        "dictionary",
+        "selecting",
+        "thresholded",
+        "standardised",
+        "hidden",
+        "reach",
+        "kan_linear",
+        "kan_decoder",
+        "batch_topk",
+        "penalised",
+    )
+}
 
 
 def imports(file: Path) -> set[str]:
@@ -51,6 +66,9 @@ def test_arrows(file: Path) -> None:
             "collections",
             "math",
             "functools",
+            "itertools",
+            "logging",
+            "warnings",
             "kanllama_lightning",
         }
         assert all(".functional." in u for u in used)

@@ -26,6 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 Fit = Callable[..., int]
 
 SMALL = {
+    "lm.revision": "null",
+    "lm.dtype": "float32",
     "lm.hook_point": "model.layers.1.mlp",
     "lm.untrained": "true",
     "model.head": "KANEncoder",
@@ -36,12 +38,15 @@ SMALL = {
     "model.start_tokens": "256",
     "model.buffer.capacity_tokens": "512",
     "model.optimizer.lr": "0.01",
+    "model.buffer.dtype": "float32",
+    "data.val": "null",
     "data.ctx_len": "32",
     "data.lm_batch_seqs": "4",
     "data.val_tokens": "512",
     "trainer.val_check_interval": "10",
     "trainer.log_every_n_steps": "5",
     "trainer.accelerator": "cpu",
+    "trainer.precision": "32-true",
 }
 
 

@@ -1,5 +1,6 @@
 """Every shipped YAML parses against the real signatures and says what it is for."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,26 @@ def test_embedded_overlay_leaves_nothing_to_download(
     assert "StoryWorldCorpus" in parsed.data.train.class_path
     own = parse(monkeypatch, config).model.head.class_path
     assert parsed.model.head.class_path == own, "the overlay keeps the head"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", HEAD_CONFIGS, ids=lambda c: c.stem)
+def test_runs_on_the_embedded_model(config: Path, tmp_path: Path) -> None:
+    """`train.py fit --config configs/HEAD.yaml --config configs/embedded.yaml`, cut short."""
+    cut = {
+        "model.tokens": 8192,
+        "model.start_tokens": 8192,
+        "model.buffer.capacity_tokens": 8192,
+        "data.val_tokens": 8192,
+        "run": tmp_path / "run",
+        "trainer.logger": "false",
+    }
+    configs = ["--config", str(config), "--config", str(ROOT / "configs" / "embedded.yaml")]
+    assert main(["fit", *configs, *(f"--{k}={v}" for k, v in cut.items())]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["finished"]
+    assert 0 <= summary["val/fvu"] < 2
+    SAEHead.load(tmp_path / "run" / "head")
 
 
 def test_every_trainable_head_has_a_config(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,10 @@ import torch
 from train import main
 
 GOLDEN = Path(__file__).parent / "golden"
-HEADS = ("topk", "batch_topk", "kan")
+OVERLAYS = {"base", "embedded"}
+HEADS = sorted(
+    p.stem for p in (Path(__file__).parents[1] / "configs").glob("*.yaml") if p.stem not in OVERLAYS
+)
 KEPT = ("l0", "fvu", "mse", "cosine", "bias", "ce_clean", "ce_recon", "ce_zero", "kl_recon")
 
 

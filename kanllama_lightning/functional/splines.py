@@ -8,6 +8,7 @@ of one token are one long row and a KAN layer is a single matrix product.
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -146,8 +147,8 @@ def kan_linear(
         linear_tails: Beyond the grid, continue the spline by its tangent at the end instead of
             letting it fade to zero.
         compiled: Make the planes and pull gradients through them with torch.compile: one pass over
-            memory instead of a dozen. Needs a compiler (C++ on the CPU, Triton on a GPU) and some
-            ten seconds in the first step.
+            memory instead of a dozen. Needs a compiler and some ten seconds in the first step;
+            meant for GPUs. A CPU gains only where it is busy: else the eager blocks stay in cache.
         block_bytes: Size of the buffer of planes, in bytes; None chooses one for the device.
     """
     kind = x.device.type
@@ -274,7 +275,7 @@ def _pull_(
 ) -> None:
     """Write the gradient to x, from that of the planes, into `grad_x`."""
     points = _exact(x)
-    _, base_vjp = torch.func.vjp(base, points)
+    base_vjp = torch.func.vjp(base, points)[1]
     (through_base,) = base_vjp(grad_planes[:, 0].to(points.dtype))
     slopes = _slopes(_position(points, grid), grid)
     through_spline = slopes.mul_(grad_planes[:, 1:]).sum(1)
@@ -289,13 +290,10 @@ def _by_rows(
     x: Float[Tensor, "rows in"],
     *others: Tensor,
 ) -> None:
-    """`_fill_` or `_pull_`, as one compiled loop, or eagerly: few rows at a time on the CPU."""
-    size = len(x)
+    """`_fill_` or `_pull_`: compiled on all rows as one loop, or eagerly on few at a time."""
     if compiled:
         work = _compiled(work)
-    elif x.device.type == "cpu":
-        size = max(1, _CPU_FILL_BYTES // (grid.n_bases * max(1, x.shape[1]) * 4))
-    for rows in _blocks(len(x), size):
+    for rows in _blocks(len(x), len(x)) if compiled else _fill_blocks(x, grid):
         work(grid, base, x[rows], *(other[rows] for other in others))
 
 
@@ -367,15 +365,17 @@ def _recursion(
     return planes
 
 
-@lru_cache
 def _edge_slopes(order: int) -> tuple[float, ...]:
     """Slopes per cell, at the left end of a grid, of the first bases; the rest have none.
 
     The right end is the mirror image: the last bases have the same slopes with the other sign.
+    Plain numbers, by Cox-de Boor at a knot, so that torch.compile can read them off.
     """
-    start = torch.zeros(1, 1, dtype=torch.float64, device="cpu")
-    lower = _recursion(start, _Grid(0, 1, 1, order, True), order - 1)
-    return tuple((lower[:, :-1] - lower[:, 1:]).flatten().tolist())
+    values = [1.0]
+    for r in range(1, order):
+        low = [0.0, *values, 0.0]
+        values = [((r - i) * low[i] + (i + 1) * low[i + 1]) / r for i in range(r + 1)]
+    return tuple(a - b for a, b in pairwise([0.0, *values, 0.0]))
 
 
 def _position(x: Float[Tensor, "tok in"], grid: _Grid) -> Float[Tensor, "tok in"]:
@@ -395,6 +395,13 @@ def _buffer(
     shape = 1 + grid.n_bases, x.shape[1]
     rows = max(1, block_bytes // (shape[0] * max(1, shape[1]) * dtype.itemsize))
     return x.new_empty(min(rows, len(x)), *shape, dtype=dtype)
+
+
+def _fill_blocks(x: Float[Tensor, "rows in"], grid: _Grid) -> Iterator[slice]:
+    """Rows to work on elementwise at a time: few on the CPU, for its cache; all elsewhere."""
+    bytes_per_row = grid.n_bases * max(1, x.shape[1]) * 4
+    rows = max(1, _CPU_FILL_BYTES // bytes_per_row) if x.device.type == "cpu" else len(x)
+    return _blocks(len(x), rows)
 
 
 def _blocks(total: int, size: int) -> Iterator[slice]:

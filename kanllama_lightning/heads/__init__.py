@@ -2,8 +2,42 @@
 
 from kanllama_lightning.heads.base import SAEHead
 from kanllama_lightning.heads.batch_topk import BatchTopK
+from kanllama_lightning.heads.controls import RandomDictionary, WideBatchTopK
+from kanllama_lightning.heads.dense_kan import DenseKANReLU, DenseOnlyKAN
+from kanllama_lightning.heads.gated import Gated
+from kanllama_lightning.heads.jump_relu import JumpReLU
 from kanllama_lightning.heads.kan import KANEncoder
+from kanllama_lightning.heads.kan_direct import KANDirect
+from kanllama_lightning.heads.kan_relu_dense import KANReLUDense
+from kanllama_lightning.heads.matryoshka import Matryoshka
+from kanllama_lightning.heads.mlp import MLPEncoder
+from kanllama_lightning.heads.only_kan import OnlyKAN
 from kanllama_lightning.heads.pca import PCA
+from kanllama_lightning.heads.spline_hidden import SplineHidden
+from kanllama_lightning.heads.spline_input import SplineInput
+from kanllama_lightning.heads.spline_latent import SplineLatent
+from kanllama_lightning.heads.standard import Standard
 from kanllama_lightning.heads.topk import TopK
 
-__all__ = ["PCA", "BatchTopK", "KANEncoder", "SAEHead", "TopK"]
+__all__ = [
+    "PCA",
+    "BatchTopK",
+    "DenseKANReLU",
+    "DenseOnlyKAN",
+    "Gated",
+    "JumpReLU",
+    "KANDirect",
+    "KANEncoder",
+    "KANReLUDense",
+    "MLPEncoder",
+    "Matryoshka",
+    "OnlyKAN",
+    "RandomDictionary",
+    "SAEHead",
+    "SplineHidden",
+    "SplineInput",
+    "SplineLatent",
+    "Standard",
+    "TopK",
+    "WideBatchTopK",
+]

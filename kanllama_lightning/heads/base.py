@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kanllama_lightning.functional.moments import mean_and_std, norms
-from kanllama_lightning.types import InputError, SAEOutput, StepContext
+from kanllama_lightning.types import Curves, InputError, SAEOutput, StepContext
 
 FORMAT = 1
 WEIGHTS, CARD = "head.safetensors", "head.json"
@@ -70,7 +70,14 @@ class SAEHead(nn.Module, ABC):
     def start_(self, x: Float[Tensor, "tok d_model"]) -> None:
         """Estimate once, from a sample of raw activations, everything that comes from data."""
         self.scale.copy_(self.d_model**0.5 / norms(x).double().mean())
-        self.x_mean.copy_(mean_and_std(x)[0])
+        mean, std = mean_and_std(x)
+        self.x_mean.copy_(mean)
+        self.standardise_(mean * self.scale, std * self.scale)
+
+    def standardise_(  # noqa: B027
+        self, mean: Float[Tensor, " d_model"], std: Float[Tensor, " d_model"]
+    ) -> None:
+        """Take note of the mean and deviation of every coordinate, in the head's units."""
 
     def observe_(self, out: SAEOutput, ctx: StepContext) -> None:  # noqa: B027
         """Update running statistics (a threshold, a penalty's weight) from a training batch."""
@@ -88,6 +95,40 @@ class SAEHead(nn.Module, ABC):
         """Further numbers worth logging about a batch of raw activations."""
         return {}
 
+    def folded(self) -> "SAEHead":
+        """A copy whose scale is 1, for tools that know none; linear heads only.
+
+        Raises:
+            InputError: This kind of head cannot do without its scale.
+        """
+        raise InputError(
+            f"{type(self).__name__}: has no form without its scale, as its curves are not linear; "
+            "keep the scale beside the weights (it is in head.safetensors)"
+        )
+
+    @torch.no_grad()
+    def curves(self, x: Float[Tensor, "tok d_model"], top: int = 64) -> list[Curves]:
+        """Its learned curves, the most bent of each kind; nothing for a head that has none.
+
+        As at inference, whatever mode the head is in; the encoder's first.
+
+        Args:
+            x: Raw activations over which the curves are judged; a few thousand rows.
+            top: Curves of each kind.
+        """
+        if top < 1 or not len(x):
+            raise InputError(f"top={top}, x={list(x.shape)}: one curve and one row are the least")
+        training = self.training
+        try:
+            with torch.autocast(x.device.type, enabled=False):
+                return self.eval().learned_curves(x, top)
+        finally:
+            self.train(training)
+
+    def learned_curves(self, x: Float[Tensor, "tok d_model"], top: int) -> list[Curves]:
+        """What `curves` returns; called in evaluation mode, without autograd and autocast."""
+        return []
+
     def init_args(self) -> dict[str, Any]:
         """The constructor arguments this head was built with."""
         names = [n for n in inspect.signature(type(self).__init__).parameters if n != "self"]
@@ -95,7 +136,7 @@ class SAEHead(nn.Module, ABC):
 
     def n_parameters(self) -> int:
         """Number of trained numbers."""
-        return sum(p.numel() for p in self.parameters())
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def save(self, folder: Path, provenance: dict[str, Any] | None = None) -> None:
         """Write `head.safetensors` and `head.json`, from which `SAEHead.load` needs nothing else.

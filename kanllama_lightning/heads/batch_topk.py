@@ -4,7 +4,7 @@ from kanllama_lightning.heads.thresholded import Thresholded
 
 
 class BatchTopK(Thresholded):
-    """z keeps the target_l0 * tokens largest of ReLU((x - b_dec) W_enc + b_enc) over the whole batch.
+    """z keeps the target_l0 * tokens largest of ReLU((x - b_dec) W_enc + b_enc) over a batch.
 
     Bussmann, Leask, Nanda 2024 (arXiv 2412.06410). At inference a global threshold takes the
     batch's place, so that a token's latents do not depend on its neighbours.

@@ -1,6 +1,8 @@
 """A linear dictionary and its encoder: what nearly every trained head shares."""
 
+import copy
 from abc import abstractmethod
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -12,6 +14,8 @@ from kanllama_lightning.types import InputError, SAEOutput, StepContext
 
 MEDIAN_ROWS = 8192
 """Rows of the start sample that the geometric median is taken of."""
+BLOCK = 1 << 22
+"""Elements of the dictionary that are worked on at once."""
 
 Branch = tuple[Float[Tensor, "tok n"], Float[Tensor, "n d_sae"]]
 """Inputs and weights whose product is a part of the pre-activations."""
@@ -31,6 +35,9 @@ class Dictionary(SAEHead):
         seed: Seed of the initial weights (linked to `seed_everything`).
     """
 
+    in_units: ClassVar[tuple[str, ...]] = ("b_enc", "b_dec")
+    """Parameters and buffers that are in units of normalised activations."""
+
     def __init__(
         self, d_model: int, d_sae: int, target_l0: int, alpha_aux: float = 1 / 32, seed: int = 0
     ) -> None:
@@ -43,13 +50,23 @@ class Dictionary(SAEHead):
         if alpha_aux < 0:
             raise InputError(f"head.alpha_aux={alpha_aux}: must be 0 or more (default 1/32)")
         self.target_l0, self.alpha_aux = target_l0, alpha_aux
-        generator = torch.Generator().manual_seed(seed)
-        rows = torch.randn(d_sae, d_model, generator=generator)
-        self.W_dec = nn.Parameter(rows / rows.norm(dim=1, keepdim=True))
+        self.W_dec = nn.Parameter(first_directions(d_sae, d_model, seed))
         # stored as [d_sae, d_model]: the layout its sparse gradient comes in
         self.W_enc = nn.Parameter(self.W_dec.detach().clone().T)
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.b_dec = nn.Parameter(torch.zeros(d_model))
+
+    @torch.no_grad()
+    def folded(self) -> SAEHead:
+        """A copy in the LM's units: all that is added or compared, divided by the scale.
+
+        Directions keep their norm; latents come out in the LM's units too (METHODS 0).
+        """
+        copied = copy.deepcopy(self)
+        for name in self.in_units:
+            getattr(copied, name).div_(self.scale)
+        copied.scale.fill_(1.0)
+        return copied
 
     @abstractmethod
     def reconstruct(self, pre_acts: Float[Tensor, "tok d_sae"]) -> Float[Tensor, "tok d_model"]:
@@ -118,30 +135,47 @@ class Dictionary(SAEHead):
         terms = {"mse": reconstruction(x_n, x_hat_n)}
         if self.alpha_aux and len(ctx.dead):
             error = (x_n - x_hat_n).detach()
-            terms["auxk"] = self.alpha_aux * auxk(error, self._dead_reconstruction(x, ctx.dead))
+            pre = self.pre_acts(x, ctx.dead) if out.pre_acts is None else out.pre_acts(ctx.dead)
+            terms["auxk"] = self.alpha_aux * auxk(error, self._dead_reconstruction(pre, ctx.dead))
         return terms
 
     def _dead_reconstruction(
-        self, x: Float[Tensor, "tok d_model"], dead: Int[Tensor, " n_dead"]
+        self, pre_acts: Float[Tensor, "tok n_dead"], dead: Int[Tensor, " n_dead"]
     ) -> Float[Tensor, "tok d_model"]:
         """What the k_aux best dead latents make of x, without b_dec."""
-        acts = self.pre_acts(x, dead).relu()
+        acts = pre_acts.relu()
         k_aux = min(self.d_model // 2, len(dead))
         top = acts.topk(k_aux, dim=1)
         kept = torch.zeros_like(acts).scatter(1, top.indices, top.values)
-        return (kept @ self.W_dec[dead]).float()
+        return self.decode_some(kept, dead)
+
+    def decode_some(
+        self, latents: Float[Tensor, "tok some"], which: Int[Tensor, " some"]
+    ) -> Float[Tensor, "tok d_model"]:
+        """What some latents alone add up to, without b_dec, in the head's units."""
+        return (latents @ self.W_dec[which]).float()
 
     @torch.no_grad()
     def project_grad_(self) -> None:
         """Take from each dictionary row's gradient its part along the row."""
-        if self.W_dec.grad is not None:
-            along = (self.W_dec.grad * self.W_dec).sum(1, keepdim=True)
-            self.W_dec.grad.addcmul_(along, self.W_dec, value=-1.0)
+        if self.W_dec.grad is None:
+            return
+        # in blocks of rows, so that their product stays in the cache
+        size = max(1, BLOCK // self.d_model)
+        for grad, rows in zip(self.W_dec.grad.split(size), self.W_dec.split(size), strict=True):
+            grad.addcmul_((grad * rows).sum(1, keepdim=True), rows, value=-1.0)
 
     @torch.no_grad()
     def project_(self) -> None:
         """Renormalise the dictionary rows to 1."""
         self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
+
+
+def first_directions(d_sae: int, d_model: int, seed: int) -> Float[Tensor, "d_sae d_model"]:
+    """The dictionary every head of this shape and seed starts from: random, of norm 1."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(d_sae, d_model, generator=generator)
+    return rows / rows.norm(dim=1, keepdim=True)
 
 
 def products(
@@ -153,6 +187,7 @@ def products(
     total: Tensor | None = None
     for inputs, weights in branches:
         part = inputs @ (weights if latents is None else weights.T[latents].T)
-        total = part.float() if total is None else total + part.float()
+        # in place: each sum would be one more tensor of the batch's size
+        total = part.float() if total is None else total.add_(part)
     assert total is not None, "a head without an encoder"
-    return total + (bias if latents is None else bias[latents])
+    return total.add_(bias if latents is None else bias[latents])

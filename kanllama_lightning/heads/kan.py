@@ -6,14 +6,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kanllama_lightning.functional.moments import mean_and_std
 from kanllama_lightning.heads.base import import_class
-from kanllama_lightning.heads.dictionary import Branch
-from kanllama_lightning.heads.thresholded import Thresholded
-from kanllama_lightning.types import InputError
+from kanllama_lightning.heads.hidden import Hidden
+from kanllama_lightning.heads.kan_linear import KANLinear
+from kanllama_lightning.types import Curves, InputError
 
 
-class KANEncoder(Thresholded):
+class KANEncoder(Hidden):
     """p = (x - b_dec) W_enc + ReLU(KAN(x~) + c) U + b_enc; BatchTopK of ReLU(p); linear W_dec.
 
     x~ is the normalised activation standardised per coordinate with the mean and deviation of
@@ -38,9 +37,6 @@ class KANEncoder(Thresholded):
             a stream of its own.
     """
 
-    kan_mean: Tensor
-    kan_std: Tensor
-
     def __init__(
         self,
         d_model: int,
@@ -52,11 +48,9 @@ class KANEncoder(Thresholded):
         alpha_aux: float = 1 / 32,
         seed: int = 0,
     ) -> None:
-        super().__init__(d_model, d_sae, target_l0, alpha_aux, seed)
+        hidden = d_model if d_hidden is None else d_hidden
+        super().__init__(d_model, d_sae, target_l0, hidden, alpha_aux, seed)
         self.d_hidden, self.kan_class, self.kan_args = d_hidden, kan_class, kan_args
-        if d_hidden is not None and d_hidden < 1:
-            raise InputError(f"head.d_hidden={d_hidden}: must be at least 1 (default d_model)")
-        hidden = d_hidden or d_model
         layer = import_class(kan_class, nn.Module)
         args = kan_args
         if args is None:
@@ -72,25 +66,26 @@ class KANEncoder(Thresholded):
                     f"head.kan_args={args}: {kan_class} does not take them ({e})"
                 ) from e
         self.kan_bias = nn.Parameter(torch.zeros(hidden))
-        self.U = nn.Parameter(torch.zeros(d_sae, hidden).T)
-        self.register_buffer("kan_mean", torch.zeros(d_model))
-        self.register_buffer("kan_std", torch.ones(d_model))
 
-    def start_(self, x: Float[Tensor, "tok d_model"]) -> None:
-        """As a linear head, and freeze the standardisation of the KAN layer's input."""
-        super().start_(x)
-        mean, std = mean_and_std(x)
-        self.kan_mean.copy_(mean * self.scale)
-        self.kan_std.copy_((std * self.scale).clamp_min(1e-6))
+    def hidden(self, x: Float[Tensor, "tok d_model"]) -> Float[Tensor, "tok hidden"]:
+        """ReLU(KAN(x~) + c)."""
+        return torch.relu(self.kan(x) + self.kan_bias)
 
-    def standardised(self, x: Float[Tensor, "tok d_model"]) -> Float[Tensor, "tok d_model"]:
-        """x~: what the KAN layer sees of raw activations, fp32."""
-        return (x.float() * self.scale - self.kan_mean) / self.kan_std
-
-    def branches(self, x: Float[Tensor, "tok d_model"]) -> list[Branch]:
-        """The linear branch, and the KAN layer's outputs with their weights U."""
-        hidden = torch.relu(self.kan(self.standardised(x)) + self.kan_bias)
-        return [*super().branches(x), (hidden, self.U)]
+    def learned_curves(self, x: Float[Tensor, "tok d_model"], top: int) -> list[Curves]:
+        """Edges of our own KAN layer, hidden units and inputs; times the length of U's rows."""
+        if not isinstance(self.kan, KANLinear):
+            return []
+        return self.kan.curves(
+            self.standardised(x),
+            top,
+            ends=("input", "hidden"),
+            axes=(
+                "input, in deviations of the start sample",
+                "edge times |U|, in units of pre-activations",
+            ),
+            gain=self.U.norm(dim=1),
+            pools=("hidden", "input"),
+        )
 
     @torch.no_grad()
     def diagnostics(self, x: Float[Tensor, "tok d_model"]) -> dict[str, Float[Tensor, ""]]:

@@ -8,8 +8,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from kanllama_lightning.functional.curves import (
+    densities,
+    edge_bends,
+    plane_covariances,
+    pooled,
+    ranked,
+)
 from kanllama_lightning.functional.splines import greville, kan_linear, kan_planes, spline_knots
-from kanllama_lightning.types import InputError
+from kanllama_lightning.types import Curves, InputError
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +39,7 @@ class KANLinear(nn.Module):
     never moves. Backward keeps nothing but x and the weight.
 
     Init: W_o0i ~ U(+-1/sqrt(in)), as a linear layer; W_o(1+c)i ~ U(+-0.1 / (sqrt(in) * bases)), the
-    size of efficient-kan's (3e-4 at in = 2048 and 8 bases), so a new layer is its base, then linear.
+    size of efficient-kan's (3e-4 at in = 2048 and 8 bases): at first the spline hardly counts.
 
     Args:
         in_features: Number of inputs.
@@ -43,8 +50,8 @@ class KANLinear(nn.Module):
         linear_tails: Beyond the grid, continue each spline by its tangent at the end. Otherwise it
             fades to zero over `spline_order` more cells, as in efficient-kan.
         base_activation: The function b of plane 0, a name in `BASE_ACTIVATIONS`.
-        compiled: Make the planes with torch.compile: the same to rounding, one pass over memory
-            instead of a dozen; needs a compiler, and some ten seconds in the first step.
+        compiled: Make the planes with torch.compile: the same to rounding, for GPUs (a CPU gains
+            only where it is busy); needs a compiler, and some ten seconds in the first step.
         generator: Source of the initial weights; left out, torch's default generator.
     """
 
@@ -168,6 +175,83 @@ class KANLinear(nn.Module):
         """Share of the entries of x beyond the grid, 0 to 1; 0 where x is empty."""
         return ((x < self.lo) | (x > self.hi)).sum() / max(1, x.numel())
 
+    def bends(
+        self, x: Float[Tensor, "tok in"]
+    ) -> tuple[Float[Tensor, "out in"], Float[Tensor, "out in"]]:
+        """Size and bend (0 to 1) of the curve on every edge, over x; exact."""
+        return edge_bends(self.weight.detach(), plane_covariances(self.features, x))
+
+    @torch.no_grad()
+    def curves(
+        self,
+        x: Float[Tensor, "tok in"],
+        top: int,
+        ends: tuple[str, str],
+        axes: tuple[str, str],
+        kind: str = "edge",
+        gain: Float[Tensor, " out"] | None = None,
+        pools: tuple[str, ...] = (),
+    ) -> list[Curves]:
+        """The most bent edges, and what bends most over all edges of an output or of an input.
+
+        An output or input has the pooled size and bend of its edges (variances added up); drawn
+        is its most bent edge, a curve of the layer itself, which the name gives.
+
+        Args:
+            x: What the layer sees.
+            top: Curves of each kind.
+            ends: What an input and an output of the layer are called.
+            axes: What lies along the inputs and along the curves, with units.
+            kind: What an edge is called.
+            gain: What one unit of each output is worth further on; left out, 1.
+            pools: Which `ends` to pool edges at, each a kind of its own.
+        """
+        size, bend = self.bends(x)
+        if gain is not None:
+            size *= gain.unsqueeze(1)
+        mean_bend = pooled(size, bend)[1].item()
+        mean_out = self.out_of_grid(x).item()
+
+        def drawn(
+            kind: str,
+            names: list[str],
+            which: Int[Tensor, " edges"],
+            size: Float[Tensor, " edges"],
+            bend: Float[Tensor, " edges"],
+        ) -> Curves:
+            outs, ins = which // self.in_features, which % self.in_features
+            seen = x[:, ins]
+            points, density = densities(seen.unbind(1))
+            weights = self.weight[outs, :, ins]
+            values = torch.einsum("pqe,eq->ep", self.features(points.T), weights)
+            if gain is not None:
+                values *= gain[outs].unsqueeze(1)
+            out = ((seen < self.lo) | (seen > self.hi)).float().mean(0)
+            return Curves(
+                kind, names, axes, points, values, density, bend, size, out, mean_bend, mean_out
+            )
+
+        source, target = ends
+        which = ranked(size.flatten(), bend.flatten(), top)
+        pairs = [divmod(i, self.in_features) for i in which.tolist()]
+        names = [f"{source} {i} -> {target} {o}" for o, i in pairs]
+        found = [drawn(kind, names, which, size.flatten()[which], bend.flatten()[which])]
+        for end in pools:
+            at_output = end == target
+            all_size, all_bend = pooled(size, bend, dim=1 if at_output else 0)
+            best = ranked(all_size, all_bend, top)
+            rest = size * bend.sqrt()
+            most = (rest.argmax(1) if at_output else rest.argmax(0))[best]
+            which = best * self.in_features + most if at_output else most * self.in_features + best
+            joint, other = ("by", source) if at_output else ("into", target)
+            names = [
+                f"{end} {a} ({joint} {other} {b})"
+                for a, b in zip(best.tolist(), most.tolist(), strict=True)
+            ]
+            pool_kind = "hidden unit" if end == "hidden" else end
+            found.append(drawn(pool_kind, names, which, all_size[best], all_bend[best]))
+        return found
+
     def extra_repr(self) -> str:
         """The arguments, for `repr` of this module."""
         return (
@@ -246,7 +330,8 @@ class KANLinear(nn.Module):
     def to_efficient_kan(self) -> dict[str, Tensor]:
         """A state dict for efficient-kan's `KANLinear`, with a spline scaler of ones.
 
-        Build that layer with the same base activation: the state dict does not say. It computes the same on the grid, and beyond it where this layer has no linear tails:
+        Build that layer with the same base activation, which the state dict does not hold. It
+        computes the same on the grid, and beyond it where this layer has no linear tails:
         efficient-kan knows none (a warning is logged).
         """
         if self.linear_tails:
@@ -270,6 +355,6 @@ def _name(activation: object) -> str:
             return name
     known = [repr(f) for f in BASE_ACTIVATIONS.values() if isinstance(f, nn.Module)]
     raise InputError(
-        f"base_activation={activation}: only {', '.join(known)} can be imported; if it computes the "
-        f"same as one of {', '.join(BASE_ACTIVATIONS)}, give that name as base_activation"
+        f"base_activation={activation}: only {', '.join(known)} can be imported; if it computes "
+        f"the same as one of {', '.join(BASE_ACTIVATIONS)}, give that name as base_activation"
     )

@@ -1,6 +1,7 @@
 """Batch selection in training, one learned threshold at inference."""
 
 import logging
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -17,7 +18,7 @@ CALIBRATION_ROWS = 2048
 
 
 class Thresholded(Selecting):
-    """Training keeps the batch's target_l0 * tokens largest activations, inference those above theta.
+    """Training keeps the batch's target_l0 * tokens largest, inference what is above theta.
 
     theta is tracked as a moving average of the smallest kept activation, and set exactly by
     `calibrate_`: the value at which training activations have mean L0 = target_l0. Both are saved;
@@ -31,6 +32,7 @@ class Thresholded(Selecting):
         seed: Seed of the initial weights (linked to `seed_everything`).
     """
 
+    in_units: ClassVar[tuple[str, ...]] = ("b_enc", "b_dec", "threshold", "threshold_ema")
     threshold: Tensor
     threshold_ema: Tensor
     threshold_ema_weight: Tensor

@@ -24,6 +24,6 @@ class TopK(Selecting):
     def select(self, pre_acts: Float[Tensor, "tok d_sae"]) -> Int[Tensor, " nnz"]:
         """The target_l0 largest positive pre-activations of a token; equal ones: any of them."""
         top = pre_acts.topk(self.target_l0, dim=1, sorted=False)
+        latents, order = top.indices.sort(dim=1)
         first = torch.arange(len(pre_acts), device=pre_acts.device) * self.d_sae
-        flat = (top.indices + first[:, None])[top.values > 0]
-        return flat.sort().values
+        return (latents + first[:, None])[top.values.gather(1, order) > 0]

@@ -1,5 +1,9 @@
 """Splines against a textbook recursion, and the KAN map against plain autograd through it."""
 
+import runpy
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,22 +15,17 @@ from kanllama_lightning.functional import splines
 from kanllama_lightning.functional.splines import (
     greville,
     kan_linear,
+    kan_planes,
     spline_bases,
     spline_knots,
     spline_slopes,
 )
 
-GRIDS = [  # lo, hi, grid_size, order
-    (-1.0, 1.0, 5, 3),
-    (-3.0, 3.0, 8, 3),
-    (0.0, 0.7, 1, 3),
-    (-2.0, 5.0, 2, 3),
-    (-1.0, 1.0, 5, 1),
-    (-1.0, 2.0, 4, 2),
-    (-1.0, 1.0, 3, 4),
-    (0.0, 9.0, 20, 5),
-]
-CUBIC = GRIDS[0]
+CUBIC = (-1.0, 1.0, 5, 3)  # lo, hi, grid_size, order
+RANGES = [(-1.0, 1.0), (0.0, 0.7), (-2.0, 5.0)]
+GRIDS = [
+    (*RANGES[(size + order) % 3], size, order) for order in range(1, 6) for size in range(1, 9)
+] + [CUBIC, (0.0, 9.0, 20, 5)]
 
 
 def knots(lo, hi, size, order):
@@ -84,7 +83,8 @@ def points(lo, hi, size, order, n=997):
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-def test_bases_and_slopes_are_those_of_the_textbook(grid):
+def test_closed_form_is_cox_de_boor(grid):
+    """METHODS H 7, for the bases and their slopes."""
     lo, hi, size, order = grid
     # 1e-9 off each knot: where a slope jumps (order 1), rounding may choose either cell
     x = points(*grid) + 1e-9
@@ -136,7 +136,8 @@ def test_knots(grid):
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-def test_without_tails_nothing_is_left_beyond_the_last_knot(grid):
+def test_spline_is_zero_beyond_hi_plus_kh(grid):
+    """METHODS H 9: without tails, h being a cell and k the order."""
     lo, hi, size, order = grid
     reach = order * (hi - lo) / size * (1 + 1e-9)
     x = column(lo - reach, hi + reach, 1e30, -torch.inf, torch.inf)
@@ -197,7 +198,7 @@ def test_output_and_gradients_are_those_of_plain_autograd(grid, tails):
 
 
 @pytest.mark.parametrize("tails", [False, True])
-@pytest.mark.parametrize("grid", [CUBIC, (-1.0, 2.0, 4, 2)])
+@pytest.mark.parametrize("grid", [CUBIC, *((-1.0, 2.5, 4, order) for order in (1, 2, 3, 4, 5))])
 def test_gradcheck(grid, tails):
     x, weight, _ = some(grid, tok=4, n_in=2, n_out=2)
     assert torch.autograd.gradcheck(
@@ -206,6 +207,37 @@ def test_gradcheck(grid, tails):
     assert torch.autograd.gradcheck(
         lambda a, w: kan_linear(a, w, *grid, base=torch.tanh, linear_tails=tails), (x, weight)
     )
+
+
+@pytest.mark.parametrize("tails", [False, True])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_planes_times_the_weight_are_the_layer(grid, tails):
+    x, weight, _ = some(grid)
+    planes = kan_planes(x, *grid, linear_tails=tails)
+    assert not planes.requires_grad
+    torch.testing.assert_close(planes[:, 0], F.silu(x))
+    assert torch.equal(planes[:, 1:], spline_bases(x, *grid, linear_tails=tails))
+    y = kan_linear(x, weight, *grid, linear_tails=tails)
+    torch.testing.assert_close(torch.einsum("tpi,opi->to", planes, weight), y)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert kan_planes(x.bfloat16(), *grid).dtype == torch.float32
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of torch's own, on import
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
+@pytest.mark.parametrize("tails", [False, True])
+@pytest.mark.parametrize("grid", [CUBIC, (-1.0, 2.0, 4, 2)])
+def test_compiled_is_the_same(grid, tails):
+    x, weight, grad = some(grid, dtype=torch.float32)
+    results = []
+    for compiled in (False, True):
+        y = kan_linear(
+            x, weight, *grid, linear_tails=tails, compiled=compiled, block_bytes=9 * 4 * 4 * 3
+        )
+        planes = kan_planes(x, *grid, linear_tails=tails, compiled=compiled)
+        results.append([y, planes, *torch.autograd.grad(y, (x, weight), grad)])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
 def test_fp32_agrees_with_fp64():
@@ -237,6 +269,19 @@ def test_backward_keeps_x_and_the_weight_alone():
     assert [t.data_ptr() for t in kept] == [x.data_ptr(), weight.data_ptr()]  # no copies
     assert sum(t.nbytes for t in kept) == x.nbytes + weight.nbytes
     y.backward(grad)
+
+
+def test_a_step_at_a_real_size():
+    """As efficient-kan's recursion to 1e-5; nothing kept but x and the weight; a third of its peak.
+
+    Measured as `benchmarks/kan_linear.py` does, which is so kept running.
+    """
+    benchmark = Path(__file__).parents[2] / "benchmarks" / "kan_linear.py"
+    measured = runpy.run_path(str(benchmark))["measure"]((512, 512, 256), 1, compiled=False)
+    assert measured["error"] <= 1e-5
+    assert measured["saved_mib"]["ours"] == measured["saved_mib"]["ours_tails"] == 0
+    assert measured["saved_mib"]["recursion"] > 70  # its 73 planes of 1 MiB
+    assert measured["step_peak_ours_over_recursion"] <= 1 / 3
 
 
 def test_only_wanted_gradients_are_made():

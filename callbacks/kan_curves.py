@@ -1,0 +1,141 @@
+"""What a KAN head has learned: which of its curves bend, how, and over what they see."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from kanllama_lightning.figures import curves_figure, page
+from kanllama_lightning.functional.curves import reading
+from kanllama_lightning.run import Table
+from kanllama_lightning.types import Curves, InputError
+
+TABLE, PAGE = "curves.csv", "curves.html"
+COLUMNS = ["step", "tokens", "kind", "rank", "name", "bend", "size", "out_of_grid", "reading", "r2"]
+ROWS = 4096
+"""Activations of the first validation set that the curves are judged over."""
+
+
+class KANCurves(L.Callback):
+    """The most bent curves of a KAN head; does nothing at all for a head without curves.
+
+    Writes `curves.csv` (bend: share of a curve's variance that no straight line explains; size:
+    its RMS deviation; reading: a family that fits, and R2), logs `val/kan_bend` (bend of all
+    curves, weighted by their variance) and `val/kan_out_of_grid`, with `_decoder` behind the name
+    for those of a KAN decoder. The final validation also draws `curves.html`, which opens
+    offline. A validation at step s first drops rows of step s and later, as all tables do.
+
+    Args:
+        every_n_validations: Validations from one look at the curves to the next; the final one
+            always looks.
+        top: Curves of each kind.
+    """
+
+    def __init__(self, every_n_validations: int = 1, top: int = 64) -> None:
+        for name, value in {"every_n_validations": every_n_validations, "top": top}.items():
+            if value < 1:
+                raise InputError(f"KANCurves.{name}={value}: must be at least 1")
+        self.every_n_validations, self.top = every_n_validations, top
+        self._validations = 0
+        self._looks = False
+        self._x: list[Tensor] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many validations there were: a continued run looks when an undisturbed one would."""
+        return {"validations": self._validations}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self._validations = state_dict["validations"]
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Begin without rows."""
+        self._x = []
+        final = trainer.state.fn == TrainerFn.VALIDATING
+        self._validations += not final
+        self._looks = final or self._validations % self.every_n_validations == 0
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Take rows of the first set, until there are enough."""
+        room = ROWS - sum(len(x) for x in self._x)
+        if self._looks and dataloader_idx == 0 and room > 0:
+            self._x.append(outputs.x[:room])
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Look at the curves; log, write and draw."""
+        rows = sum(len(x) for x in self._x)
+        if not rows:
+            return
+        found = pl_module.head.curves(torch.cat(self._x), self.top)
+        self._x = []
+        if not found:
+            return
+        logged: dict[str, float] = {}
+        for curves in found:
+            which = "_decoder" if curves.kind.startswith("decoder") else ""
+            logged.setdefault(f"val/kan_bend{which}", curves.mean_bend)
+            logged.setdefault(f"val/kan_out_of_grid{which}", curves.mean_out_of_grid)
+        logged["tokens"] = float(pl_module.tokens_seen)
+        pl_module.log_dict(logged, sync_dist=True)
+        if not trainer.is_global_zero or trainer.fast_dev_run:
+            return
+        folder = Path(trainer.default_root_dir)
+        table = Table(folder / TABLE, COLUMNS)
+        table.cut(trainer.global_step - 1)
+        where = {"step": trainer.global_step, "tokens": pl_module.tokens_seen}
+        table.append([where | row for curves in found for row in _rows(curves)])
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._draw(trainer, pl_module, found, rows)
+
+    @staticmethod
+    def _draw(trainer: L.Trainer, pl_module: Any, found: list[Curves], rows: int) -> None:
+        figures = {curves.kind: curves_figure(curves) for curves in found}
+        title = f"Curves of {type(pl_module.head).__name__}"
+        text = (
+            f"{pl_module.lm.hook.name} of {pl_module.lm.name}, after {pl_module.tokens_seen:,} "
+            f"tokens of training; judged over {rows:,} activations of the first validation set. "
+            "Ranked by the RMS distance of a curve from its best straight line; the bent share is "
+            "that of its variance which the line leaves over. “by” and “into” in brackets: the "
+            "share is that of many curves together, and the most bent of them is drawn. R² is that "
+            "of the simplest family with 0.98 or more; where there is none, the best of all. More "
+            f"curves are in {TABLE}."
+        )
+        path = Path(trainer.default_root_dir) / PAGE
+        part = path.with_name(path.name + ".tmp")
+        part.write_text(page(title, text, list(figures.values())), encoding="utf-8")
+        part.replace(path)
+        if isinstance(trainer.logger, WandbLogger):
+            named = {f"val/curves/{k.replace(' ', '_')}": f for k, f in figures.items()}
+            trainer.logger.experiment.log(named | {"tokens": pl_module.tokens_seen})
+
+
+def _rows(curves: Curves) -> list[dict[str, Any]]:
+    """Rows of the table, most bent first."""
+    rows = []
+    for i, name in enumerate(curves.names):
+        family, r2 = reading(curves.points[i], curves.values[i], curves.density[i])
+        rows.append(
+            {
+                "kind": curves.kind,
+                "rank": i + 1,
+                "name": name,
+                "bend": curves.bend[i].item(),
+                "size": curves.size[i].item(),
+                "out_of_grid": curves.out_of_grid[i].item(),
+                "reading": family,
+                "r2": r2,
+            }
+        )
+    return rows

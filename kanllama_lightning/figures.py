@@ -1,0 +1,136 @@
+"""Figures of reports, and pages that hold them and open without a network."""
+
+from collections.abc import Sequence
+from html import escape
+
+import plotly.graph_objects as go
+from jaxtyping import Float
+from plotly.offline import get_plotlyjs
+from plotly.subplots import make_subplots
+from torch import Tensor
+
+from kanllama_lightning.functional.curves import reading
+from kanllama_lightning.types import Curves
+
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "rgba(153,153,153,0.5)"
+"""Of Okabe and Ito's palette, which the colour-blind can tell apart; lines differ in dash too."""
+COLUMNS = 4
+"""Panels side by side."""
+PANEL, MARGIN = 230, 130
+"""Height of a row of panels, and of everything around them, in pixels."""
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2rem auto; padding: 0 1rem;
+  color: #222; background: #fff; }}
+</style>
+<script>{plotly}</script>
+</head>
+<body>
+<h1>{title}</h1>
+<p>{text}</p>
+{figures}
+</body>
+</html>
+"""
+
+
+def curves_figure(curves: Curves, shown: int = 12) -> go.Figure:
+    """Small multiples: each curve, its best straight line, and below it what it sees.
+
+    Args:
+        curves: Most bent first.
+        shown: How many to show at most.
+    """
+    shown = min(shown, len(curves.names))
+    drawn = [tuple(a[i].double().cpu() for a in curves[3:6]) for i in range(shown)]
+    rows = -(-shown // COLUMNS)
+    figure = make_subplots(
+        rows,
+        COLUMNS,
+        specs=[[{"secondary_y": True}] * COLUMNS for _ in range(rows)],
+        subplot_titles=[_title(curves, i, *curve) for i, curve in enumerate(drawn)],
+        x_title=escape(curves.axes[0]),
+        y_title=escape(curves.axes[1]),
+        horizontal_spacing=0.06,
+        vertical_spacing=(70 / (PANEL * rows)) if rows > 1 else 0,
+    )
+    for i, (x, y, density) in enumerate(drawn):
+        row, column = divmod(i, COLUMNS)
+        at = {"row": row + 1, "col": column + 1}
+        lines = {
+            "where its inputs lie": (density, {"width": 0}),
+            "best straight line": (
+                _best_line(x, y, density),
+                {"color": ORANGE, "dash": "dash", "width": 1.5},
+            ),
+            "learned curve": (y, {"color": BLUE, "width": 2.5}),
+        }
+        sees, line, curve = (
+            go.Scatter(x=x.numpy(), y=height.numpy(), name=name, mode="lines", line=style)
+            for name, (height, style) in lines.items()
+        )
+        sees.update(fill="tozeroy", fillcolor=GREY, hoverinfo="skip")
+        line.update(hoverinfo="skip")
+        curve.update(hovertemplate="%{x:.3g}, %{y:.3g}<extra></extra>")
+        figure.add_trace(sees, secondary_y=True, **at)
+        figure.add_trace(line, secondary_y=False, **at)
+        figure.add_trace(curve, secondary_y=False, **at)
+        # the shading keeps to the lowest quarter of a panel
+        figure.update_yaxes(range=[0, 4 * density.max().item()], secondary_y=True, **at)
+    figure.for_each_trace(lambda trace: trace.update(legendgroup=trace.name, showlegend=False))
+    figure.update_traces(showlegend=True, row=1, col=1)
+    figure.update_xaxes(nticks=5, gridcolor="#e5e5e5", zerolinecolor="#b0b0b0")
+    figure.update_yaxes(nticks=5, gridcolor="#e5e5e5", zerolinecolor="#b0b0b0", secondary_y=False)
+    figure.update_yaxes(visible=False, secondary_y=True)
+    figure.update_annotations(font_size=12)
+    plural = curves.kind if shown == 1 else f"{curves.kind}s"
+    figure.update_layout(
+        title=f"Most bent {escape(plural)}; all together: {curves.mean_bend:.2%} of the variance "
+        f"bent, {curves.mean_out_of_grid:.2%} of the inputs out of grid",
+        title_font_size=17,
+        template="plotly_white",
+        height=PANEL * rows + MARGIN,
+        margin={"t": 90, "b": 60, "l": 80, "r": 20},
+        legend={"orientation": "h", "x": 1, "xanchor": "right", "y": -60 / (PANEL * rows)},
+    )
+    return figure
+
+
+def page(title: str, text: str, figures: Sequence[go.Figure]) -> str:
+    """A page of HTML with the figures, complete in itself: nothing is fetched.
+
+    Args:
+        title: Heading; escaped, as is the text.
+        text: A paragraph below it.
+        figures: In order; what they show is escaped by whoever made them.
+    """
+    parts = [f.to_html(full_html=False, include_plotlyjs=False) for f in figures]
+    return PAGE.format(
+        title=escape(title), text=escape(text), plotly=get_plotlyjs(), figures="\n".join(parts)
+    )
+
+
+def _title(
+    curves: Curves,
+    i: int,
+    x: Float[Tensor, " points"],
+    y: Float[Tensor, " points"],
+    density: Float[Tensor, " points"],
+) -> str:
+    family, r2 = reading(x, y, density)
+    fit = f"{family}, R² {r2:.3f}" if family != "none" else f"no family, R² {r2:.3f} at best"
+    return f"<b>{escape(curves.names[i])}</b><br>{fit}; {curves.bend[i].item():.1%} bent"
+
+
+def _best_line(
+    x: Float[Tensor, " points"], y: Float[Tensor, " points"], density: Float[Tensor, " points"]
+) -> Float[Tensor, " points"]:
+    """Least squares, weighted by the density."""
+    off_x, off_y = x - density @ x, y - density @ y
+    spread = density @ off_x.square()
+    slope = density @ (off_x * off_y) / spread if spread > 0 else 0.0
+    return density @ y + slope * off_x

@@ -1,0 +1,121 @@
+"""The two earlier KAN designs as they were: dense signed codes, for the record."""
+
+from abc import abstractmethod
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from kanllama_lightning.functional.losses import reconstruction
+from kanllama_lightning.heads.base import SAEHead
+from kanllama_lightning.heads.hidden import own_stream
+from kanllama_lightning.heads.kan_linear import KANLinear
+from kanllama_lightning.types import DenseCodes, SAEOutput, StepContext
+
+
+class DenseKAN(SAEHead):
+    """Nothing makes the code sparse: the loss is the squared error alone (METHODS B4).
+
+    A reproduction of earlier behaviour, on activations of the right scale. L0 is close to d_sae,
+    so its figures stand beside no sparse head's.
+
+    Args:
+        d_model: Width of the activations (linked from the LM on the command line).
+        d_sae: Number of latents.
+        target_l0: Has no effect: there is nothing to reach it with.
+        seed: Seed of the initial weights (linked to `seed_everything`).
+    """
+
+    def __init__(self, d_model: int, d_sae: int, target_l0: int, seed: int = 0) -> None:
+        super().__init__(d_model, d_sae, seed)
+        self.target_l0 = target_l0
+
+    @abstractmethod
+    def encoder(self, x: Float[Tensor, "tok d_model"]) -> Float[Tensor, "tok d_sae"]:
+        """Latents of normalised activations."""
+
+    @abstractmethod
+    def decoder(self, latents: Float[Tensor, "tok d_sae"]) -> Float[Tensor, "tok d_model"]:
+        """Normalised reconstruction."""
+
+    def encode(self, x: Float[Tensor, "tok d_model"]) -> Float[Tensor, "tok d_sae"]:
+        """Dense signed latents."""
+        return self.encoder(x.float() * self.scale).float()
+
+    def decode(self, latents: Float[Tensor, "tok d_sae"]) -> Float[Tensor, "tok d_model"]:
+        """Reconstruction, in the LM's units."""
+        return self.decoder(latents).float() / self.scale
+
+    def forward(self, x: Float[Tensor, "tok d_model"]) -> SAEOutput:
+        """Reconstruction and codes of raw activations."""
+        latents = self.encode(x)
+        return SAEOutput(self.decode(latents), DenseCodes(latents))
+
+    def losses(
+        self, x: Float[Tensor, "tok d_model"], out: SAEOutput, ctx: StepContext
+    ) -> dict[str, Float[Tensor, ""]]:
+        """`mse` (sum over d_model, normalised units)."""
+        return {"mse": reconstruction(x.float() * self.scale, out.x_hat * self.scale)}
+
+
+class DenseOnlyKAN(DenseKAN):
+    """z = KAN(x), x_hat = KAN(z): the earlier `only_kan`, with grids of [-1, 1].
+
+    Args:
+        d_model: Width of the activations (linked from the LM on the command line).
+        d_sae: Number of latents.
+        target_l0: Has no effect: there is nothing to reach it with.
+        seed: Seed of the initial weights (linked to `seed_everything`).
+    """
+
+    def __init__(self, d_model: int, d_sae: int, target_l0: int, seed: int = 0) -> None:
+        super().__init__(d_model, d_sae, target_l0, seed)
+        own = own_stream(seed)
+        self.kan_in = KANLinear(d_model, d_sae, generator=own)
+        self.kan_out = KANLinear(d_sae, d_model, generator=own)
+
+    def encoder(self, x: Float[Tensor, "tok d_model"]) -> Float[Tensor, "tok d_sae"]:
+        """KAN(x)."""
+        latents: Tensor = self.kan_in(x)
+        return latents
+
+    def decoder(self, latents: Float[Tensor, "tok d_sae"]) -> Float[Tensor, "tok d_model"]:
+        """KAN(z)."""
+        x_hat: Tensor = self.kan_out(latents)
+        return x_hat
+
+
+class DenseKANReLU(DenseKAN):
+    """z = ReLU(KAN(x)) U + b, x_hat = KAN(ReLU(z V + c)): the earlier `kan_relu_dense`.
+
+    Args:
+        d_model: Width of the activations (linked from the LM on the command line).
+        d_sae: Number of latents.
+        target_l0: Has no effect: there is nothing to reach it with.
+        latent_hidden: Whether either side has as many hidden units as there are latents (the
+            "latent" form) rather than as there are coordinates ("input").
+        seed: Seed of the initial weights (linked to `seed_everything`).
+    """
+
+    def __init__(
+        self, d_model: int, d_sae: int, target_l0: int, latent_hidden: bool = False, seed: int = 0
+    ) -> None:
+        super().__init__(d_model, d_sae, target_l0, seed)
+        self.latent_hidden = latent_hidden
+        hidden, own = d_sae if latent_hidden else d_model, own_stream(seed)
+        self.kan_in = KANLinear(d_model, hidden, generator=own)
+        self.kan_out = KANLinear(hidden, d_model, generator=own)
+        rows = torch.rand(2, d_sae, hidden, generator=own) * 2 - 1
+        self.U = nn.Parameter((rows[0] / hidden**0.5).T)
+        self.b = nn.Parameter(torch.zeros(d_sae))
+        self.V = nn.Parameter(rows[1] / d_sae**0.5)
+        self.c = nn.Parameter(torch.zeros(hidden))
+
+    def encoder(self, x: Float[Tensor, "tok d_model"]) -> Float[Tensor, "tok d_sae"]:
+        """ReLU(KAN(x)) U + b."""
+        return torch.relu(self.kan_in(x)) @ self.U + self.b
+
+    def decoder(self, latents: Float[Tensor, "tok d_sae"]) -> Float[Tensor, "tok d_model"]:
+        """KAN(ReLU(z V + c))."""
+        x_hat: Tensor = self.kan_out(torch.relu(latents @ self.V + self.c))
+        return x_hat

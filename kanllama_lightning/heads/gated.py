@@ -1,0 +1,87 @@
+"""Gated: one path decides whether a latent fires, another how strongly."""
+
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from kanllama_lightning.functional.losses import reconstruction
+from kanllama_lightning.heads.penalised import Penalised, start_weight
+from kanllama_lightning.types import DenseCodes, SAEOutput, StepContext
+
+
+class Gated(Penalised):
+    """z = 1[pi > 0] ReLU(u exp(r_mag) + b_mag), pi = u + b_enc, u = (x - b_dec) W_enc.
+
+    L = ||x - (z W_dec + b_dec)||^2 + lambda sum_j ReLU(pi_j)
+        + ||x - (ReLU(pi) sg(W_dec) + sg(b_dec))||^2 + alpha_aux * AuxK,
+
+    means over tokens, sg a stop-gradient; W_dec has unit rows. Rajamanoharan et al. 2024,
+    "Improving dictionary learning with gated sparse autoencoders" (arXiv 2404.16014), whose b_gate
+    is b_enc here; with AuxK (on ReLU(pi)) for dead latents and lambda steered to target_l0. The
+    step passes no gradient: the gate learns from the second, third and last term alone, so
+    the penalty does not shrink the magnitudes.
+
+    Args:
+        d_model: Width of the activations (linked from the LM on the command line).
+        d_sae: Number of latents.
+        target_l0: Non-zero latents per token on average (L0) that lambda is steered to.
+        l1_coefficient: lambda at the start, at d_model 2048; at other widths in proportion to
+            sqrt(d_model), as activations are.
+        sparsity_ramp: Share of the token budget in which the wanted L0 falls from that of the
+            start to target_l0.
+        alpha_aux: Weight of AuxK, which revives dead latents; 0 leaves it out.
+        seed: Seed of the initial weights (linked to `seed_everything`).
+    """
+
+    in_units: ClassVar[tuple[str, ...]] = (*Penalised.in_units, "b_mag")
+
+    def __init__(
+        self,
+        d_model: int,
+        d_sae: int,
+        target_l0: int,
+        l1_coefficient: float = 3.0,
+        sparsity_ramp: float = 0.05,
+        alpha_aux: float = 1 / 32,
+        seed: int = 0,
+    ) -> None:
+        weight = start_weight("l1_coefficient", l1_coefficient, d_model, power=1)
+        super().__init__(d_model, d_sae, target_l0, weight, sparsity_ramp, alpha_aux, seed)
+        self.l1_coefficient = l1_coefficient
+        self.r_mag = nn.Parameter(torch.zeros(d_sae))
+        self.b_mag = nn.Parameter(torch.zeros(d_sae))
+
+    def activate(self, pre_acts: Float[Tensor, "tok d_sae"]) -> Float[Tensor, "tok d_sae"]:
+        """The magnitude where the gate, pi = pre_acts, is open."""
+        magnitude = (pre_acts - self.b_enc) * self.r_mag.exp() + self.b_mag
+        return magnitude.relu() * (pre_acts > 0)
+
+    def codes(
+        self, pre_acts: Float[Tensor, "tok d_sae"], z: Float[Tensor, "tok d_sae"]
+    ) -> DenseCodes:
+        """z; in training with pi, which the losses would have to make again."""
+        codes = GatedCodes(z)
+        codes.pi = pre_acts if self.training else None
+        return codes
+
+    def losses(
+        self, x: Float[Tensor, "tok d_model"], out: SAEOutput, ctx: StepContext
+    ) -> dict[str, Float[Tensor, ""]]:
+        """`mse`, `l1` of the open gates, `gate_aux` and, while latents are dead, `auxk`."""
+        pi = getattr(out.codes, "pi", None)
+        opened = (self.pre_acts(x) if pi is None else pi).relu()
+        # so that the gate's path can learn to reconstruct, but not to change the dictionary
+        by_gate = (opened @ self.W_dec.detach()).float() + self.b_dec.detach()
+        return {
+            **super().losses(x, out, ctx),
+            "l1": self.sparsity_coefficient() * opened.sum(1).mean(),
+            "gate_aux": reconstruction(x.float() * self.scale, by_gate),
+        }
+
+
+class GatedCodes(DenseCodes):
+    """Latents, with the gate's pre-activations they were made with."""
+
+    pi: Tensor | None = None

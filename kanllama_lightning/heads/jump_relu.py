@@ -1,0 +1,132 @@
+"""JumpReLU: a learned threshold per latent, and a penalty that counts latents."""
+
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from kanllama_lightning.functional.jump import jump_relu
+from kanllama_lightning.heads.dictionary import MEDIAN_ROWS
+from kanllama_lightning.heads.penalised import FreeNorms, start_weight
+from kanllama_lightning.types import InputError, SAEOutput, StepContext
+
+SHARPNESS = 4.0
+"""c of tanh(c z): above z = 0.5 a latent counts as one, whatever its size (METHODS A5)."""
+START_L0 = 1e4
+"""Latents that fire on a token at the start, where so many are less than half (METHODS A5)."""
+LEAST_THETA = 0.01
+"""Lower bound of theta, relative to its start. METHODS A5 clamps at 0; but the estimator's gradient
+is in proportion to theta, so that a latent once at 0 would be a ReLU for good."""
+LATENTS_AT_ONCE = 1024
+"""Latents whose start quantiles are made at once."""
+
+
+class JumpReLU(FreeNorms):
+    """z_j = p_j 1[p_j > theta_j], p = (x - b_dec) W_enc + b_enc; x_hat = z W_dec + b_dec.
+
+    L = ||e||^2 + lambda sum_j tanh(4 z_j ||w_j||)
+        + lambda_P sum_dead ReLU(theta_j - p_j) sg(||w_j||),
+
+    means over tokens, sg a stop-gradient (ours: without it the last term shrinks w_j to nothing).
+    Anthropic's form ("Dictionary learning optimization techniques",
+    transformer-circuits.pub, January 2025) of Rajamanoharan et al. 2024 (arXiv 2407.14435): the
+    straight-through estimator of the jump reaches p as well as theta (`jump_relu`). theta is
+    trained itself, not its logarithm, in fp32 and kept > 0. Norms of the dictionary rows w_j
+    are free; latents are reported as z_j ||w_j||. The pre-activation loss is for dead latents only
+    and takes AuxK's place; lambda is steered to target_l0, which takes its own ramp's place.
+
+    Args:
+        d_model: Width of the activations (linked from the LM on the command line).
+        d_sae: Number of latents.
+        target_l0: Non-zero latents per token on average (L0) that lambda is steered to.
+        tanh_coefficient: lambda at the start, at d_model 2048; at other widths in proportion to
+            d_model, as the squared error is.
+        pre_act_coefficient: lambda_P, which revives dead latents; 0 leaves it out.
+        bandwidth: Width of the window around theta in which the estimator is not zero, in units
+            of p.
+        theta_init: theta of all latents at the start, in units of p.
+        sparsity_ramp: Share of the token budget in which the wanted L0 falls from that of the
+            start to target_l0.
+        alpha_aux: Weight of AuxK beside the pre-activation loss; 0 leaves it out.
+        seed: Seed of the initial weights (linked to `seed_everything`).
+    """
+
+    in_units: ClassVar[tuple[str, ...]] = (*FreeNorms.in_units, "theta")
+
+    def __init__(
+        self,
+        d_model: int,
+        d_sae: int,
+        target_l0: int,
+        tanh_coefficient: float = 10.0,
+        pre_act_coefficient: float = 3e-6,
+        bandwidth: float = 2.0,
+        theta_init: float = 0.1,
+        sparsity_ramp: float = 0.05,
+        alpha_aux: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        weight = start_weight("tanh_coefficient", tanh_coefficient, d_model, power=2)
+        super().__init__(d_model, d_sae, target_l0, weight, sparsity_ramp, alpha_aux, seed)
+        if pre_act_coefficient < 0:
+            raise InputError(
+                f"head.pre_act_coefficient={pre_act_coefficient}: must be 0 or more (default 3e-6)"
+            )
+        if bandwidth <= 0:
+            raise InputError(f"head.bandwidth={bandwidth}: must be larger than 0 (default 2)")
+        if theta_init <= 0:
+            raise InputError(
+                f"head.theta_init={theta_init}: must be larger than 0 (default 0.1); the "
+                "gradient of theta is in proportion to theta, so 0 would stay 0"
+            )
+        self.tanh_coefficient, self.pre_act_coefficient = tanh_coefficient, pre_act_coefficient
+        self.bandwidth, self.theta_init = bandwidth, theta_init
+        self.theta = nn.Parameter(torch.full((d_sae,), float(theta_init)))
+
+    @torch.no_grad()
+    def start_(self, x: Float[Tensor, "tok d_model"]) -> None:
+        """As a linear head; then b_enc so that every latent fires, and the encoder's size anew.
+
+        b_enc is such that a latent fires on a share min(1/2, START_L0 / d_sae) of the first
+        rows. With q = (x - b_dec) W_dec^T, Q_j its quantile, W_enc = c W_dec^T and b_enc = theta -
+        c Q a latent is theta + c (q_j - Q_j) where q_j > Q_j: the best c is a least squares fit.
+        """
+        super().start_(x)
+        target = self.centred(x[:MEDIAN_ROWS])
+        q = target @ self.W_dec.T
+        fires = round(len(q) * min(0.5, START_L0 / self.d_sae))
+        rank = max(1, len(q) - max(1, fires))
+        chunks = q.split(LATENTS_AT_ONCE, dim=1)
+        quantile = torch.cat([c.T.contiguous().kthvalue(rank, dim=1).values for c in chunks])
+        above = (q - quantile).relu_()
+        rest = target - ((above > 0).to(q.dtype) * self.theta) @ self.W_dec
+        summed = above @ self.W_dec
+        size = summed.square().sum()
+        best = (rest * summed).sum() / size if size > 0 else size.new_ones(())
+        # no fit is better than one that points the encoder away from its dictionary
+        best = torch.where(best > 0, best, 1.0)
+        self.set_encoder_(best * self.W_dec.T)
+        self.b_enc.copy_(self.theta - best * quantile)
+
+    def activate(self, pre_acts: Float[Tensor, "tok d_sae"]) -> Float[Tensor, "tok d_sae"]:
+        """p above the threshold, else 0."""
+        return jump_relu(pre_acts, self.theta, self.bandwidth)
+
+    def losses(
+        self, x: Float[Tensor, "tok d_model"], out: SAEOutput, ctx: StepContext
+    ) -> dict[str, Float[Tensor, ""]]:
+        """`mse`, `tanh` (the penalty) and, while latents are dead, `pre_act` (and `auxk`)."""
+        counted = torch.tanh(SHARPNESS * out.codes.dense()).sum(1).mean()
+        terms = super().losses(x, out, ctx) | {"tanh": self.sparsity_coefficient() * counted}
+        if self.pre_act_coefficient and len(ctx.dead):
+            short = (self.theta[ctx.dead] - self.pre_acts(x, ctx.dead)).relu()
+            # a gradient for ||w_j|| would shrink dead latents to nothing before it revived them
+            short_by = (short * self.row_norms()[ctx.dead].detach()).sum(1).mean()
+            terms["pre_act"] = self.pre_act_coefficient * short_by
+        return terms
+
+    @torch.no_grad()
+    def project_(self) -> None:
+        """Keep the thresholds above zero, where they could not come back from."""
+        self.theta.clamp_min_(LEAST_THETA * self.theta_init)

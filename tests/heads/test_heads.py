@@ -32,6 +32,7 @@ from kanllama_lightning.heads import (
     Standard,
     TopK,
     WideBatchTopK,
+    dictionary,
     thresholded,
 )
 from kanllama_lightning.heads.dictionary import Dictionary
@@ -310,6 +311,18 @@ def test_dictionary_rows_stay_on_the_unit_sphere(kind):
         head.project_()
         norms = head.W_dec.norm(dim=1)
         torch.testing.assert_close(norms, torch.ones(head.d_sae), atol=1e-6, rtol=0)
+
+
+def test_projection_of_gradients_does_not_depend_on_its_blocks(monkeypatch):
+    found = []
+    for block in (1, 3 * D, M * D, 1 << 22):
+        monkeypatch.setattr(dictionary, "BLOCK", block)
+        head = started(TopK)
+        head.W_dec.grad = torch.randn(M, D, generator=torch.Generator().manual_seed(1))
+        head.project_grad_()
+        found.append(head.W_dec.grad)
+    assert all(torch.equal(found[0], other) for other in found)
+    assert (found[0] * started(TopK).W_dec).sum(1).abs().max() < 1e-5
 
 
 @every_head

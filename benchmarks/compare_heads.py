@@ -6,7 +6,7 @@
 A cell is one run of `train.py fit`, the command people type, with one thread; two run beside each
 other. What the LM computed for a batch of tokens is kept on disk and read by the next cell, bit for
 bit the same. A cell whose summary.json is there is not run again, so a stopped comparison goes on
-where it was. Each head is trained with three learning rates at the first seed and the first
+where it was. Each head is trained with several learning rates at the first seed and the first
 sparsity; the one with the lowest FVU serves for the other seeds and sparsities.
 
 Studies: `stories` (a folder named by --model with stories260K in Hugging Face format, and text
@@ -44,16 +44,16 @@ HEADS = (
     "topk",
     "matryoshka",
     "only_kan",
+    "curved_dictionary",
     "kan_relu_dense",
-    "kan_relu_dense_latent",
     "jump_relu",
     "gated",
     "standard",
     "random_dictionary",
     "dense_only_kan",
     "dense_kan_relu",
+    "kan_relu_dense_latent",
 )
-RATES = (3e-3, 6e-3, 1.2e-2)
 SEEDS = (0, 1, 2)
 COLUMNS = ("fvu", "delta_ce", "ce_score", "l0", "dead_frac")
 
@@ -70,12 +70,17 @@ class Study(NamedTuple):
     common: int | None
     """Sparsity at which all heads are trained, with the first seed at least."""
     heads: tuple[str, ...]
+    rates: tuple[float, ...]
 
 
-FINALISTS = ("batch_topk", "kan", "mlp", "wide_batch_topk", "spline_hidden", "kan_direct")
+FINALISTS = ("batch_topk", "kan", "mlp", "wide_batch_topk", "spline_hidden", "only_kan")
+CURVED = (*FINALISTS, "curved_dictionary")
+RIVALS = ("batch_topk@2544", "batch_topk@4576")
+"""As large as curved_dictionary and kan_direct, and as only_kan, with 512 latents at width 64."""
+RATES = (3e-3, 6e-3, 1.2e-2, 2.4e-2)
 STUDIES = {
-    "stories": Study(2_000_000, 512, (8, 4, 16), (*FINALISTS, "spline_input"), 16, HEADS),
-    "embedded": Study(1_000_000, 1024, (8,), (), None, (*FINALISTS, "spline_input")),
+    "stories": Study(2_000_000, 512, (8, 4, 16), CURVED, 16, (*RIVALS, *HEADS), RATES),
+    "embedded": Study(600_000, 1024, (8,), (), None, CURVED, RATES[1:3]),
 }
 
 
@@ -83,6 +88,7 @@ class Cell(NamedTuple):
     """One run."""
 
     head: str
+    """Name of its config; `name@width` for another number of latents than the study's."""
     k: int
     lr: float
     seed: int
@@ -96,11 +102,12 @@ class Cell(NamedTuple):
 def arguments(study: str, cell: Cell, folder: Path, given: argparse.Namespace) -> list[str]:
     """The command line of a cell."""
     s = STUDIES[study]
-    args = ["fit", "--config", str(ROOT / f"configs/{cell.head}.yaml")]
+    head, _, width = cell.head.partition("@")
+    args = ["fit", "--config", str(ROOT / f"configs/{head}.yaml")]
     args += ["--config", str(ROOT / "configs/embedded.yaml")]
     args += ["--config", str(ROOT / "benchmarks/compare_heads.yaml")]
     values = {
-        "model.head.d_sae": s.d_sae,
+        "model.head.d_sae": width or s.d_sae,
         "model.head.target_l0": cell.k,
         "model.tokens": s.tokens,
         "model.optimizer.lr": cell.lr,
@@ -168,9 +175,10 @@ def result(out: Path, cell: Cell) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def best_rate(out: Path, head: str, k: int) -> float | None:
-    """The learning rate with the lowest FVU at the first seed, once all three are there."""
-    results = {lr: result(out, Cell(head, k, lr, SEEDS[0])) for lr in RATES}
+def best_rate(study: Study, out: Path, head: str) -> float | None:
+    """The learning rate with the lowest FVU at the first seed and sparsity, once all are there."""
+    k = study.sparsities[0]
+    results = {lr: result(out, Cell(head, k, lr, SEEDS[0])) for lr in study.rates}
     if any(r is None for r in results.values()):
         return None
 
@@ -178,7 +186,7 @@ def best_rate(out: Path, head: str, k: int) -> float | None:
         value = results[lr]["val/fvu"]  # type: ignore[index]
         return math.inf if math.isnan(value) else float(value)
 
-    return min(RATES, key=fvu)
+    return min(study.rates, key=fvu)
 
 
 def seeds(study: Study, head: str, k: int) -> tuple[int, ...]:
@@ -192,10 +200,10 @@ def wanted(study: str, out: Path) -> list[Cell]:
     """Cells that can be run now, in order of worth."""
     s = STUDIES[study]
     first = s.sparsities[0]
-    cells = [Cell(head, first, lr, SEEDS[0]) for head in s.heads for lr in RATES]
+    cells = [Cell(head, first, lr, SEEDS[0]) for head in s.heads for lr in s.rates]
     for k in s.sparsities:
         for head in s.heads:
-            lr = best_rate(out, head, first)
+            lr = best_rate(s, out, head)
             if lr is not None:
                 cells += [Cell(head, k, lr, seed) for seed in seeds(s, head, k)]
     return [c for c in dict.fromkeys(cells) if result(out, c) is None]
@@ -243,7 +251,7 @@ def table(study: str, out: Path) -> list[dict[str, Any]]:
     rows = []
     for k in s.sparsities:
         for head in s.heads:
-            lr = best_rate(out, head, s.sparsities[0])
+            lr = best_rate(s, out, head)
             cells = [] if lr is None else [Cell(head, k, lr, seed) for seed in SEEDS]
             found = [(c, r) for c in cells if (r := result(out, c)) is not None]
             if not found:

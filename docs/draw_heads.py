@@ -21,6 +21,10 @@ STYLES = {  # head: colour (Okabe and Ito), dash, marker
     "spline_hidden": ("#0072b2", "", "triangle"),
     "spline_input": ("#009e73", "2 3", "triangle"),
     "spline_latent": ("#56b4e9", "2 3", "square"),
+    "curved_dictionary": ("#cc79a7", "", "square"),
+    "only_kan": ("#56b4e9", "", "diamond"),
+    "batch_topk@2544": ("#888888", "6 3", "circle"),
+    "batch_topk@4576": ("#aaaaaa", "6 3", "circle"),
 }
 
 

@@ -23,6 +23,7 @@ SHARED_BY_HEADS = {
         "hidden",
         "reach",
         "kan_linear",
+        "curved_dictionary",
         "kan_decoder",
         "batch_topk",
         "penalised",

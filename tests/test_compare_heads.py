@@ -23,14 +23,15 @@ def finish(out: Path, cell: Cell, fvu: float) -> None:
 def test_every_head_with_a_config_is_compared() -> None:
     configured = {p.stem for p in CONFIGS.glob("*.yaml")} - {"base", "embedded"}
     assert set(HEADS) == configured
+    assert set(HEADS) < set(STUDIES["stories"].heads)
 
 
 def test_first_the_rates_then_the_seeds_and_sparsities(tmp_path: Path) -> None:
     study = STUDIES["stories"]
     cells = wanted("stories", tmp_path)
     assert {c.seed for c in cells} == {SEEDS[0]}
-    assert len(cells) == len(HEADS) * len(RATES)
-    fvus = dict(zip(RATES, (0.3, 0.1, 0.2), strict=True))
+    assert len(cells) == len(study.heads) * len(RATES)
+    fvus = dict(zip(RATES, (0.3, 0.1, 0.2, 0.4), strict=True))
     for head in ("kan", "topk"):
         for lr, fvu in fvus.items():
             finish(tmp_path, Cell(head, study.sparsities[0], lr, SEEDS[0]), fvu)

@@ -3,6 +3,7 @@
 from kanllama_lightning.heads.base import SAEHead
 from kanllama_lightning.heads.batch_topk import BatchTopK
 from kanllama_lightning.heads.controls import RandomDictionary, WideBatchTopK
+from kanllama_lightning.heads.curved_dictionary import CurvedDictionary
 from kanllama_lightning.heads.dense_kan import DenseKANReLU, DenseOnlyKAN
 from kanllama_lightning.heads.gated import Gated
 from kanllama_lightning.heads.jump_relu import JumpReLU
@@ -22,6 +23,7 @@ from kanllama_lightning.heads.topk import TopK
 __all__ = [
     "PCA",
     "BatchTopK",
+    "CurvedDictionary",
     "DenseKANReLU",
     "DenseOnlyKAN",
     "Gated",

@@ -1,4 +1,4 @@
-"""Sparse heads whose decoder is a KAN: what the two earlier designs share."""
+"""Sparse heads whose decoder is a KAN: what a latent writes is a curve."""
 
 from abc import abstractmethod
 
@@ -35,7 +35,7 @@ class KANDecoder(Standardised):
         self, d_model: int, d_sae: int, target_l0: int, alpha_aux: float = 1 / 32, seed: int = 0
     ) -> None:
         super().__init__(d_model, d_sae, target_l0, alpha_aux, seed)
-        del self.W_enc, self.W_dec
+        del self.W_dec
 
     @abstractmethod
     def decode_kept(

@@ -53,6 +53,7 @@ class KANReLUDense(KANDecoder):
         seed: int = 0,
     ) -> None:
         super().__init__(d_model, d_sae, target_l0, alpha_aux, seed)
+        del self.W_enc
         self.latent_hidden, self.grid_size = latent_hidden, grid_size
         hidden = d_sae if latent_hidden else d_model
         own = own_stream(seed)

@@ -16,6 +16,7 @@ from kanllama_lightning.functional.spline_activation import spline_activation
 from kanllama_lightning.heads import (
     PCA,
     BatchTopK,
+    CurvedDictionary,
     Gated,
     JumpReLU,
     KANDirect,
@@ -58,6 +59,7 @@ HEADS = [
     SplineHidden,
     SplineInput,
     SplineLatent,
+    CurvedDictionary,
     OnlyKAN,
     KANReLUDense,
 ]
@@ -69,7 +71,7 @@ DIRECTIONS = [h for h in HEADS if issubclass(h, Dictionary) and not issubclass(h
 """Heads with a linear dictionary."""
 TWINS = [KANEncoder, MLPEncoder, SplineHidden, SplineInput]
 """Heads that are BatchTopK at step 0, bit for bit."""
-NEAR_TWINS = [KANDirect, SplineLatent, OnlyKAN]
+NEAR_TWINS = [KANDirect, SplineLatent, CurvedDictionary, OnlyKAN]
 """Heads that are BatchTopK at step 0, to rounding."""
 FIRST = {Matryoshka: 1 / 5}
 """Share of the squared error that the first loss is, where it is not all of it."""

@@ -75,8 +75,8 @@ class Study(NamedTuple):
 
 FINALISTS = ("batch_topk", "kan", "mlp", "wide_batch_topk", "spline_hidden", "only_kan")
 CURVED = (*FINALISTS, "curved_dictionary")
-RIVALS = ("batch_topk@2544", "batch_topk@4576")
-"""As large as curved_dictionary and kan_direct, and as only_kan, with 512 latents at width 64."""
+RIVALS = ("batch_topk@2544",)
+"""As large as curved_dictionary and kan_direct with 512 latents at width 64."""
 RATES = (3e-3, 6e-3, 1.2e-2, 2.4e-2)
 STUDIES = {
     "stories": Study(2_000_000, 512, (8, 4, 16), CURVED, 16, (*RIVALS, *HEADS), RATES),

@@ -1,5 +1,6 @@
 """What a KAN head has learned: which of its curves bend, how, and over what they see."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,14 @@ from kanllama_lightning.functional.curves import reading
 from kanllama_lightning.run import Table
 from kanllama_lightning.types import Curves, InputError
 
+log = logging.getLogger(__name__)
+
 TABLE, PAGE = "curves.csv", "curves.html"
 COLUMNS = ["step", "tokens", "kind", "rank", "name", "bend", "size", "out_of_grid", "reading", "r2"]
 ROWS = 4096
 """Activations of the first validation set that the curves are judged over."""
+OUT_OF_GRID = 0.01
+"""Share beyond the grid from which on a run says so."""
 
 
 class KANCurves(L.Callback):
@@ -41,6 +46,7 @@ class KANCurves(L.Callback):
                 raise InputError(f"KANCurves.{name}={value}: must be at least 1")
         self.every_n_validations, self.top = every_n_validations, top
         self._validations = 0
+        self._warned = False
         self._looks = False
         self._x: list[Tensor] = []
 
@@ -87,6 +93,7 @@ class KANCurves(L.Callback):
             which = "_decoder" if curves.kind.startswith("decoder") else ""
             logged.setdefault(f"val/kan_bend{which}", curves.mean_bend)
             logged.setdefault(f"val/kan_out_of_grid{which}", curves.mean_out_of_grid)
+        self._warn(found)
         logged["tokens"] = float(pl_module.tokens_seen)
         pl_module.log_dict(logged, sync_dist=True)
         if not trainer.is_global_zero or trainer.fast_dev_run:
@@ -98,6 +105,19 @@ class KANCurves(L.Callback):
         table.append([where | row for curves in found for row in _rows(curves)])
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._draw(trainer, pl_module, found, rows)
+
+    def _warn(self, found: list[Curves]) -> None:
+        """Say once when a grid has become too narrow for what lies on it (METHODS B3d)."""
+        worst = max(found, key=lambda curves: curves.mean_out_of_grid)
+        if worst.mean_out_of_grid > OUT_OF_GRID and not self._warned:
+            self._warned = True
+            log.warning(
+                "%.1f %% of what the %s curves see lies beyond their grid, where they are straight "
+                "lines or fade; %s says of which",
+                100 * worst.mean_out_of_grid,
+                worst.kind,
+                TABLE,
+            )
 
     @staticmethod
     def _draw(trainer: L.Trainer, pl_module: Any, found: list[Curves], rows: int) -> None:

@@ -24,7 +24,6 @@ STYLES = {  # head: colour (Okabe and Ito), dash, marker
     "curved_dictionary": ("#cc79a7", "", "square"),
     "only_kan": ("#56b4e9", "", "diamond"),
     "batch_topk@2544": ("#888888", "6 3", "circle"),
-    "batch_topk@4576": ("#aaaaaa", "6 3", "circle"),
 }
 
 

@@ -18,13 +18,6 @@ from tests.test_cli import SMALL, Fit, only_run
 from tests.wandb_file import history
 from train import main
 
-HERE = {
-    "data.val": "null",
-    "lm.revision": "null",
-    "lm.dtype": "float32",
-    "model.buffer.dtype": "float32",
-    "trainer.precision": "32-true",
-}
 FAMILIES = {"linear", "quadratic", "hinge", "saturating", "bump", "none"}
 
 
@@ -33,7 +26,7 @@ def fit(tiny_lm_dir: Path, text_file: Path, tmp_path: Path) -> Fit:
     """Runs `fit` on the tiny model; arguments by name, `extra` go last."""
 
     def run(*extra: str, **changed: Any) -> int:
-        given = SMALL | HERE | {"lm.name": str(tiny_lm_dir), "data.train": str(text_file)}
+        given = SMALL | {"lm.name": str(tiny_lm_dir), "data.train": str(text_file)}
         given |= {"runs_dir": str(tmp_path / "runs")}
         given |= {k.replace("__", "."): v for k, v in changed.items()}
         return main(["fit", *[f"--{k}={v}" for k, v in given.items()], *extra])
@@ -150,6 +143,15 @@ def curves(n: int, name: str = "input 1 -> hidden 2") -> Curves:
     flat = torch.full((n, 101), 1 / 101)
     share = torch.full((n,), 0.5)
     return Curves("edge", [name] * n, ("a <b>", "c"), x, x**2, flat, share, share, share, 0.1, 0.2)
+
+
+def test_a_grid_that_is_too_narrow_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    callback = KANCurves()
+    callback._warn([curves(2)._replace(mean_out_of_grid=0.009)])
+    assert not caplog.records
+    for _ in range(2):
+        callback._warn([curves(2)._replace(mean_out_of_grid=0.002), curves(1)])
+    assert [r.getMessage()[:25] for r in caplog.records] == ["20.0 % of what the edge cu"[:25]]
 
 
 @pytest.mark.parametrize(

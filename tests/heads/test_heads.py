@@ -295,6 +295,7 @@ def test_refused_arguments(kind, args, message):
 
 @pytest.mark.parametrize("kind", [h for h in DIRECTIONS if h not in FREE_NORMS])
 def test_dictionary_rows_stay_on_the_unit_sphere(kind):
+    """METHODS H10."""
     head = started(kind)
     if kind is RandomDictionary:
         return  # nothing moves it
@@ -461,7 +462,10 @@ SIMPLE = [h for h in SELECTING if h in DIRECTIONS and h is not SplineLatent]
 @pytest.mark.parametrize("kind", SIMPLE)
 @pytest.mark.parametrize("n_dead", [0, 2, 11, M])
 def test_all_gradients_are_those_of_the_formula(kind, n_dead):
-    """Above all b_dec's, which goes round the encoder's product with the batch."""
+    """Above all b_dec's, which goes round the encoder's product with the batch.
+
+    METHODS H14: the formula's AuxK has a detached target and no b_dec.
+    """
     head = trained(kind, alpha_aux=2.0)
     x = rows(40, seed=3)
     dead = torch.randperm(M, generator=torch.Generator().manual_seed(1))[:n_dead]
@@ -478,6 +482,19 @@ def test_all_gradients_are_those_of_the_formula(kind, n_dead):
         torch.testing.assert_close(
             a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item(), msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+@every_selecting_head
+def test_nothing_of_tokens_by_latents_is_kept_for_backward(kind):
+    tok, saved = 200, []
+    head = kind(D, 2000, target_l0=K)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: (saved.append(tensor.numel()), tensor)[1], lambda tensor: tensor
+    ):
+        out = head(rows(tok))
+        loss = sum(head.losses(rows(tok), out, NOTHING_DEAD).values())
+    loss.backward()
+    assert max(saved) < tok * head.d_sae / 2
 
 
 # ------------------------------------------------------------------------- AuxK
@@ -682,7 +699,7 @@ def test_calibration_is_the_exact_quantile(kind):
 
 @every_thresholded_head
 def test_inference_l0_is_near_k_after_training_and_calibration(kind):
-    """And on other rows of the same distribution too."""
+    """METHODS H5; and on other rows of the same distribution too."""
     head = trained(kind)
     train_(head, rows(512), 30)
     head.calibrate_(rows(4000, seed=1))

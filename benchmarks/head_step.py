@@ -47,6 +47,7 @@ from kanllama_lightning import heads
 from kanllama_lightning.functional.sparse import Pattern, largest_positive
 from kanllama_lightning.heads.dictionary import Dictionary
 from kanllama_lightning.heads.selecting import Selecting
+from kanllama_lightning.optim import Adam
 from kanllama_lightning.types import StepContext
 
 MIB = 1 << 20
@@ -67,7 +68,7 @@ class HeadStep:
     def __init__(self, kind: type[Dictionary], x: Tensor, d_sae: int, k: int) -> None:
         self.head, self.x = kind(d_model=x.shape[1], d_sae=d_sae, target_l0=k), x
         self.head.start_(x)
-        self.optimizer = torch.optim.Adam(self.head.parameters(), lr=LR, fused=True)
+        self.optimizer = Adam(self.head.parameters(), lr=LR, fused=True)
         self.context = StepContext(torch.zeros(0, dtype=torch.int64), 0.0, 0.1)
         self.mark: Mark = unmarked
         if isinstance(self.head, Selecting):

@@ -10,17 +10,14 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
-WIDTH, HEIGHT, LEFT, TOP, PLOT_W, PLOT_H = 940, 430, 64, 40, 340, 310
+WIDTH, HEIGHT, LEFT, TOP, PLOT_W, PLOT_H = 1070, 430, 64, 40, 340, 310
 GAP = 110
 STYLES = {  # head: colour (Okabe and Ito), dash, marker
     "batch_topk": ("#000000", "", "circle"),
     "wide_batch_topk": ("#555555", "6 3", "circle"),
     "mlp": ("#e69f00", "", "square"),
     "kan": ("#d55e00", "", "diamond"),
-    "kan_direct": ("#cc79a7", "6 3", "diamond"),
     "spline_hidden": ("#0072b2", "", "triangle"),
-    "spline_input": ("#009e73", "2 3", "triangle"),
-    "spline_latent": ("#56b4e9", "2 3", "square"),
     "curved_dictionary": ("#cc79a7", "", "square"),
     "only_kan": ("#56b4e9", "", "diamond"),
     "batch_topk@2544": ("#888888", "6 3", "circle"),
@@ -31,6 +28,7 @@ class Point(NamedTuple):
     """One head at one sparsity."""
 
     head: str
+    parameters: int
     l0: float
     value: float
     low: float
@@ -42,9 +40,14 @@ def read(path: Path, column: str) -> list[Point]:
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     points = [
-        Point(r["head"], float(r["l0"]), *(float(r[column + end]) for end in ("", "_min", "_max")))
+        Point(
+            r["head"],
+            int(r["parameters"]),
+            float(r["l0"]),
+            *(float(r[column + end]) for end in ("", "_min", "_max")),
+        )
         for r in rows
-        if r["head"] in STYLES and int(r["seeds"]) > 1
+        if r["head"] in STYLES
     ]
     many = {p.head for p in points if sum(q.head == p.head for q in points) > 1}
     return [p for p in points if p.head in many]
@@ -126,7 +129,9 @@ def main() -> None:
     for i, head in enumerate(drawn):
         colour, _, kind = STYLES[head]
         x, y = second + PLOT_W + 20, TOP + 14 + 22 * i
-        legend.append(f'{marker(kind, x, y, colour)}<text x="{x + 12}" y="{y + 4}">{head}</text>')
+        size = next(p.parameters for p in loss if p.head == head)
+        name = escape(f"{head} ({size / 1000:,.0f}k parameters)")
+        legend.append(f'{marker(kind, x, y, colour)}<text x="{x + 12}" y="{y + 4}">{name}</text>')
     svg = f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img"
  aria-label="delta CE and FVU against L0, by head">
 <style>text {{ font: 12px sans-serif; fill: #222 }}

@@ -25,6 +25,7 @@ SHARED_BY_HEADS = {
         "kan_linear",
         "curved_dictionary",
         "kan_decoder",
+        "kan_read",
         "batch_topk",
         "penalised",
     )

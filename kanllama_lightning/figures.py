@@ -14,6 +14,11 @@ from kanllama_lightning.types import Curves
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "rgba(153,153,153,0.5)"
 """Of Okabe and Ito's palette, which the colour-blind can tell apart; lines differ in dash too."""
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444", "#8C6D00")
+"""Colours in order of use; series also differ in symbol, dash or place, so that print does too."""
+SYMBOLS = ("circle", "square", "diamond", "cross", "triangle-up", "x", "star", "hexagon")
+HEIGHT = 420
+"""Of a plain figure, in pixels."""
 COLUMNS = 4
 """Panels side by side."""
 PANEL, MARGIN = 230, 130
@@ -98,6 +103,29 @@ def curves_figure(curves: Curves, shown: int = 12) -> go.Figure:
         legend={"orientation": "h", "x": 1, "xanchor": "right", "y": -60 / (PANEL * rows)},
     )
     return figure
+
+
+def styled(figure: go.Figure, title: str, x: str, y: str) -> go.Figure:
+    """The figure in the house's look, with a title and axis titles; returns itself.
+
+    Args:
+        figure: Any with one pair of axes.
+        title: What is shown; escaped, as are the axis titles.
+        x: What lies along the first axis, with its unit.
+        y: What lies along the second, with its unit.
+    """
+    axis = {"gridcolor": "#e5e5e5", "zerolinecolor": "#b0b0b0", "showline": True}
+    figure.update_xaxes(title=escape(x), linecolor="#888", **axis)
+    figure.update_yaxes(title=escape(y), linecolor="#888", **axis)
+    return figure.update_layout(
+        title=escape(title),
+        title_font_size=17,
+        template="plotly_white",
+        height=HEIGHT,
+        margin={"t": 60, "b": 60, "l": 80, "r": 20},
+        colorway=PALETTE,
+        bargap=0.05,
+    )
 
 
 def page(title: str, text: str, figures: Sequence[go.Figure]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from kanllama_lightning.lm import FrozenLM
 from kanllama_lightning.preflight import preflight
 from kanllama_lightning.schedule import Schedule
 from kanllama_lightning.types import InputError, StepContext, TokenBatch, ValidationBatch
+from kanllama_lightning.view import regular, view
 
 log = logging.getLogger(__name__)
 
@@ -142,12 +143,9 @@ class SAEModule(L.LightningModule):
         """Kept activations of a token batch; counts what is dropped as a sink."""
         acts = self.lm.acts(tokens.ids)
         rows = acts[tokens.keep]
-        kept = rows[self._regular(rows)]
+        kept = rows[regular(rows, self.head.norm_limit)]
         self.seen += torch.tensor([len(rows), len(rows) - len(kept)], device=self.seen.device)
         return kept
-
-    def _regular(self, rows: Float[Tensor, "*tok d_model"]) -> Bool[Tensor, "*tok"]:
-        return rows.float().norm(dim=-1) <= self.head.norm_limit
 
     def _next_tokens(self, batches: Iterator[Any]) -> TokenBatch:
         tokens: TokenBatch = next(batches)[0]
@@ -283,10 +281,7 @@ class SAEModule(L.LightningModule):
 
     def validation_batch(self, tokens: TokenBatch, set_name: str) -> ValidationBatch:
         """What callbacks see of a token batch."""
-        prefix = self.lm.prefix(tokens.ids)
-        mask = tokens.keep & self._regular(prefix.acts)
-        x = prefix.acts[mask].float()
-        return ValidationBatch(set_name, tokens, prefix, mask, x, self.head(x))
+        return view(self.lm.prefix(tokens.ids), tokens, set_name, self.head)
 
     # ------------------------------------------------------------- checkpoints
 

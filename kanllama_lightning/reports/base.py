@@ -1,0 +1,140 @@
+"""What a report is, and what it is given: a saved head, its LM, and one shared pass over text."""
+
+import copy
+import inspect
+import json
+from abc import ABC
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from kanllama_lightning.figures import page
+from kanllama_lightning.heads.base import SAEHead
+from kanllama_lightning.lm import FrozenLM
+from kanllama_lightning.splice import SplicedLosses
+from kanllama_lightning.types import ValidationBatch
+
+Figures = Mapping[str, float | int | str | bool | None]
+"""Named figures of a report, flat; they become `<report>/<name>` in `summary.json`."""
+
+
+class Seen(NamedTuple):
+    """One batch of the shared pass, as one head sees it."""
+
+    batch: ValidationBatch
+    index: int
+    """Number of the batch within its set."""
+    losses: SplicedLosses | None
+    """Next-token losses of every counted position: `clean`, `zero`, `mean`, and `recon` (this
+    head's). None if no report of the pass has `splices`."""
+
+
+class EvalRun:
+    """A saved head under evaluation, and where its record goes.
+
+    Args:
+        folder: The run folder (or the folder of a saved head): what people call it by.
+        head: The head, in evaluation mode, on the LM's device.
+        lm: The loaded LM.
+        card: `head.json`: class path, constructor arguments, provenance.
+        sets: Names of the token sets of the pass, in order; the first is the main one.
+        out: Folder of the record.
+        tracker: W&B run that tables and figures also go to, if any.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        head: SAEHead,
+        lm: FrozenLM,
+        card: dict[str, Any],
+        sets: Sequence[str],
+        out: Path,
+        tracker: Any = None,
+    ) -> None:
+        self.folder, self.head, self.lm, self.card = folder, head, lm, card
+        self.sets, self.out, self.tracker = list(sets), out, tracker
+
+    @property
+    def title(self) -> str:
+        """One line that says what was evaluated."""
+        kind = type(self.head).__name__
+        return f"{kind}, {self.head.d_sae} latents at {self.lm.hook.name} of {self.lm.name}"
+
+    def write_table(self, file: str, rows: Sequence[Mapping[str, Any]] | pd.DataFrame) -> None:
+        """Write a CSV file, whole; floats read back exactly."""
+        table = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(list(rows))
+        part = self.out / f"{file}.tmp"
+        table.to_csv(part, index=False)
+        part.replace(self.out / file)
+        if self.tracker is not None:
+            import wandb
+
+            name = f"eval/{Path(file).stem}"
+            shown = table.astype({c: str for c in table.columns if table[c].dtype == object})
+            self.tracker.log({name: wandb.Table(dataframe=shown)})
+
+    def read_table(self, file: str) -> pd.DataFrame:
+        """A CSV file of this record; strings such as "nan" and "null" stay strings."""
+        return pd.read_csv(self.out / file, keep_default_na=False, na_values=[""])
+
+    def write_text(self, file: str, text: str) -> None:
+        """Write a text file, whole."""
+        part = self.out / f"{file}.tmp"
+        part.write_text(text, encoding="utf-8")
+        part.replace(self.out / file)
+
+    def write_page(self, file: str, title: str, text: str, figures: Sequence[go.Figure]) -> None:
+        """Write a page of figures that opens from disk, without a network.
+
+        Args:
+            file: Name, such as `losses.html`.
+            title: Heading; escaped, as is the text.
+            text: A paragraph below it: what is shown, over how many tokens, in which units.
+            figures: In order, each with a title; what they show is escaped by whoever made them.
+        """
+        self.write_text(file, page(f"{title}: {self.title}", text, figures))
+        if self.tracker is not None:
+            stem = Path(file).stem
+            self.tracker.log({f"eval/{stem}_{i}": figure for i, figure in enumerate(figures)})
+
+
+class Report(ABC):
+    """One question about a head. An instance serves one head, once.
+
+    `begin` checks what it needs, before anything is computed; `observe` sees every batch of the
+    pass over the text, up to `tokens` of each set; `finish` computes, writes files and returns
+    figures. A report that needs no text overrides `finish` alone and sets `streams` to False.
+    Every constructor argument is kept as an attribute of the same name.
+    """
+
+    name: ClassVar[str]
+    """What it is called by on the command line."""
+    files: ClassVar[tuple[str, ...]]
+    """What it writes into the record."""
+    streams: ClassVar[bool] = True
+    """Whether it looks at text."""
+    splices: ClassVar[bool] = False
+    """Whether it needs the next-token losses of every batch."""
+
+    def begin(self, run: EvalRun) -> None:  # noqa: B027
+        """Start afresh; raise InputError for what cannot work."""
+
+    def observe(self, run: EvalRun, seen: Seen) -> None:  # noqa: B027
+        """Take in one batch."""
+
+    def finish(self, run: EvalRun) -> Figures:
+        """Write the files, return the figures."""
+        return {}
+
+    def settings(self) -> dict[str, Any]:
+        """The constructor arguments, for the record and to know whether it is up to date."""
+        names = [n for n in inspect.signature(type(self).__init__).parameters if n != "self"]
+        return json.loads(json.dumps({name: getattr(self, name) for name in names}, default=str))
+
+    def fresh(self) -> "Report":
+        """A copy for another head."""
+        return copy.deepcopy(self)

@@ -1,0 +1,34 @@
+"""What a head makes of the activations of a token batch: the same for training and evaluation."""
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from kanllama_lightning.heads.base import SAEHead
+from kanllama_lightning.types import Prefix, TokenBatch, ValidationBatch
+
+
+def regular(rows: Float[Tensor, "*tok d_model"], norm_limit: Tensor) -> Bool[Tensor, "*tok"]:
+    """False where an activation is an attention sink (METHODS 0.5)."""
+    return rows.float().norm(dim=-1) <= norm_limit
+
+
+def view(
+    prefix: Prefix,
+    tokens: TokenBatch,
+    set_name: str,
+    head: SAEHead,
+    norm_limit: Tensor | None = None,
+) -> ValidationBatch:
+    """A batch as a head sees it.
+
+    Args:
+        prefix: The LM's run up to the hook point.
+        tokens: The batch, on the LM's device.
+        set_name: Name of the set it belongs to.
+        head: As at inference if it is in evaluation mode.
+        norm_limit: Rows with a larger norm do not count; left out, the head's own.
+    """
+    limit = head.norm_limit if norm_limit is None else norm_limit
+    mask = tokens.keep & regular(prefix.acts, limit)
+    x = prefix.acts[mask].float()
+    return ValidationBatch(set_name, tokens, prefix, mask, x, head(x))

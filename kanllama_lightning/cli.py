@@ -246,7 +246,7 @@ def main(args: Sequence[str] | None = None, **kwargs: Any) -> int:
         args: Arguments without the program's name; left out, those of the process.
         kwargs: Passed to `KanllamaCLI`.
     """
-    _quiet()
+    quiet()
     given = list(sys.argv[1:] if args is None else args)
     sys.argv = sys.argv[:1]  # LightningCLI warns when it sees both
     KanllamaCLI.made = None
@@ -292,7 +292,7 @@ def _discard_unused() -> None:
         remove_unused(KanllamaCLI.made)
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Our own lines plain; of the libraries' only what a person can use."""
     if not logging.getLogger().handlers:
         logging.basicConfig(level=logging.WARNING, format="%(message)s")

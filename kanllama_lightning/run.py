@@ -9,12 +9,13 @@ from typing import Any
 
 from kanllama_lightning.types import InputError
 
-CONFIG, SUMMARY, CHECKPOINTS, HEAD, LOGGER_ID = (
+CONFIG, SUMMARY, CHECKPOINTS, HEAD, LOGGER_ID, EVAL = (
     "config.yaml",
     "summary.json",
     "checkpoints",
     "head",
     "wandb_id",
+    "eval",
 )
 
 
@@ -54,6 +55,21 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     part = path.with_name(path.name + ".tmp")
     part.write_text(json.dumps(values, indent=2) + "\n")
     part.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        InputError: It does not.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as e:
+        raise InputError(f"{path}: is no valid JSON ({e}); delete it, it is made anew") from e
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: holds no JSON object; delete it, it is made anew")
+    return values
 
 
 class Table:

@@ -106,21 +106,49 @@ class TokenData(LightningDataModule):
         """Check everything that can be wrong with the data, and collect the validation sets."""
         if self._val:
             return
-        for corpus in (self.train_corpus, *self.val_corpora):
-            corpus.open()
-            check_vocabulary(corpus, self.encoder)
-        self._size_split()
+        self._open()
         rows = self.val_tokens // self.ctx_len
-        if self.val_fraction > 0:
-            self._add_val(HELD_OUT, self._held_out(), rows)
-        for corpus in self.val_corpora:
-            self._add_val(corpus.name, corpus.once(), rows)
+        for name, documents in self._sets():
+            self._val[name] = self._filled(name, self.encoder.first_rows(documents, rows))
+            logger.info(
+                "validation set %s: %d rows, %d tokens%s",
+                name,
+                len(self._val[name].ids),
+                self._val[name].ids.numel(),
+                ""
+                if len(self._val[name].ids) == rows
+                else f", fewer than val_tokens={self.val_tokens}",
+            )
         if all(d.share() < self.val_fraction for d in self.train_corpus.once()):
             raise InputError(
                 f"train: all documents of {self.train_corpus.name} are held out for validation "
                 f"(val_fraction={self.val_fraction:.3g}). Give more documents, or `val_fraction` 0 "
                 "and a validation corpus in `val`."
             )
+
+    def held_back(self, n: int) -> dict[str, list[Document]]:
+        """The first n documents of every validation set; none of them was trained on.
+
+        The held-out share is that of training, however many documents are asked for.
+        """
+        self._open()
+        return {name: list(islice(found, n)) for name, found in self._sets()}
+
+    def _open(self) -> None:
+        for corpus in (self.train_corpus, *self.val_corpora):
+            corpus.open()
+            check_vocabulary(corpus, self.encoder)
+        self._size_split()
+
+    def _sets(self) -> Iterator[tuple[str, Iterator[Document]]]:
+        """Names of the validation sets, and their documents."""
+        names = {HELD_OUT} if self.val_fraction > 0 else set()
+        if names:
+            yield HELD_OUT, self._held_out()
+        for corpus in self.val_corpora:
+            name = corpus.name if corpus.name not in names else f"{corpus.name}_{len(names)}"
+            names.add(name)
+            yield name, corpus.once()
 
     def train_dataloader(self) -> DataLoader:
         """Batches without end, from `position` on."""
@@ -158,7 +186,7 @@ class TokenData(LightningDataModule):
             if world > 1
             else None
         )
-        return DataLoader(dataset, self.val_batch_seqs, sampler=sampler, collate_fn=_collate)
+        return DataLoader(dataset, self.val_batch_seqs, sampler=sampler, collate_fn=collate)
 
     def _place(self) -> tuple[int, int]:
         """Rank and number of processes."""
@@ -197,27 +225,18 @@ class TokenData(LightningDataModule):
             self.val_fraction,
         )
 
-    def _add_val(self, name: str, documents: Iterator[Document], n_rows: int) -> None:
-        rows = self.encoder.first_rows(documents, n_rows)
+    def _filled(self, name: str, rows: Rows) -> Rows:
+        """The rows, if there is text in them."""
         if not rows.keep.any():
             raise InputError(
                 f"validation set {name!r} has no token (val_fraction={self.val_fraction:.3g}). "
                 "Give more documents or a larger `val_fraction`, or 0 and a validation corpus "
                 "in `val`."
             )
-        if name in self._val:
-            name = f"{name}_{len(self._val)}"
-        self._val[name] = rows
-        logger.info(
-            "validation set %s: %d rows, %d tokens%s",
-            name,
-            len(rows.ids),
-            rows.ids.numel(),
-            "" if len(rows.ids) == n_rows else f", fewer than val_tokens={self.val_tokens}",
-        )
+        return rows
 
 
-def _collate(rows: list[tuple[Tensor, ...]]) -> TokenBatch:
+def collate(rows: list[tuple[Tensor, ...]]) -> TokenBatch:
     """A validation batch; it has no place in the training stream."""
     ids, keep, doc = (torch.stack(column) for column in zip(*rows, strict=True))
     return TokenBatch(ids, keep, doc, torch.zeros(3, dtype=torch.int64))

@@ -20,6 +20,31 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 VOCAB = 64
 BOS, EOS = 0, 1
 WORDS = [f"w{i}" for i in range(VOCAB - 3)]
+Fit = Callable[..., int]
+
+SMALL = {
+    "lm.revision": "null",
+    "lm.dtype": "float32",
+    "lm.hook_point": "model.layers.1.mlp",
+    "lm.untrained": "true",
+    "model.head": "KANEncoder",
+    "model.head.d_sae": "32",
+    "model.head.target_l0": "4",
+    "model.tokens": "2560",
+    "model.sae_batch_tokens": "64",
+    "model.start_tokens": "256",
+    "model.buffer.capacity_tokens": "512",
+    "model.optimizer.lr": "0.01",
+    "model.buffer.dtype": "float32",
+    "data.val": "null",
+    "data.ctx_len": "32",
+    "data.lm_batch_seqs": "4",
+    "data.val_tokens": "512",
+    "trainer.val_check_interval": "10",
+    "trainer.log_every_n_steps": "5",
+    "trainer.accelerator": "cpu",
+    "trainer.precision": "32-true",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +128,35 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
             words = rng.choices(WORDS, k=rng.randint(10, 60))
             file.write(json.dumps({"text": " ".join(words)}) + "\n")
     return path
+
+
+@pytest.fixture
+def fit(tiny_lm_dir: Path, text_file: Path, tmp_path: Path) -> Fit:
+    """Runs `fit` on the tiny model; arguments by name, None leaves one out; `extra` go last."""
+
+    from train import main
+
+    def run(*extra: str, **changed: Any) -> int:
+        given = SMALL | {"lm.name": str(tiny_lm_dir), "data.train": str(text_file)}
+        given |= {"runs_dir": str(tmp_path / "runs")}
+        given |= {k.replace("__", "."): v for k, v in changed.items()}
+        args = [f"--{k}={v}" for k, v in given.items() if v is not None]
+        return main(["fit", *args, *extra])
+
+    return run
+
+
+def only_run(tmp_path: Path) -> Path:
+    """The one run folder that `fit` left."""
+    (folder,) = (tmp_path / "runs").iterdir()
+    return folder
+
+
+@pytest.fixture
+def run_folder(fit: Fit, tmp_path: Path) -> Path:
+    """A finished run on the tiny model."""
+    assert fit() == 0
+    return only_run(tmp_path)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

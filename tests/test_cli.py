@@ -4,9 +4,7 @@ import json
 import math
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
@@ -18,61 +16,11 @@ from kanllama_lightning.heads import KANEncoder, SAEHead
 from kanllama_lightning.lm import FrozenLM
 from kanllama_lightning.metrics import Reconstruction, Sparsity
 from kanllama_lightning.tokens import TokenData
-from tests.conftest import word_tokenizer
+from tests.conftest import Fit, only_run, word_tokenizer
 from tests.wandb_file import history
 from train import main
 
 ROOT = Path(__file__).resolve().parents[1]
-Fit = Callable[..., int]
-
-SMALL = {
-    "lm.revision": "null",
-    "lm.dtype": "float32",
-    "lm.hook_point": "model.layers.1.mlp",
-    "lm.untrained": "true",
-    "model.head": "KANEncoder",
-    "model.head.d_sae": "32",
-    "model.head.target_l0": "4",
-    "model.tokens": "2560",
-    "model.sae_batch_tokens": "64",
-    "model.start_tokens": "256",
-    "model.buffer.capacity_tokens": "512",
-    "model.optimizer.lr": "0.01",
-    "model.buffer.dtype": "float32",
-    "data.val": "null",
-    "data.ctx_len": "32",
-    "data.lm_batch_seqs": "4",
-    "data.val_tokens": "512",
-    "trainer.val_check_interval": "10",
-    "trainer.log_every_n_steps": "5",
-    "trainer.accelerator": "cpu",
-    "trainer.precision": "32-true",
-}
-
-
-@pytest.fixture
-def fit(tiny_lm_dir: Path, text_file: Path, tmp_path: Path) -> Fit:
-    """Runs `fit` on the tiny model; arguments by name, None leaves one out; `extra` go last."""
-
-    def run(*extra: str, **changed: Any) -> int:
-        given = SMALL | {"lm.name": str(tiny_lm_dir), "data.train": str(text_file)}
-        given |= {"runs_dir": str(tmp_path / "runs")}
-        given |= {k.replace("__", "."): v for k, v in changed.items()}
-        args = [f"--{k}={v}" for k, v in given.items() if v is not None]
-        return main(["fit", *args, *extra])
-
-    return run
-
-
-def only_run(tmp_path: Path) -> Path:
-    (folder,) = (tmp_path / "runs").iterdir()
-    return folder
-
-
-@pytest.fixture
-def run_folder(fit: Fit, tmp_path: Path) -> Path:
-    assert fit() == 0
-    return only_run(tmp_path)
 
 
 def test_a_run_leaves_everything_behind(capsys: pytest.CaptureFixture, run_folder: Path) -> None:

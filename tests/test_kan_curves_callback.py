@@ -14,7 +14,7 @@ from plotly.offline import get_plotlyjs
 from callbacks.kan_curves import COLUMNS, KANCurves
 from kanllama_lightning.figures import curves_figure, page
 from kanllama_lightning.types import Curves, InputError
-from tests.test_cli import SMALL, Fit, only_run
+from tests.conftest import SMALL, Fit, only_run
 from tests.wandb_file import history
 from train import main
 

@@ -10,6 +10,8 @@ from typing import Any, ClassVar, NamedTuple
 
 import pandas as pd
 import plotly.graph_objects as go
+from jaxtyping import Int
+from torch import Tensor
 
 from kanllama_lightning.figures import page
 from kanllama_lightning.heads.base import SAEHead
@@ -25,15 +27,15 @@ class Seen(NamedTuple):
     """One batch of the shared pass, as one head sees it."""
 
     batch: ValidationBatch
-    index: int
-    """Number of the batch within its set."""
+    number: int
+    """Of the batch within its set."""
     losses: SplicedLosses | None
     """Next-token losses of every counted position: `clean`, `zero`, `mean`, and `recon` (this
     head's). None if no report of the pass has `splices`."""
 
 
 class EvalRun:
-    """A saved head under evaluation, and where its record goes.
+    """A saved head under evaluation, where its record goes, and what was written of it just now.
 
     Args:
         folder: The run folder (or the folder of a saved head): what people call it by.
@@ -42,7 +44,7 @@ class EvalRun:
         card: `head.json`: class path, constructor arguments, provenance.
         sets: Names of the token sets of the pass, in order; the first is the main one.
         out: Folder of the record.
-        tracker: W&B run that tables and figures also go to, if any.
+        counts: How often each token id occurs in the main set, [vocab].
     """
 
     def __init__(
@@ -53,10 +55,12 @@ class EvalRun:
         card: dict[str, Any],
         sets: Sequence[str],
         out: Path,
-        tracker: Any = None,
+        counts: Int[Tensor, " vocab"] | None = None,
     ) -> None:
         self.folder, self.head, self.lm, self.card = folder, head, lm, card
-        self.sets, self.out, self.tracker = list(sets), out, tracker
+        self.sets, self.out, self.counts = list(sets), out, counts
+        self.tables: dict[str, pd.DataFrame] = {}
+        self.figures: dict[str, go.Figure] = {}
 
     @property
     def title(self) -> str:
@@ -70,12 +74,7 @@ class EvalRun:
         part = self.out / f"{file}.tmp"
         table.to_csv(part, index=False)
         part.replace(self.out / file)
-        if self.tracker is not None:
-            import wandb
-
-            name = f"eval/{Path(file).stem}"
-            shown = table.astype({c: str for c in table.columns if table[c].dtype == object})
-            self.tracker.log({name: wandb.Table(dataframe=shown)})
+        self.tables[Path(file).stem] = table
 
     def read_table(self, file: str) -> pd.DataFrame:
         """A CSV file of this record; strings such as "nan" and "null" stay strings."""
@@ -97,9 +96,8 @@ class EvalRun:
             figures: In order, each with a title; what they show is escaped by whoever made them.
         """
         self.write_text(file, page(f"{title}: {self.title}", text, figures))
-        if self.tracker is not None:
-            stem = Path(file).stem
-            self.tracker.log({f"eval/{stem}_{i}": figure for i, figure in enumerate(figures)})
+        stem = Path(file).stem
+        self.figures |= {f"{stem}_{i}": figure for i, figure in enumerate(figures)}
 
 
 class Report(ABC):
@@ -119,6 +117,13 @@ class Report(ABC):
     """Whether it looks at text."""
     splices: ClassVar[bool] = False
     """Whether it needs the next-token losses of every batch."""
+
+    tokens: int | None = None
+    """Most tokens of each set it looks at; None for all."""
+
+    def applies(self, run: EvalRun) -> str | None:
+        """Why it makes no sense for this head; None if it does."""
+        return None
 
     def begin(self, run: EvalRun) -> None:  # noqa: B027
         """Start afresh; raise InputError for what cannot work."""

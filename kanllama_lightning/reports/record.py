@@ -1,0 +1,223 @@
+"""One pass over the text for all heads and reports together, and what is already there."""
+
+import copy
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from kanllama_lightning.lm import FrozenLM
+from kanllama_lightning.packing import Rows
+from kanllama_lightning.preflight import preflight
+from kanllama_lightning.reports.base import EvalRun, Report, Seen
+from kanllama_lightning.reports.texts import batches
+from kanllama_lightning.run import SUMMARY, make_folder, read_json, write_json
+from kanllama_lightning.splice import SplicedLosses, put, spliced_losses
+from kanllama_lightning.types import InputError, Prefix, TokenBatch, ValidationBatch
+from kanllama_lightning.view import view
+
+log = logging.getLogger(__name__)
+
+DONE = "done"
+"""Folder, within a record, of one file per finished report."""
+
+
+class Job(NamedTuple):
+    """One report about one head, still to be made."""
+
+    run: EvalRun
+    report: Report
+    fingerprint: str
+
+
+def pending(
+    runs: Sequence[EvalRun],
+    reports: Sequence[Report],
+    about: Sequence[Mapping[str, Any]],
+    by_name: bool,
+    again: bool,
+) -> list[Job]:
+    """What is not there yet; says what is left out, and why.
+
+    Args:
+        runs: Heads.
+        reports: With their settings.
+        about: Of each head: everything its figures depend on, beside the reports' settings.
+        by_name: Whether the reports were asked for by name: one that does not apply is an error.
+        again: Make all of them anew.
+
+    Raises:
+        InputError: A report that was asked for does not apply to a head.
+    """
+    jobs = []
+    for run, facts in zip(runs, about, strict=True):
+        for report in reports:
+            reason = report.applies(run)
+            if reason is not None:
+                if by_name:
+                    raise InputError(f"--reports {report.name}: {reason}")
+                log.info("%s: left out: %s", report.name, reason)
+                continue
+            fingerprint = _fingerprint(facts, report)
+            if not again and _is_done(run, report, fingerprint):
+                log.info("%s: there already (--again makes it anew)", run.out / report.files[0])
+                continue
+            jobs.append(Job(run, report.fresh(), fingerprint))
+    return jobs
+
+
+def _fingerprint(facts: Mapping[str, Any], report: Report) -> str:
+    about = {k: v for k, v in facts.items() if report.streams or k != "sets"}
+    about |= {"report": report.name, "settings": report.settings()}
+    return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _is_done(run: EvalRun, report: Report, fingerprint: str) -> bool:
+    path = run.out / DONE / f"{report.name}.json"
+    whole = path.is_file() and all((run.out / f).is_file() for f in report.files)
+    return whole and read_json(path).get("fingerprint") == fingerprint
+
+
+def make(
+    jobs: Sequence[Job],
+    lm: FrozenLM,
+    sets: Mapping[str, Rows],
+    about: Mapping[str, Mapping[str, Any]],
+    batch_seqs: int,
+) -> None:
+    """Make the reports; each is safe on the disk as soon as it is finished.
+
+    Args:
+        jobs: What to make. Heads are measured on the same positions: those that are no sink for
+            the first of them, whose mean also serves mean ablation.
+        lm: Loaded LM.
+        sets: Token sets of the pass; may be empty if no report looks at text.
+        about: Per run folder: what opens its `summary.json`.
+        batch_seqs: Rows the LM runs at once.
+    """
+    for job in jobs:
+        make_folder(job.run.out)
+        make_folder(job.run.out / DONE)
+        job.report.begin(job.run)
+    for job in jobs:
+        if not job.report.streams:
+            _finish(job, about[str(job.run.folder)])
+    streaming = [job for job in jobs if job.report.streams]
+    if streaming:
+        _stream(streaming, lm, sets, batch_seqs)
+        for job in streaming:
+            _finish(job, about[str(job.run.folder)])
+
+
+def _finish(job: Job, about: Mapping[str, Any]) -> None:
+    began = time.perf_counter()
+    run, report = job.run, job.report
+    figures = report.finish(run)
+    seconds = round(time.perf_counter() - began, 3)
+    done = {
+        "report": report.name,
+        "fingerprint": job.fingerprint,
+        "settings": report.settings(),
+        "seconds": seconds,
+        "about": about,
+        "figures": figures,
+    }
+    write_json(run.out / DONE / f"{report.name}.json", done)
+    write_json(run.out / SUMMARY, summary(run, about))
+    log.info(
+        "%s: %s (%.1f s)", report.name, ", ".join(str(run.out / f) for f in report.files), seconds
+    )
+
+
+def summary(run: EvalRun, about: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known about the head, and the figures of all reports there are."""
+    flat: dict[str, Any] = dict(about)
+    for path in sorted((run.out / DONE).glob("*.json")):
+        done = read_json(path)
+        flat |= {f"{done['report']}/{name}": value for name, value in done["figures"].items()}
+    return flat
+
+
+@torch.no_grad()
+def _stream(jobs: Sequence[Job], lm: FrozenLM, sets: Mapping[str, Rows], batch_seqs: int) -> None:
+    """The pass: one prefix per batch, and for the losses one continuation per head and three."""
+    runs = list({id(job.run): job.run for job in jobs}.values())
+    reference = runs[0].head
+    total = sum(-(-len(rows.ids) // batch_seqs) for rows in sets.values())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("batches"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns) as progress:
+        bar = progress.add_task("reading", total=total)
+        first = True
+        for name, rows in sets.items():
+            looked = dict.fromkeys(range(len(jobs)), 0)
+            for index, tokens in enumerate(batches(rows, batch_seqs)):
+                tokens = tokens.to(lm.device)
+                if first:
+                    preflight(lm, tokens)
+                    first = False
+                wanting = [i for i, job in enumerate(jobs) if _wants(job.report, looked[i])]
+                progress.advance(bar)
+                if not wanting:
+                    continue
+                prefix = lm.prefix(tokens.ids)
+                views = {
+                    id(run): view(prefix, tokens, name, run.head, reference.norm_limit)
+                    for run in runs
+                }
+                losing = [i for i in wanting if jobs[i].report.splices]
+                losses = _losses(lm, prefix, tokens, views, jobs, losing, reference.x_mean)
+                for i in wanting:
+                    job = jobs[i]
+                    own = losses.get(id(job.run)) if job.report.splices else None
+                    job.report.observe(job.run, Seen(views[id(job.run)], index, own))
+                    looked[i] += tokens.ids.numel()
+
+
+def _wants(report: Report, looked: int) -> bool:
+    limit = report.tokens
+    return limit is None or looked < limit
+
+
+def _losses(
+    lm: FrozenLM,
+    prefix: Prefix,
+    tokens: TokenBatch,
+    views: Mapping[int, ValidationBatch],
+    jobs: Sequence[Job],
+    losing: Sequence[int],
+    mean: Tensor,
+) -> dict[int, SplicedLosses]:
+    """Losses for every head that needs them, from one untouched, one zero and one mean run."""
+    ids = list(dict.fromkeys(id(jobs[i].run) for i in losing))
+    if not ids:
+        return {}
+    some = views[ids[0]]
+    runs = {
+        "zero": put(prefix.acts, some.mask, torch.zeros_like(some.x)),
+        "mean": put(prefix.acts, some.mask, mean.expand_as(some.x)),
+    }
+    runs |= {f"recon {i}": put(prefix.acts, views[i].mask, views[i].out.x_hat) for i in ids}
+    every = spliced_losses(lm, prefix, tokens, runs)
+    return {i: _own(every, f"recon {i}") for i in ids}
+
+
+def _own(every: SplicedLosses, name: str) -> SplicedLosses:
+    """The losses with one head's run as `recon`, the others' left out."""
+
+    def pick(losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        kept = {k: v for k, v in losses.items() if not k.startswith("recon ")}
+        return kept | {"recon": losses[name]}
+
+    return SplicedLosses(pick(every.ce), pick(every.kl), copy.copy(every.where))

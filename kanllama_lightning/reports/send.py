@@ -1,0 +1,42 @@
+"""The tables and figures of a record, in the W&B run of the training run too."""
+
+from typing import Any
+
+import wandb
+
+from kanllama_lightning.reports.base import EvalRun
+from kanllama_lightning.run import LOGGER_ID, SUMMARY, read_json
+from kanllama_lightning.wandb_logger import RunLogger
+
+MOST_ROWS = 10_000
+"""Of a table: W&B shows no more."""
+
+
+def send(run: EvalRun, config: dict[str, Any]) -> None:
+    """Send what was written just now, and all figures; nothing if the run was not logged.
+
+    Args:
+        run: With its tables and figures.
+        config: `config.yaml` of the training run.
+    """
+    path = run.folder / LOGGER_ID
+    logger = config.get("trainer", {}).get("logger")
+    if not path.is_file() or not isinstance(logger, dict):
+        return
+    args = logger.get("init_args", {})
+    tracker = RunLogger(
+        project=args.get("project", "kanllama-lightning"),
+        save_dir=str(run.folder),
+        name=args.get("name") or run.folder.name,
+        id=path.read_text().strip(),
+    ).experiment
+    try:
+        for name, table in run.tables.items():
+            texts = {c: str for c in table.columns if table[c].dtype == object}
+            shown = table.head(MOST_ROWS).astype(texts)
+            tracker.log({f"eval/{name}": wandb.Table(dataframe=shown)})
+        tracker.log({f"eval/{name}": figure for name, figure in run.figures.items()})
+        known = read_json(run.out / SUMMARY)
+        tracker.summary.update({f"eval/{k}": v for k, v in known.items() if "/" in k})
+    finally:
+        tracker.finish()

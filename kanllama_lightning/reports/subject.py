@@ -1,0 +1,131 @@
+"""From what a person names, a run folder or a saved head, to what is evaluated."""
+
+import hashlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from jsonargparse import ArgumentParser
+from transformers import PreTrainedTokenizerBase
+
+from kanllama_lightning.heads.base import CARD, WEIGHTS, SAEHead, read_card
+from kanllama_lightning.lm import FrozenLM
+from kanllama_lightning.run import CHECKPOINTS, CONFIG, HEAD, SUMMARY, read_json
+from kanllama_lightning.tokens import TokenData
+from kanllama_lightning.types import InputError
+
+LM_KEYS = ("name", "hook_point", "revision", "untrained")
+
+
+class Subject(NamedTuple):
+    """What is evaluated."""
+
+    folder: Path
+    """Run folder, or folder of a saved head."""
+    head: SAEHead
+    card: dict[str, Any]
+    """`head.json`."""
+    config: dict[str, Any]
+    """`config.yaml` of the run; empty for a saved head."""
+    summary: dict[str, Any]
+    """`summary.json` of the run; empty for a saved head."""
+    sha256: str
+    """Of the head's weights."""
+
+    def lm_args(self) -> dict[str, Any]:
+        """What the LM it was trained on is built with."""
+        if "lm" in self.config:
+            return {k: self.config["lm"][k] for k in LM_KEYS if k in self.config["lm"]}
+        known = self.card.get("provenance", {})
+        names = {"name": "lm", "hook_point": "hook_point", "revision": "revision"}
+        return {key: known[name] for key, name in names.items() if known.get(name)}
+
+    def data(self, tokenizer: PreTrainedTokenizerBase) -> TokenData | None:
+        """The data it was trained and validated on; None for a saved head."""
+        given = self.config.get("data")
+        if given is None:
+            return None
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_class_arguments(
+            TokenData, "data", instantiate=False, skip={"tokenizer", "seed", "workers"}
+        )
+        given = {k: v for k, v in given.items() if k not in ("seed", "workers", "tokenizer")}
+        made = parser.instantiate_classes(parser.parse_object({"data": given})).data
+        return TokenData(tokenizer, **made.as_dict() if hasattr(made, "as_dict") else made)
+
+
+def read_subject(folder: Path) -> Subject:
+    """Load a head by its run folder or its own.
+
+    Raises:
+        InputError: There is no finished head.
+    """
+    if not folder.is_dir():
+        raise InputError(f"RUN={str(folder)!r}: no such folder; give the folder of a finished run")
+    if (folder / CARD).is_file():
+        return _subject(folder, folder, {}, {})
+    if not (folder / HEAD / CARD).is_file():
+        if (folder / CHECKPOINTS).is_dir() or (folder / CONFIG).is_file():
+            along = sorted((folder / "heads").glob("*/"))
+            also = f", or evaluate a head saved along the way ({along[-1]})" if along else ""
+            raise InputError(
+                f"RUN={str(folder)!r}: this run is not finished, it has no {HEAD}/ yet; go on with "
+                f"`python train.py fit --config ... --ckpt_path {folder}`{also}"
+            )
+        raise InputError(
+            f"RUN={str(folder)!r}: neither a run folder nor a saved head (no {HEAD}/{CARD}, no "
+            f"{CARD}); give the folder that `train.py fit` left, or its {HEAD}/"
+        )
+    config = yaml.safe_load((folder / CONFIG).read_text()) if (folder / CONFIG).is_file() else {}
+    summary = read_json(folder / SUMMARY) if (folder / SUMMARY).is_file() else {}
+    return _subject(folder, folder / HEAD, config, summary)
+
+
+def _subject(folder: Path, head: Path, config: dict[str, Any], summary: dict[str, Any]) -> Subject:
+    digest = hashlib.sha256()
+    loaded = SAEHead.load(head)
+    for name in (CARD, WEIGHTS):
+        with (head / name).open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return Subject(folder, loaded, read_card(head), config, summary, digest.hexdigest())
+
+
+def shared_lm(subjects: list[Subject], given: dict[str, Any], dtype: str) -> FrozenLM:
+    """The LM all of them were trained on.
+
+    Args:
+        subjects: Heads that are evaluated together.
+        given: Arguments of the LM that override what they say; None for what they shall say.
+        dtype: Number format of the evaluation.
+
+    Raises:
+        InputError: They say different things, nothing, or their width is not the LM's.
+    """
+    given = {key: value for key, value in given.items() if value is not None}
+    every = [subject.lm_args() | given for subject in subjects]
+    first = every[0]
+    for subject, args in zip(subjects, every, strict=True):
+        for key in ("name", "hook_point"):
+            if key not in args:
+                raise InputError(
+                    f"--lm.{key}: {str(subject.folder)!r} does not say which; give --lm.{key}"
+                )
+            if args[key] != first[key] or args.get("revision") != first.get("revision"):
+                raise InputError(
+                    f"RUN={str(subject.folder)!r}: trained on {args}, but "
+                    f"{str(subjects[0].folder)!r} on {first}; evaluate them one after the other"
+                )
+    lm = FrozenLM(**first, dtype=dtype)  # type: ignore[arg-type]
+    for subject in subjects:
+        if subject.head.d_model != lm.d_model:
+            raise InputError(
+                f"RUN={str(subject.folder)!r}: the head reads activations of width "
+                f"{subject.head.d_model}, {lm.name} has {lm.d_model}; give the LM it was trained "
+                "on with --lm.name"
+            )
+    if len(lm.tokenizer) > lm.vocab_size:
+        raise InputError(
+            f"lm.name={lm.name!r}: its tokenizer has {len(lm.tokenizer)} tokens, its embedding "
+            f"{lm.vocab_size}; the folder mixes two models"
+        )
+    return lm

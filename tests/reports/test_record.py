@@ -1,0 +1,303 @@
+"""`evaluate.py report` on a run of the tiny model: every figure against an independent one."""
+
+import json
+import shutil
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+from kanllama_lightning.functional.losses import next_token_targets
+from kanllama_lightning.heads import BatchTopK, SAEHead
+from kanllama_lightning.lm import FrozenLM
+from kanllama_lightning.reports import losses, record
+from kanllama_lightning.reports.cli import main
+from kanllama_lightning.reports.reconstruction import BINS, bands
+from kanllama_lightning.reports.subject import read_subject
+from kanllama_lightning.reports.texts import run_sets
+from tests.conftest import SMALL, word_tokenizer
+from tests.wandb_file import history
+from train import main as train
+
+PASS = ("sparsity", "losses", "reconstruction")
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_lm_dir, text_file, tmp_path_factory):
+    """Two finished runs of different seeds; not to be changed."""
+    folder = tmp_path_factory.mktemp("trained")
+    given = SMALL | {"lm.name": str(tiny_lm_dir), "data.train": str(text_file)}
+    given |= {"data.val_tokens": "4096", "trainer.val_check_interval": "1000"}
+    for seed in (0, 1):
+        args = given | {"seed_everything": seed, "run": folder / f"seed{seed}"}
+        assert train(["fit", *[f"--{k}={v}" for k, v in args.items()]]) == 0
+    return folder
+
+
+@pytest.fixture
+def runs(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def run(runs):
+    return runs / "seed0"
+
+
+def report(*args):
+    code = main(["report", *[str(a) for a in args], "--documents", "30", "--device", "cpu"])
+    assert code == 0
+
+
+def figures(run):
+    return json.loads((run / "eval" / "summary.json").read_text())
+
+
+@cache
+def plain(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def test_every_figure_against_an_independent_computation(run, tiny_lm_dir):
+    report(run, "--reports", *PASS)
+    found = figures(run)
+    subject = read_subject(run)
+    rows = run_sets(subject.data(word_tokenizer()), 30)["heldout"]
+    head = subject.head
+    model = plain(tiny_lm_dir)
+    mlp = model.model.layers[1].mlp
+    caught = []
+    handle = mlp.register_forward_hook(lambda _, __, out: caught.append(out))
+    with torch.no_grad():
+        clean = model(rows.ids).logits
+    handle.remove()
+    (acts,) = caught
+    mask = rows.keep & (acts.norm(dim=-1) <= head.norm_limit)
+    x = acts[mask]
+    with torch.no_grad():
+        x_hat, latents = head.decode(head.encode(x)), head.encode(x)
+
+    def replaced(value):
+        def hook(_, __, out):
+            new = out.clone()
+            new[mask] = value
+            return new
+
+        handle = mlp.register_forward_hook(hook)
+        with torch.no_grad():
+            logits = model(rows.ids).logits
+        handle.remove()
+        return logits
+
+    runs = {
+        "clean": clean,
+        "recon": replaced(x_hat),
+        "zero": replaced(torch.zeros_like(x)),
+        "mean": replaced(head.x_mean.expand_as(x)),
+    }
+    targets, counts = next_token_targets(rows.ids, rows.keep, rows.doc)
+    log_p = clean[counts].double().log_softmax(-1)
+    for name, logits in runs.items():
+        ce = float(F.cross_entropy(logits[counts].double(), targets[counts]))
+        assert found[f"losses/heldout/ce_{name}"] == pytest.approx(ce, rel=1e-5)
+        if name != "clean":
+            log_q = logits[counts].double().log_softmax(-1)
+            kl = float((log_p.exp() * (log_p - log_q)).sum(1).mean())
+            assert found[f"losses/heldout/kl_{name}"] == pytest.approx(kl, rel=1e-3, abs=1e-7)
+
+    a, b = x.double().numpy(), x_hat.double().numpy()
+    ev = 1 - ((a - b) ** 2).sum() / ((a - a.mean(0)) ** 2).sum()
+    assert found["reconstruction/heldout/ev"] == pytest.approx(ev, abs=1e-6)
+    l0 = (latents.numpy() != 0).sum(1)
+    assert found["sparsity/heldout/l0"] == pytest.approx(l0.mean())
+    assert found["sparsity/heldout/l0_median"] == np.quantile(l0, 0.5, method="inverted_cdf")
+
+    table = pd.read_csv(run / "eval" / "documents.csv")
+    docs = rows.doc[mask].numpy()
+    e2 = ((a - b) ** 2).sum(1)
+    x2 = ((a - a.mean(0)) ** 2).sum(1)
+    for _, row in table.iterrows():
+        own = docs == row["document"]
+        assert row["n_tokens"] == own.sum()
+        assert row["l0"] == l0[own].sum()
+        assert row["e2"] == pytest.approx(e2[own].sum(), rel=1e-4)
+        assert row["x2"] == pytest.approx(x2[own].sum(), rel=1e-4)
+    assert table["ce_recon"].sum() / table["n_targets"].sum() == pytest.approx(
+        found["losses/heldout/ce_recon"]
+    )
+
+    groups = pd.read_csv(run / "eval" / "reconstruction.csv")
+    position = np.broadcast_to(np.arange(rows.ids.shape[1]), rows.ids.shape)[mask.numpy()]
+    for _, row in groups[groups["by"] == "position"].iterrows():
+        own = position == row["group"]
+        assert row["fvu"] == pytest.approx(e2[own].sum() / x2[own].sum(), rel=1e-4)
+    assert groups.groupby("by")["share_of_error"].sum().to_numpy() == pytest.approx([1, 1])
+
+
+def test_figures_do_not_depend_on_the_batch_size(run):
+    report(run, "--reports", *PASS, "--batch_seqs", 3)
+    first = figures(run)
+    report(run, "--reports", *PASS, "--batch_seqs", 7, "--again", "true")
+    second = figures(run)
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        if "first_batch" in key or "error" in key or "everywhere" in key:
+            continue  # of the first batch alone
+        if isinstance(value, float):
+            assert second[key] == pytest.approx(value, rel=1e-5, abs=1e-7), key
+        else:
+            assert second[key] == value
+
+
+def test_tables_agree_with_the_summary(run):
+    report(run, "--reports", *PASS)
+    found = figures(run)
+    table = pd.read_csv(run / "eval" / "losses.csv")
+    pooled, batches = table[table["batch"] == "all"], table[table["batch"] != "all"]
+    for column in ("ce_clean", "ce_recon", "ce_zero", "ce_mean", "kl_recon"):
+        mean = np.average(batches[column], weights=batches["n_targets"])
+        assert pooled[column].item() == pytest.approx(mean)
+        assert found[f"losses/heldout/{column}"] == pytest.approx(mean)
+    l0 = pd.read_csv(run / "eval" / "l0.csv")
+    assert np.average(l0["l0"], weights=l0["n_tokens"]) == pytest.approx(
+        found["sparsity/heldout/l0"]
+    )
+    low, high = (found[f"losses/heldout/delta_ce_{end}"] for end in ("low", "high"))
+    assert low < found["losses/heldout/delta_ce"] < high
+    assert found["losses/heldout/error_term_max_diff"] < 1e-3
+    for page in ("l0.html", "losses.html", "reconstruction.html"):
+        assert "<html" in (run / "eval" / page).read_text()
+
+
+def test_heads_on_one_model_share_all_but_their_own_continuation(runs, monkeypatch):
+    calls = {"prefix": 0, "resume": 0}
+    for name in calls:
+        method = getattr(FrozenLM, name)
+
+        def counted(*args, name=name, method=method):
+            calls[name] += 1
+            return method(*args)
+
+        monkeypatch.setattr(FrozenLM, name, counted)
+    monkeypatch.setattr(record, "preflight", lambda *_: None)
+    monkeypatch.setattr(losses, "check", lambda *_: {})
+    shutil.copytree(runs / "seed1", runs / "seed2")
+    heads = [runs / f"seed{i}" for i in range(3)]
+    report(*heads, "--reports", *PASS, "--batch_seqs", 4)
+    n = len(pd.read_csv(runs / "seed0/eval/l0.csv"))
+    assert n > 1
+    assert calls == {"prefix": n, "resume": n * (3 + 3)}
+    together = figures(runs / "seed0")
+    monkeypatch.undo()
+    report(runs / "seed0", "--reports", *PASS, "--batch_seqs", 4, "--again", "true")
+    alone = figures(runs / "seed0")
+    assert alone["losses/heldout/ce_recon"] == together["losses/heldout/ce_recon"]
+
+
+def test_nothing_is_computed_twice(run, monkeypatch):
+    report(run, "--reports", *PASS)
+    before = {p: p.stat().st_mtime_ns for p in (run / "eval").rglob("*")}
+    with monkeypatch.context() as patch:
+        patch.setattr(FrozenLM, "load_", lambda *_: pytest.fail("the LM was loaded"))
+        report(run, "--reports", *PASS)
+    (run / "eval" / "l0.csv").unlink()
+    report(run, "--reports", *PASS)
+    changed = {
+        p.name
+        for p in (run / "eval").iterdir()
+        if p.is_file() and p.stat().st_mtime_ns != before[p]
+    }
+    assert changed == {"l0.csv", "l0.html", "summary.json"}
+    report(run, "--reports", "losses", "--losses.resamples", 50)
+    assert (run / "eval" / "losses.csv").stat().st_mtime_ns != before[run / "eval/losses.csv"]
+
+
+def test_what_is_finished_survives_what_fails_later(run, monkeypatch):
+    def fails(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(losses.Losses, "finish", fails)
+    args = ["report", str(run), "--documents", "30", "--reports", *PASS]
+    assert main(args) == 130
+    assert (run / "eval" / "l0.csv").exists()
+    assert "sparsity/heldout/l0" in figures(run)
+    monkeypatch.undo()
+    report(run, "--reports", *PASS)
+    assert "losses/heldout/delta_ce" in figures(run)
+
+
+def test_the_record_goes_to_the_runs_own_logger(run):
+    before = set(run.rglob("*.wandb"))
+    report(run, "--reports", "sparsity")
+    (new,) = set(run.rglob("*.wandb")) - before
+    keys = {key for row in history(new)[0] for key in row}
+    assert {"eval/l0", "eval/l0_0"} <= {k.split(".")[0] for k in keys}
+    report(run, "--reports", "losses", "--wandb", "false")
+    assert len(set(run.rglob("*.wandb"))) == len(before) + 1
+
+
+def test_a_saved_head_alone(run, text_file, tiny_lm_dir):
+    head = run / "head"
+    card = json.loads((head / "head.json").read_text())
+    args = ["--lm.name", tiny_lm_dir, "--text", text_file, "--ctx_len", "16"]
+    args += ["--lm.hook_point", card["provenance"]["hook_point"]]
+    assert main(["report", str(head), *map(str, args), "--reports", "sparsity"]) == 2  # untrained
+    report(head, *args, "--reports", "sparsity", "--lm.untrained", "true")
+    assert figures(head)["sparsity/words/sparsity_tokens"] > 0
+
+
+def wrong(args, capsys):
+    capsys.readouterr()
+    assert main([str(a) for a in args]) == 2
+    out = capsys.readouterr()
+    assert "Traceback" not in out.err
+    return out.err
+
+
+def test_mistakes_are_answered_in_one_message(runs, run, tmp_path, capsys):
+    err = wrong(["report", tmp_path / "nothing"], capsys)
+    assert "no such folder" in err
+    (tmp_path / "empty").mkdir()
+    assert "neither a run folder" in wrong(["report", tmp_path / "empty"], capsys)
+    shutil.copytree(run, tmp_path / "unfinished")
+    shutil.rmtree(tmp_path / "unfinished" / "head")
+    assert "not finished" in wrong(["report", tmp_path / "unfinished"], capsys)
+    err = wrong(["report", run, "--documents", "100000"], capsys)
+    assert "--documents=100000" in err
+    assert "has only" in err
+    assert "known: " in wrong(["report", run, "--reports", "dashbord"], capsys)
+    assert "goes with --text" in wrong(["report", run, "--ctx_len", "16"], capsys)
+    assert "--text" in wrong(["report", run / "head"], capsys)
+    assert "no such device" in wrong(["report", run, "--device", "quantum"], capsys)
+    assert "not exist" in wrong(["report", run, "--text", tmp_path / "no.jsonl"], capsys)
+    assert "--batch_seqs=0" in wrong(["report", run, "--batch_seqs", "0"], capsys)
+    BatchTopK(24, 32, 4).save(run / "head", {"lm": "x"})
+    assert "width 24" in wrong(["report", run], capsys)
+    assert "do not fit together" in wrong(["report", _damaged(runs / "seed1")], capsys)
+
+
+def _damaged(run: Path) -> Path:
+    card = run / "head" / "head.json"
+    values = json.loads(card.read_text())
+    values["init_args"]["d_sae"] = 7
+    card.write_text(json.dumps(values))
+    return run
+
+
+def test_earlier_reports_are_kept_after_a_mistake(run, capsys):
+    report(run, "--reports", "sparsity")
+    before = (run / "eval" / "l0.csv").read_bytes()
+    wrong(["report", run, "--reports", "losses", "--documents", "100000"], capsys)
+    assert (run / "eval" / "l0.csv").read_bytes() == before
+    assert isinstance(SAEHead.load(run / "head"), SAEHead)
+
+
+def test_bands_halve_the_frequency():
+    counts = torch.tensor([64, 33, 32, 16, 1, 0])
+    assert bands(counts).tolist() == [0, 0, 1, 2, 6, BINS - 1]

@@ -1,6 +1,9 @@
 """Twenty CPU steps of every head, losses and validation, against numbers kept in `golden/`.
 
 Rewritten with `pytest --update-golden` only; a commit that does so says why they moved.
+Processors round differently (sums of eight or of sixteen numbers at once), and twenty steps of
+some heads multiply that a thousandfold: on another kind than the files were made on, the first
+steps must agree as closely as at home, the later ones and the validation roughly.
 """
 
 import json
@@ -17,6 +20,10 @@ OVERLAYS = {"base", "embedded"}
 HEADS = sorted(
     p.stem for p in (Path(__file__).parents[1] / "configs").glob("*.yaml") if p.stem not in OVERLAYS
 )
+MADE_ON = "AVX512"
+"""What the files were made with (`torch.backends.cpu.get_cpu_capability()`)."""
+CLOSE, FIRST_STEPS = 1e-4, 3
+ROUGHLY = 0.1
 KEPT = ("l0", "fvu", "mse", "cosine", "bias", "ce_clean", "ce_recon", "ce_zero", "kl_recon")
 
 
@@ -32,9 +39,12 @@ def test_same_numbers_as_ever(
         path.write_text(json.dumps(got, indent=1) + "\n")
     want = json.loads(path.read_text())
     assert got.keys() == want.keys()
-    assert got["train/loss"] == pytest.approx(want["train/loss"], rel=1e-4)
+    first = slice(FIRST_STEPS)
+    assert got["train/loss"][first] == pytest.approx(want["train/loss"][first], rel=CLOSE)
+    rel = CLOSE if torch.backends.cpu.get_cpu_capability() == MADE_ON else ROUGHLY
+    assert got["train/loss"] == pytest.approx(want["train/loss"], rel=rel)
     for name in values:
-        assert got[name] == pytest.approx(want[name], rel=1e-4), name
+        assert got[name] == pytest.approx(want[name], rel=rel), name
 
 
 def run(head: str, lm: Path, text: Path, folder: Path, losses: list[float]) -> dict[str, float]:

@@ -182,3 +182,83 @@ def score(means: dict[str, float], n: int) -> dict[str, float]:
         "kl_score": 1 - ratio(means["kl_recon"], means["kl_zero"]),
         "ce_tokens": float(n),
     }
+
+
+class Activations(_Sums):
+    """How often and how strongly each latent fires, and quantiles of that.
+
+    Sizes are those of z at z != 0, in the head's own units; of signed codes (PCA, the dense KAN
+    heads) |z|. Quantiles come from a histogram of 8 bins an octave, so they are exact to 9 %
+    between 2^-14 and 2^10 (6e-5 and 1024); what lies beyond counts in the outermost bins.
+
+    Args:
+        d_sae: Number of latents.
+    """
+
+    PER_OCTAVE, LOWEST, OCTAVES = 8, -14, 24
+    n: Tensor
+    fired: Tensor
+    total: Tensor
+    largest: Tensor
+    histogram: Tensor
+
+    def __init__(self, d_sae: int) -> None:
+        super().__init__()
+        self._sum_state("n", integer=True)
+        self._sum_state("fired", (d_sae,), integer=True)
+        self._sum_state("total", (d_sae,))
+        self._sum_state("histogram", (d_sae, self.PER_OCTAVE * self.OCTAVES), integer=True)
+        none = torch.zeros(d_sae, dtype=torch.float64)
+        self.add_state("largest", none, dist_reduce_fx="max")
+
+    def update(self, codes: SparseCodes | DenseCodes) -> None:
+        """Add a batch's codes."""
+        kept = codes.sparse()
+        fires = kept.values != 0
+        size, latents = kept.values[fires].detach().abs(), kept.latents[fires]
+        self.n += kept.n_rows
+        self.fired += kept.fired()
+        self.total.index_add_(0, latents, size.double())
+        self.largest.scatter_reduce_(0, latents, size.double(), "amax")
+        n_bins = self.histogram.shape[1]
+        octave = size.float().log2() - self.LOWEST
+        bins = (octave * self.PER_OCTAVE).floor().clamp(0, n_bins - 1).long()
+        one = torch.ones_like(bins)
+        self.histogram.view(-1).index_add_(0, latents * n_bins + bins, one)
+
+    def frequency(self) -> Float[Tensor, " d_sae"]:
+        """Share of tokens on which each latent fires."""
+        return self.fired.double() / self.n.clamp_min(1)
+
+    def mean(self) -> Float[Tensor, " d_sae"]:
+        """Mean size over the tokens on which a latent fires; NaN if it never did."""
+        return self.total / self.fired
+
+    def quantile(self, q: float) -> Float[Tensor, " d_sae"]:
+        """Quantile of the sizes of each latent, exact to 9 %; NaN if it never fired.
+
+        Args:
+            q: From 0 to 1; interpolated within a bin, in the logarithm.
+        """
+        below = self.histogram.cumsum(1).double()
+        wanted = (q * self.fired.double()).clamp_min(1e-9).unsqueeze(1)
+        bins = torch.searchsorted(below, wanted).clamp_max(below.shape[1] - 1)
+        inside = self.histogram.gather(1, bins)
+        share = (wanted - below.gather(1, bins) + inside) / inside
+        value = torch.exp2(self.LOWEST + (bins + share) / self.PER_OCTAVE).squeeze(1)
+        return torch.where(self.fired > 0, value.minimum(self.largest), torch.nan)
+
+    def compute(self) -> dict[str, float]:
+        """Shares of latents, and of all firings those latents have: dead, > 10 %, > 1 %."""
+        if not int(self.n):
+            return {}
+        frequency, firings = self.frequency(), self.fired.sum().clamp_min(1)
+        dense, common = frequency > 0.1, frequency > 0.01
+        return {
+            "n_tokens": float(self.n),
+            "dead_frac": float((self.fired == 0).double().mean()),
+            "dense_frac": float(dense.double().mean()),
+            "dense_firings_frac": float(self.fired[dense].sum() / firings),
+            "over_1pct_frac": float(common.double().mean()),
+            "over_1pct_firings_frac": float(self.fired[common].sum() / firings),
+        }

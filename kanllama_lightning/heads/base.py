@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from kanllama_lightning.types import Curves, InputError, SAEOutput, StepContext
 
 FORMAT = 1
 WEIGHTS, CARD = "head.safetensors", "head.json"
+ALONE = 64
+"""Latents that are decoded alone, each on a row of its own, at once."""
 
 
 class SAEHead(nn.Module, ABC):
@@ -128,6 +130,52 @@ class SAEHead(nn.Module, ABC):
     def learned_curves(self, x: Float[Tensor, "tok d_model"], top: int) -> list[Curves]:
         """What `curves` returns; called in evaluation mode, without autograd and autocast."""
         return []
+
+    @torch.no_grad()
+    def directions(
+        self, at: Float[Tensor, " d_sae"], x: Float[Tensor, "tok d_model"]
+    ) -> Float[Tensor, "d_sae d_model"]:
+        """What each latent writes per unit of its activation; both in the units of the codes.
+
+        Here the secant (f(a e_j) - f(0)) / a, f the decoder; a linear head has its dictionary
+        instead, and one whose latents mix in the decoder its mean Jacobian over x (METHODS B6).
+        A row of NaN where a latent has no direction.
+
+        Args:
+            at: Activation a of each latent, positive: the median over the tokens on which it
+                fires; NaN for a latent that does not.
+            x: Raw activations, a few thousand rows.
+        """
+        found = at.new_full((self.d_sae, self.d_model), torch.nan)
+        for some in (at > 0).nonzero().squeeze(1).split(ALONE):
+            found[some] = self.alone(some, at[some]) / at[some].unsqueeze(1)
+        return found
+
+    @torch.no_grad()
+    def alone(
+        self, latents: Int[Tensor, " n"], values: Float[Tensor, " n"]
+    ) -> Float[Tensor, "n d_model"]:
+        """f(a e_j) - f(0), head's units: what a latent adds to an empty code.
+
+        Args:
+            latents: Which, one per row.
+            values: Activation a of each.
+        """
+        codes = values.new_zeros(len(latents) + 1, self.d_sae)
+        codes[torch.arange(len(latents), device=latents.device), latents] = values
+        made = self.decode(codes) * self.scale
+        return made[:-1] - made[-1]
+
+    def straightness(
+        self, latents: Int[Tensor, " n"], upto: Float[Tensor, " n"]
+    ) -> Float[Tensor, " n"]:
+        """How straight what latents alone write is, 0 to 1; a direction from 0.95 on; 1 here.
+
+        Args:
+            latents: Which.
+            upto: Activation up to which each is judged: the 0.99 quantile of its positive ones.
+        """
+        return torch.ones_like(upto)
 
     def init_args(self) -> dict[str, Any]:
         """The constructor arguments this head was built with."""

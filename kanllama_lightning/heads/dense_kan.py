@@ -3,14 +3,18 @@
 from abc import abstractmethod
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from kanllama_lightning.functional.curves import straightness
 from kanllama_lightning.functional.losses import reconstruction
 from kanllama_lightning.heads.base import SAEHead
 from kanllama_lightning.heads.hidden import own_stream
 from kanllama_lightning.heads.kan_linear import KANLinear
 from kanllama_lightning.types import DenseCodes, SAEOutput, StepContext
+
+STRAIGHT_POINTS = 32
+"""Points on a latent's curve that its straightness is judged at."""
 
 
 class DenseKAN(SAEHead):
@@ -51,6 +55,23 @@ class DenseKAN(SAEHead):
         latents = self.encode(x)
         return SAEOutput(self.decode(latents), DenseCodes(latents))
 
+    @torch.no_grad()
+    def straightness(
+        self, latents: Int[Tensor, " n"], upto: Float[Tensor, " n"]
+    ) -> Float[Tensor, " n"]:
+        """Of the curves a -> f(a e_j) - f(0), a from 0 to `upto` (of codes that are signed).
+
+        Args:
+            latents: Which.
+            upto: End of each curve: the 0.99 quantile of the sizes of its latent.
+        """
+        steps = torch.linspace(0, 1, STRAIGHT_POINTS, device=upto.device)
+        found = [
+            straightness(self.alone(j.expand(STRAIGHT_POINTS), end * steps))
+            for j, end in zip(latents, upto, strict=True)
+        ]
+        return torch.stack(found) if found else upto
+
     def losses(
         self, x: Float[Tensor, "tok d_model"], out: SAEOutput, ctx: StepContext
     ) -> dict[str, Float[Tensor, ""]]:
@@ -78,6 +99,15 @@ class DenseOnlyKAN(DenseKAN):
         """KAN(x)."""
         latents: Tensor = self.kan_in(x)
         return latents
+
+    @torch.no_grad()
+    def alone(
+        self, latents: Int[Tensor, " n"], values: Float[Tensor, " n"]
+    ) -> Float[Tensor, "n d_model"]:
+        """Through the edges of these latents only: the decoder is additive."""
+        at_zero = self.kan_out.features(values.new_zeros(1, 1))
+        planes = (self.kan_out.features(values.unsqueeze(1)) - at_zero).squeeze(2)
+        return torch.einsum("np,opn->no", planes, self.kan_out.weight[:, :, latents])
 
     def decoder(self, latents: Float[Tensor, "tok d_sae"]) -> Float[Tensor, "tok d_model"]:
         """KAN(z)."""

@@ -127,6 +127,12 @@ class Dictionary(SAEHead):
         """Reconstruction, in the LM's units, of dense latents."""
         return (latents @ self.W_dec + self.b_dec) / self.scale
 
+    def directions(
+        self, at: Float[Tensor, " d_sae"], x: Float[Tensor, "tok d_model"]
+    ) -> Float[Tensor, "d_sae d_model"]:
+        """The dictionary, whatever the activations."""
+        return self.W_dec.detach()
+
     def losses(
         self, x: Float[Tensor, "tok d_model"], out: SAEOutput, ctx: StepContext
     ) -> dict[str, Float[Tensor, ""]]:

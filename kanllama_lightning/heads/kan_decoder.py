@@ -15,6 +15,8 @@ STRAIGHT_POINTS = 32
 """Points on a latent's curve that its straightness is judged at."""
 CURVES_AT_ONCE = 64
 """Latents whose curves exist at once."""
+SECANTS_AT_ONCE = CURVES_AT_ONCE * STRAIGHT_POINTS
+"""Latents whose secants are made at once."""
 
 
 class KANDecoder(Standardised):
@@ -93,6 +95,16 @@ class KANDecoder(Standardised):
         return secant(self.decode_kept(at, Pattern(flat, len(latents), self.d_sae)), at)
 
     @torch.no_grad()
+    def directions(
+        self, at: Float[Tensor, " d_sae"], x: Float[Tensor, "tok d_model"]
+    ) -> Float[Tensor, "d_sae d_model"]:
+        """The secants at `at`: exact, where no latent counts for what another one writes."""
+        found = at.new_full((self.d_sae, self.d_model), torch.nan)
+        for some in (at > 0).nonzero().squeeze(1).split(SECANTS_AT_ONCE):
+            found[some] = self.secant(some, at[some])
+        return found
+
+    @torch.no_grad()
     def straightness(
         self, latents: Int[Tensor, " n"], upto: Float[Tensor, " n"]
     ) -> Float[Tensor, " n"]:
@@ -112,7 +124,7 @@ class KANDecoder(Standardised):
             flat = torch.arange(n, device=some.device) * self.d_sae + which
             values = (ends.unsqueeze(1) * steps).reshape(-1)
             made = self.decode_kept(values, Pattern(flat, n, self.d_sae))
-            found.append(straightness(made.view(len(some), STRAIGHT_POINTS, -1)))
+            found.append(straightness(made.view(len(some), STRAIGHT_POINTS, self.d_model)))
         return torch.cat(found)
 
     @torch.no_grad()

@@ -111,6 +111,12 @@ class KANReLUDense(KANDecoder):
             made.append((slopes * moved.unsqueeze(1)).flatten(1).to(weights.dtype) @ weights)
         return torch.cat(made)
 
+    def directions(
+        self, at: Float[Tensor, " d_sae"], x: Float[Tensor, "tok d_model"]
+    ) -> Float[Tensor, "d_sae d_model"]:
+        """The mean Jacobian over x, as latents mix; NaN for one that does not fire there."""
+        return self.mean_jacobian(x, torch.arange(self.d_sae, device=x.device))[0]
+
     def learned_curves(self, x: Float[Tensor, "tok d_model"], top: int) -> list[Curves]:
         """Edges, hidden units and inputs of the encoder; and the decoder's edges.
 

@@ -42,6 +42,12 @@ class PCA(SAEHead):
         """Back to the LM's space."""
         return latents @ self.components + self.x_mean
 
+    def directions(
+        self, at: Float[Tensor, " d_sae"], x: Float[Tensor, "tok d_model"]
+    ) -> Float[Tensor, "d_sae d_model"]:
+        """The components; raw units on both sides."""
+        return self.components
+
     def forward(self, x: Float[Tensor, "tok d_model"]) -> SAEOutput:
         """Reconstruction, and all coordinates as codes."""
         latents = self.encode(x)

@@ -208,6 +208,12 @@ class FreeNorms(Penalised):
         """Reconstruction, in the LM's units, of dense latents z_j ||w_j||."""
         return super().decode(latents / self.row_norms().clamp_min(1e-30))
 
+    def directions(
+        self, at: Float[Tensor, " d_sae"], x: Float[Tensor, "tok d_model"]
+    ) -> Float[Tensor, "d_sae d_model"]:
+        """w_j / ||w_j||, as the latents are z_j ||w_j||."""
+        return (self.W_dec / self.row_norms().clamp_min(1e-30).unsqueeze(1)).detach()
+
     def _dead_reconstruction(
         self, pre_acts: Float[Tensor, "tok n_dead"], dead: Int[Tensor, " n_dead"]
     ) -> Float[Tensor, "tok d_model"]:

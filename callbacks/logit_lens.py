@@ -1,0 +1,107 @@
+"""What the dictionary says in the LM's own words, as training goes on."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from kanllama_lightning.lens import FIGURES, look
+from kanllama_lightning.metrics import Activations
+from kanllama_lightning.run import Table
+from kanllama_lightning.types import InputError
+
+TABLE = "lens.csv"
+ROWS = 4096
+"""Activations of the first validation set that latents which mix in the decoder are judged over."""
+JUDGED = 1024
+"""Latents whose straightness is found; of a KAN decoder of Llama's size all would take minutes."""
+
+
+class LogitLens(L.Callback):
+    """Skewness and kurtosis of the latents' logits over the vocabulary, and how alike latents are.
+
+    Logs `val/lens_<figure>` and adds a row to `lens.csv` at every look; firing is counted over the
+    first validation set. Kurtosis is mean(z^4): 3 for a normal distribution. Random unit directions
+    are the baseline. At block 0 the lens is the direct path only. The table per latent is that of
+    the report `latents`.
+
+    A look takes 8.6 TFLOP for 16,384 latents on Llama 3.2 1B: a second on a GPU, a minute or two on
+    two CPU cores. A validation at step s first drops rows of step s and later, as all tables do.
+
+    Args:
+        every_n_validations: Validations from one look to the next; the final one always looks.
+        block: Latents whose logits over the whole vocabulary exist at once.
+    """
+
+    def __init__(self, every_n_validations: int = 5, block: int = 256) -> None:
+        for name, value in {"every_n_validations": every_n_validations, "block": block}.items():
+            if value < 1:
+                raise InputError(f"LogitLens.{name}={value}: must be at least 1")
+        self.every_n_validations, self.block = every_n_validations, block
+        self._validations = 0
+        self._meter: Activations | None = None
+        self._x: list[Tensor] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many validations there were: a continued run looks when an undisturbed one would."""
+        return {"validations": self._validations}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self._validations = state_dict["validations"]
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Begin without counts and rows, where this validation looks at all."""
+        final = trainer.state.fn == TrainerFn.VALIDATING
+        self._validations += not final
+        looks = final or self._validations % self.every_n_validations == 0
+        self._meter = Activations(pl_module.head.d_sae).to(pl_module.device) if looks else None
+        self._x = []
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Count a batch of the first set; take its rows, until there are enough."""
+        if self._meter is None or dataloader_idx:
+            return
+        self._meter.update(outputs.out.codes)
+        room = ROWS - sum(len(x) for x in self._x)
+        if room > 0:
+            self._x.append(outputs.x[:room])
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Look; log and write."""
+        meter, x, self._meter, self._x = self._meter, self._x, None, []
+        if meter is None:
+            return
+        # every process looks at the same: the counts of all of them, the rows of the first
+        rows = torch.cat(x).cpu() if x else torch.zeros(0, pl_module.head.d_model)
+        rows = trainer.strategy.broadcast(rows).to(pl_module.device)
+        with meter.sync_context():
+            if not int(meter.n):
+                return
+            found = look(
+                pl_module.head, pl_module.lm, meter, rows, top=0, block=self.block, judged=JUDGED
+            ).figures
+        logged = {f"val/lens_{k}": value for k, value in found.items() if math.isfinite(value)}
+        logged["tokens"] = float(pl_module.tokens_seen)
+        pl_module.log_dict(logged, sync_dist=True)
+        if not trainer.is_global_zero or trainer.fast_dev_run:
+            return
+        table = Table(
+            Path(trainer.default_root_dir) / TABLE,
+            ["step", "tokens", *(f"lens_{name}" for name in FIGURES)],
+        )
+        table.cut(trainer.global_step - 1)
+        where = {"step": trainer.global_step, "tokens": pl_module.tokens_seen}
+        table.append([where | {f"lens_{name}": value for name, value in found.items()}])

@@ -1,0 +1,160 @@
+"""The logit lens of directions: what each one, written to the residual stream, says of each token.
+
+T_j = w_j (diag(g) W_U) over the whole vocabulary, g the gain of the final RMSNorm. What is left
+out, 1 / rms(h), is one positive factor per token: it changes neither skewness nor kurtosis, and
+neither the order of the tokens. RMSNorm does not centre, so no mean is taken off (METHODS C).
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class LogitLens(NamedTuple):
+    """Over the vocabulary, per direction; NaN where a direction is undefined (zero or NaN)."""
+
+    mean: Float[Tensor, " n"]
+    """In logits per unit of activation, before the final norm's 1 / rms."""
+    std: Float[Tensor, " n"]
+    """Of all tokens (no n - 1); the unit of the mean."""
+    skewness: Float[Tensor, " n"]
+    """mean(z^3) of standardised logits z; 0 for a normal distribution."""
+    kurtosis: Float[Tensor, " n"]
+    """mean(z^4); 3 for a normal distribution (the excess kurtosis is 3 less)."""
+    top_ids: Int[Tensor, "n top"]
+    """Tokens raised most, largest first; they mean nothing where the direction is undefined."""
+    top_values: Float[Tensor, "n top"]
+    """Their T, in the unit of the mean."""
+    bottom_ids: Int[Tensor, "n top"]
+    """Tokens lowered most, lowest first."""
+    bottom_values: Float[Tensor, "n top"]
+    """Their T."""
+
+
+def logit_lens(
+    directions: Float[Tensor, "n d_model"],
+    gain: Float[Tensor, " d_model"],
+    unembedding: Float[Tensor, "d_model vocab"],
+    top: int = 10,
+    block: int = 256,
+) -> LogitLens:
+    """Moments and extreme tokens of T = (w g) W_U.
+
+    [n, vocab] never exists whole: three blocks of [block, vocab] in fp32 do, and W_U in fp32.
+
+    Args:
+        directions: One per row, of any norm.
+        gain: g; folded into the directions, so W_U is not written to.
+        unembedding: W_U, of any floating type.
+        top: Tokens listed at either end; all of them if the vocabulary has fewer; 0 lists none.
+        block: Directions worked on at once.
+    """
+    if top < 0 or block < 1:
+        raise ValueError(f"top={top}, block={block}: must be at least 0 and at least 1")
+    weights = unembedding.float()  # once: at 128,256 tokens of width 2048, 1 GiB at most
+    gain = gain.float()
+    k = min(top, weights.shape[1])
+    # one block even where there is no direction: its empty tensors have the right shapes
+    found = [_block(w.float() * gain, weights, k) for w in directions.split(block)]
+    return LogitLens(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
+def _block(
+    folded: Float[Tensor, "n d_model"], weights: Float[Tensor, "d_model vocab"], top: int
+) -> LogitLens:
+    logits = folded @ weights
+    high, low = logits.topk(top, dim=1), logits.topk(top, dim=1, largest=False)
+    mean = logits.mean(1, keepdim=True)
+    z = logits.sub_(mean)
+    std = z.square().mean(1, keepdim=True).sqrt()
+    defined = std > 0  # False for NaN, too
+    z.div_(std)
+    power = z.square()
+    kurtosis = power.square().mean(1, keepdim=True)
+    skewness = power.mul_(z).mean(1, keepdim=True)
+    mean, std, skewness, kurtosis = (
+        torch.where(defined, a, torch.nan).squeeze(1) for a in (mean, std, skewness, kurtosis)
+    )
+    above, below = (torch.where(defined, a.values, torch.nan) for a in (high, low))
+    return LogitLens(mean, std, skewness, kurtosis, high.indices, above, low.indices, below)
+
+
+def random_unit(
+    gain: Float[Tensor, " d_model"],
+    unembedding: Float[Tensor, "d_model vocab"],
+    n: int = 1024,
+    seed: int = 0,
+    block: int = 256,
+) -> LogitLens:
+    """The baseline: the moments of n random unit directions, from a generator of their own.
+
+    Args:
+        gain: As in `logit_lens`.
+        unembedding: As in `logit_lens`.
+        n: How many.
+        seed: The same seed gives the same directions, on every device.
+        block: Directions worked on at once.
+    """
+    drawn = torch.randn(n, len(gain), generator=torch.Generator().manual_seed(seed))
+    unit = drawn / drawn.norm(dim=1, keepdim=True)
+    return logit_lens(unit.to(gain.device), gain, unembedding, top=0, block=block)
+
+
+def largest_cosine(directions: Float[Tensor, "n d_model"], block: int = 256) -> Float[Tensor, " n"]:
+    """Largest cosine of each direction with any other, -1 to 1.
+
+    A zero or NaN direction gives NaN and is nobody's neighbour; NaN, too, where there is no other.
+
+    Args:
+        directions: One per row, of any norm.
+        block: Rows of the matrix of cosines that exist at once.
+    """
+    norms = directions.float().norm(dim=1)
+    defined = ((norms > 0) & norms.isfinite()).nonzero().squeeze(1)
+    found = norms.new_full(norms.shape, torch.nan)
+    if len(defined) < 2:
+        return found
+    unit = directions[defined].float() / norms[defined, None]
+    start = 0
+    for rows in unit.split(block):
+        cosines = rows @ unit.T
+        own = torch.arange(len(rows), device=rows.device)
+        cosines[own, start + own] = -torch.inf
+        found[defined[start : start + len(rows)]] = cosines.amax(1).clamp(-1, 1)
+        start += len(rows)
+    return found
+
+
+def pearson(x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> float:
+    """Correlation over the pairs of which both are finite; NaN if there is none to speak of.
+
+    That is for fewer than two pairs, or when one of the two is constant.
+    """
+    x, y = _paired(x, y)
+    if not len(x):
+        return math.nan
+    x, y = x - x.mean(), y - y.mean()
+    size = float((x.square().sum() * y.square().sum()).sqrt())
+    return float((x * y).sum()) / size if size > 0 else math.nan
+
+
+def spearman(x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> float:
+    """Correlation of the ranks, tied values sharing their mean rank; otherwise as `pearson`."""
+    x, y = _paired(x, y)
+    return pearson(_ranks(x), _ranks(y))
+
+
+def _paired(
+    x: Float[Tensor, " n"], y: Float[Tensor, " n"]
+) -> tuple[Float[Tensor, " some"], Float[Tensor, " some"]]:
+    both = x.isfinite() & y.isfinite()
+    return x[both].double(), y[both].double()
+
+
+def _ranks(x: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    _, place, count = torch.unique(x, return_inverse=True, return_counts=True)
+    last = count.cumsum(0).double()
+    return (last - (count - 1) / 2)[place]

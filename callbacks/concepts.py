@@ -1,0 +1,67 @@
+"""How well single latents tell the known facts of the story world, as training goes on."""
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
+
+from kanllama_lightning.concepts import Stories, codes_of, read_stories, recover
+from kanllama_lightning.lm import EMBEDDED
+from kanllama_lightning.types import InputError
+from kanllama_lightning.view import regular
+
+
+class Concepts(L.Callback):
+    """On the embedded model, facts told by latents; on any other LM it does nothing at all.
+
+    Logs `val/concepts_recovered` (share of facts with F1 of at least 0.9), `val/concepts_f1` and
+    `val/concepts_auroc` (means over facts). Latent and threshold of each fact are chosen on one
+    half of the stories and judged on the other; with fewer stories than the report `concepts`
+    reads, fewer facts count. A look takes about two seconds on one core for 1,024 latents.
+
+    Args:
+        every_n_validations: Validations from one look to the next; the final one always looks.
+        stories: Number of stories, half of them to choose by; of a seed that training does not use.
+    """
+
+    def __init__(self, every_n_validations: int = 5, stories: int = 200) -> None:
+        if every_n_validations < 1:
+            raise InputError(
+                f"Concepts.every_n_validations={every_n_validations}: must be at least 1"
+            )
+        if stories < 2:
+            raise InputError(f"Concepts.stories={stories}: must be at least 2, one for each half")
+        self.every_n_validations, self.stories = every_n_validations, stories
+        self._validations = 0
+        self._looks = False
+        self._read: Stories | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many validations there were: a continued run looks when an undisturbed one would."""
+        return {"validations": self._validations}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self._validations = state_dict["validations"]
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Decide whether this validation looks."""
+        final = trainer.state.fn == TrainerFn.VALIDATING
+        self._validations += not final
+        self._looks = final or self._validations % self.every_n_validations == 0
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Match and log; the stories are read once, as the LM is frozen."""
+        if not self._looks or pl_module.lm.name != EMBEDDED:
+            return
+        if self._read is None:
+            self._read = read_stories(pl_module.lm, self.stories)
+        head = pl_module.head
+        kept = self._read.only(regular(self._read.x, head.norm_limit).cpu())
+        choose, test = kept.halves()
+        codes = [codes_of(head, half.x) for half in (choose, test)]
+        found = recover(codes[0], choose.facts, codes[1], test.facts).figures()
+        names = {"recovered": "recovered_frac", "f1": "mean_f1", "auroc": "mean_auroc"}
+        logged = {f"val/concepts_{name}": found[key] for name, key in names.items() if key in found}
+        logged["tokens"] = float(pl_module.tokens_seen)
+        pl_module.log_dict(logged, sync_dist=True)

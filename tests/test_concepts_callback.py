@@ -1,0 +1,90 @@
+"""The concepts callback: in runs on the embedded model, nowhere else, and without a trace."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from callbacks.concepts import Concepts
+from kanllama_lightning.heads import SAEHead
+from kanllama_lightning.types import InputError
+from tests.conftest import Fit, only_run
+from tests.wandb_file import history
+
+ROOT = Path(__file__).resolve().parents[1]
+EMBEDDED = {
+    "lm__name": "embedded",
+    "lm__untrained": "false",
+    "data__train": None,
+    "model__head": "TopK",
+}
+NAMES = {"val/concepts_recovered", "val/concepts_f1", "val/concepts_auroc"}
+
+
+def callbacks(tmp_path: Path, stories: int | None) -> str:
+    """The story world, and the shipped callbacks with few stories or without Concepts."""
+    base = yaml.safe_load((ROOT / "configs" / "base.yaml").read_text())["trainer"]["callbacks"]
+    kept = [entry for entry in base if not entry["class_path"].endswith("Concepts")]
+    assert len(kept) == len(base) - 1
+    if stories:
+        args = {"every_n_validations": 2, "stories": stories}
+        kept.insert(0, {"class_path": "callbacks.concepts.Concepts", "init_args": args})
+    path = tmp_path / f"callbacks{stories}.yaml"
+    corpus = "kanllama_lightning.corpus.StoryWorldCorpus"
+    data = {"train": {"class_path": corpus, "init_args": {"n_documents": 500}}}
+    path.write_text(yaml.safe_dump({"trainer": {"callbacks": kept}, "data": data}))
+    return f"--config={path}"
+
+
+def test_on_the_embedded_model(fit: Fit, tmp_path: Path) -> None:
+    assert fit(callbacks(tmp_path, 20), **EMBEDDED) == 0
+    folder = only_run(tmp_path)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert 0 <= summary["val/concepts_recovered"] <= 1
+    assert 0 < summary["val/concepts_f1"] < 1
+    assert 0.4 < summary["val/concepts_auroc"] < 1
+    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+    looks = [row["tokens"] for row in history(file)[0] if row.keys() >= NAMES]
+    assert looks == [1280, 2560, 2560], "every second of four, and the final one"
+
+    runs = tmp_path / "without"
+    assert fit(callbacks(tmp_path, None), **EMBEDDED, runs_dir=str(runs)) == 0
+    (without,) = runs.iterdir()
+    weights = SAEHead.load(without / "head").state_dict()
+    for name, value in SAEHead.load(folder / "head").state_dict().items():
+        assert torch.equal(value, weights[name]), name
+    other = json.loads((without / "summary.json").read_text())
+    assert other.keys() == summary.keys() - NAMES
+
+
+def test_nothing_on_another_model(run_folder: Path) -> None:
+    assert not any("concepts" in k for k in json.loads((run_folder / "summary.json").read_text()))
+
+
+def test_every_second_validation_and_the_last() -> None:
+    callback = Concepts(every_n_validations=2)
+
+    class Trainer:
+        class state:  # noqa: N801
+            fn = "fit"
+
+    looks = []
+    for _ in range(4):
+        callback.on_validation_start(Trainer, None)  # type: ignore[arg-type]
+        looks.append(callback._looks)
+    assert looks == [False, True, False, True]
+    continued = Concepts(every_n_validations=2)
+    continued.load_state_dict(callback.state_dict())
+    continued.on_validation_start(Trainer, None)  # type: ignore[arg-type]
+    assert not continued._looks
+    Trainer.state.fn = "validate"
+    continued.on_validation_start(Trainer, None)  # type: ignore[arg-type]
+    assert continued._looks
+
+
+@pytest.mark.parametrize("name", ["every_n_validations", "stories"])
+def test_refused_arguments(name: str) -> None:
+    with pytest.raises(InputError, match=f"Concepts.{name}=0"):
+        Concepts(**{name: 0})

@@ -1,7 +1,7 @@
 # One command each, from an empty clone: no edit, no account, no download beyond Python packages.
 PY := .venv/bin/python
 
-.PHONY: demo test test-slow lint format
+.PHONY: demo record test test-slow lint format
 .DEFAULT_GOAL := demo
 
 .venv/.ok: pyproject.toml constraints.txt
@@ -11,6 +11,9 @@ PY := .venv/bin/python
 
 demo: .venv/.ok
 	$(PY) train.py fit --config configs/kan.yaml --config configs/embedded.yaml
+
+record: .venv/.ok
+	$(PY) evaluate.py report last
 
 test: .venv/.ok
 	$(PY) -m pytest

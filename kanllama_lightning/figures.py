@@ -1,7 +1,10 @@
 """Figures of reports, and pages that hold them and open without a network."""
 
-from collections.abc import Sequence
+import importlib.util
+import shutil
+from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 
 import plotly.graph_objects as go
 from jaxtyping import Float
@@ -10,7 +13,7 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from kanllama_lightning.functional.curves import reading
-from kanllama_lightning.types import Curves
+from kanllama_lightning.types import Curves, InputError
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "rgba(153,153,153,0.5)"
 """Of Okabe and Ito's palette, which the colour-blind can tell apart; lines differ in dash too."""
@@ -31,12 +34,22 @@ PAGE = """<!doctype html>
 <style>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2rem auto; padding: 0 1rem;
   color: #222; background: #fff; }}
+.wide {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; font-size: 14px; line-height: 1.35; margin: 0.5rem 0 1.5rem;
+  font-variant-numeric: tabular-nums; }}
+th, td {{ padding: 0.35rem 0.55rem; text-align: right; white-space: nowrap;
+  border-bottom: 1px solid #e5e5e5; vertical-align: top; }}
+th {{ border-bottom: 2px solid #888; vertical-align: bottom; white-space: normal; }}
+summary {{ cursor: pointer; margin: 0.5rem 0; }}
+th.words, td.words {{ text-align: left; }}
+td small {{ color: #666; }}
 </style>
 <script>{plotly}</script>
 </head>
 <body>
 <h1>{title}</h1>
 <p>{text}</p>
+{body}
 {figures}
 </body>
 </html>
@@ -128,17 +141,51 @@ def styled(figure: go.Figure, title: str, x: str, y: str) -> go.Figure:
     )
 
 
-def page(title: str, text: str, figures: Sequence[go.Figure]) -> str:
+def check_png() -> None:
+    """See that PNG can be made.
+
+    Raises:
+        InputError: kaleido or a browser for it is missing.
+    """
+    remedy = (
+        "leave --png out, or install `.venv/bin/pip install -e '.[png]'` and Chrome or Chromium"
+    )
+    if importlib.util.find_spec("kaleido") is None:
+        raise InputError(f"--png=true: needs the package kaleido; {remedy}")
+    browsers = ("chromium", "chromium-browser", "google-chrome", "chrome", "msedge")
+    if not any(shutil.which(name) for name in browsers):
+        raise InputError(f"--png=true: finds none of {', '.join(browsers)}; {remedy}")
+
+
+def write_png(folder: Path, figures: Mapping[str, go.Figure], width: int = 900) -> None:
+    """Write figures as PNG at twice their size, for print and for pages without scripts.
+
+    Args:
+        folder: Made if it is missing.
+        figures: By file name without suffix.
+        width: In pixels; figures keep their height.
+    """
+    folder.mkdir(exist_ok=True)
+    for name, figure in figures.items():
+        figure.write_image(folder / f"{name}.png", width=width, scale=2)
+
+
+def page(title: str, text: str, figures: Sequence[go.Figure], body: str = "") -> str:
     """A page of HTML with the figures, complete in itself: nothing is fetched.
 
     Args:
         title: Heading; escaped, as is the text.
         text: A paragraph below it.
         figures: In order; what they show is escaped by whoever made them.
+        body: HTML between text and figures, such as a table; escaped by whoever made it.
     """
     parts = [f.to_html(full_html=False, include_plotlyjs=False) for f in figures]
     return PAGE.format(
-        title=escape(title), text=escape(text), plotly=get_plotlyjs(), figures="\n".join(parts)
+        title=escape(title),
+        text=escape(text),
+        plotly=get_plotlyjs(),
+        body=body,
+        figures="\n".join(parts),
     )
 
 

@@ -7,12 +7,16 @@ from pathlib import Path
 import pytest
 
 from kanllama_lightning import cli
+from kanllama_lightning.reports import cli as evaluate
 from train import main
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 SHELL = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL))
 COMMANDS = re.findall(r"^python train\.py (.+?)(?:\s+#.*)?$", SHELL, re.MULTILINE)
+
+
+RECORD = re.findall(r"^python evaluate\.py (.+?)(?:\s+#.*)?$", SHELL, re.MULTILINE)
 
 
 class Parsed(Exception):  # noqa: N818
@@ -34,6 +38,17 @@ def test_commands_parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli.KanllamaCLI, "before_instantiate_classes", stop)
     with pytest.raises(Parsed):
         main(shlex.split(command))
+
+
+@pytest.mark.parametrize("command", RECORD)
+def test_commands_of_the_record_parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[str] = []
+    monkeypatch.chdir(ROOT)
+    for name, (add, _) in evaluate.COMMANDS.items():
+        run = lambda _, name=name: parsed.append(name)  # noqa: E731
+        monkeypatch.setitem(evaluate.COMMANDS, name, (add, run))
+    assert evaluate.main(shlex.split(command)) == 0
+    assert parsed == [command.split()[0]]
 
 
 def test_make_targets_exist() -> None:

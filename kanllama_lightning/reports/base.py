@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 from jaxtyping import Int
 from torch import Tensor
 
-from kanllama_lightning.figures import page
+from kanllama_lightning.figures import page, write_png
 from kanllama_lightning.heads.base import SAEHead
 from kanllama_lightning.lm import FrozenLM
 from kanllama_lightning.splice import SplicedLosses
@@ -45,6 +45,7 @@ class EvalRun:
         sets: Names of the token sets of the pass, in order; the first is the main one.
         out: Folder of the record.
         counts: How often each token id occurs in the main set, [vocab].
+        png: Whether figures are also written as PNG, which needs kaleido and a browser.
     """
 
     def __init__(
@@ -56,9 +57,10 @@ class EvalRun:
         sets: Sequence[str],
         out: Path,
         counts: Int[Tensor, " vocab"] | None = None,
+        png: bool = False,
     ) -> None:
         self.folder, self.head, self.lm, self.card = folder, head, lm, card
-        self.sets, self.out, self.counts = list(sets), out, counts
+        self.sets, self.out, self.counts, self.png = list(sets), out, counts, png
         self.tables: dict[str, pd.DataFrame] = {}
         self.figures: dict[str, go.Figure] = {}
 
@@ -72,7 +74,7 @@ class EvalRun:
         """Write a CSV file, whole; floats read back exactly."""
         table = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(list(rows))
         part = self.out / f"{file}.tmp"
-        table.to_csv(part, index=False)
+        table.to_csv(part, index=False, lineterminator="\r\n")  # so that a lone \r is quoted
         part.replace(self.out / file)
         self.tables[Path(file).stem] = table
 
@@ -97,7 +99,10 @@ class EvalRun:
         """
         self.write_text(file, page(f"{title}: {self.title}", text, figures))
         stem = Path(file).stem
-        self.figures |= {f"{stem}_{i}": figure for i, figure in enumerate(figures)}
+        named = {f"{stem}_{i}": figure for i, figure in enumerate(figures)}
+        self.figures |= named
+        if self.png:
+            write_png(self.out / "png", named)
 
 
 class Report(ABC):

@@ -1,191 +1,73 @@
 """The command line of the record: `report`, `compare`, `try`."""
 
-import logging
+import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import torch
+import pandas as pd
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from rich.console import Console
+from rich.table import Table
 
+from kanllama_lightning import comparison
 from kanllama_lightning.cli import quiet
-from kanllama_lightning.lm import FrozenLM
-from kanllama_lightning.packing import Rows
-from kanllama_lightning.reports import texts
 from kanllama_lightning.reports.base import EvalRun, Report
-
-# from kanllama_lightning.reports.capability import Capability
-# from kanllama_lightning.reports.concepts import Concepts
-# from kanllama_lightning.reports.latents import Latents
+from kanllama_lightning.reports.capability import Capability
+from kanllama_lightning.reports.concepts import Concepts
+from kanllama_lightning.reports.evaluation import How, complete, device_named, report
+from kanllama_lightning.reports.latents import Latents
 from kanllama_lightning.reports.losses import Losses
 from kanllama_lightning.reports.reconstruction import Reconstruction
-from kanllama_lightning.reports.record import make, pending
-from kanllama_lightning.reports.send import send
 from kanllama_lightning.reports.sparsity import Sparsity
-from kanllama_lightning.reports.subject import LM_KEYS, Subject, read_subject, shared_lm
-from kanllama_lightning.run import EVAL
+from kanllama_lightning.reports.subject import LM_KEYS, folder_named, read_subject, shared_lm
+from kanllama_lightning.run import EVAL, SUMMARY, make_folder, read_json
+from kanllama_lightning.trial import show, try_text
+from kanllama_lightning.trial_page import trial_page
 from kanllama_lightning.types import InputError
 
-log = logging.getLogger(__name__)
-
 REPORTS: tuple[type[Report], ...] = (
-    #    Capability,
-    #    Concepts,
+    Capability,
+    Concepts,
     Sparsity,
     Losses,
     Reconstruction,
-    #    Latents,
+    Latents,
 )
 """In the order they are made; a new report adds its class here."""
-CTX_LEN = 512
-"""Of a saved head without a run, unless --ctx_len says otherwise."""
-
-
-def report(
-    runs: list[Path],
-    reports: list[Report],
-    by_name: bool = False,
-    documents: int | None = None,
-    text: list[str] | None = None,
-    ctx_len: int | None = None,
-    batch_seqs: int = 16,
-    device: str = "auto",
-    dtype: Literal["float32", "bfloat16"] = "float32",
-    lm_name: str | None = None,
-    lm_revision: str | None = None,
-    lm_hook_point: str | None = None,
-    lm_untrained: bool = False,
-    again: bool = False,
-    wandb: bool = True,
-) -> list[EvalRun]:
-    """Make the record of one or more heads on the same LM, from one pass over the text.
-
-    Returns the runs, in the order given; see `add_report_arguments` for the arguments.
-    """
-    subjects = [read_subject(folder) for folder in runs]
-    given: dict[str, Any] = {"name": lm_name, "revision": lm_revision}
-    given |= {"hook_point": lm_hook_point, "untrained": lm_untrained or None}
-    lm = shared_lm(subjects, given, dtype)
-    where = _device(device)
-    streams = any(r.streams for r in reports)
-    sets = _sets(subjects[0], lm, documents, text, ctx_len) if streams else {}
-    main = next(iter(sets.values()), None)
-    counts = None if main is None else _counts(main, lm)
-    about = {str(s.folder): _about(s, lm, sets, where, dtype) for s in subjects}
-    made = [
-        EvalRun(s.folder, s.head, lm, s.card, list(sets), s.folder / EVAL, counts)
-        for s in subjects
-    ]
-    jobs = pending(made, reports, list(about.values()), by_name, again)
-    if not jobs:
-        return made
-    lm.load_(where)
-    for run in made:
-        run.head.to(where)
-    try:
-        make(jobs, lm, sets, about, batch_seqs)
-    finally:
-        for subject, run in zip(subjects, made, strict=True):
-            if wandb and run.tables:
-                send(run, subject.config)
-    return made
-
-
-def _sets(
-    first: Subject,
-    lm: FrozenLM,
-    documents: int | None,
-    text: list[str] | None,
-    ctx_len: int | None,
-) -> dict[str, Rows]:
-    if documents is not None and documents < 1:
-        raise InputError(f"--documents={documents}: must be at least 1")
-    data = first.data(lm.tokenizer)
-    if text is None:
-        if data is None:
-            raise InputError(
-                f"RUN={str(first.folder)!r}: a saved head does not say which text to evaluate on; "
-                "give files or datasets with --text"
-            )
-        if ctx_len is not None:
-            raise InputError(f"--ctx_len={ctx_len}: goes with --text; a run keeps its own")
-        return texts.run_sets(data, documents)
-    length = ctx_len or (data.ctx_len if data is not None else CTX_LEN)
-    if length < 2:
-        raise InputError(f"--ctx_len={length}: must be at least 2 tokens")
-    append = data is not None and data.encoder.eos is not None
-    return texts.text_sets(text, lm.tokenizer, length, append, documents)
-
-
-def _counts(rows: Rows, lm: FrozenLM) -> Any:
-    ids = rows.ids[rows.keep]
-    if len(ids) and int(ids.max()) >= lm.vocab_size:
-        raise InputError(
-            f"--text: token id {int(ids.max())} is beyond the vocabulary of {lm.name} "
-            f"({lm.vocab_size}); use text, or ids made with this model's own tokenizer"
-        )
-    return torch.bincount(ids, minlength=lm.vocab_size)
-
-
-def _about(
-    subject: Subject, lm: FrozenLM, sets: dict[str, Rows], device: torch.device, dtype: str
-) -> dict[str, Any]:
-    """What figures depend on, for the head of `summary.json` and for telling what is up to date."""
-    head, known = subject.head, subject.card.get("provenance", {})
-    data = subject.config.get("data", {})
-    training = {k: data.get(k) for k in ("train", "val_fraction", "ctx_len", "append_eos")}
-    return {
-        "head": type(head).__name__,
-        "class_path": subject.card["class_path"],
-        "lm": lm.name,
-        "revision": lm.revision,
-        "hook_point": lm.hook.name,
-        "lm_dtype": known.get("lm_dtype"),
-        "dtype": dtype,
-        "device": device.type,
-        "d_model": head.d_model,
-        "d_sae": head.d_sae,
-        "target_l0": getattr(head, "target_l0", None),
-        "seed": head.seed,
-        "parameters": head.n_parameters(),
-        "scale": float(head.scale),
-        "train_tokens": known.get("tokens"),
-        "train_finished": subject.summary.get("finished"),
-        "train_tokens_per_second": subject.summary.get("tokens_per_second"),
-        "train_data": training if data else None,
-        "head_sha256": subject.sha256,
-        "sets": {
-            name: {
-                "tokens": rows.ids.numel(),
-                "documents": texts.n_documents(rows),
-                "ids_sha256": texts.digest(rows),
-            }
-            for name, rows in sets.items()
-        },
-    }
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as e:
-        raise InputError(f"--device={name!r}: no such device; allowed: auto, cpu, cuda") from e
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device={name!r}: metrics need fp64; allowed: auto, cpu, cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device={name!r}: there is no CUDA device here; use cpu")
-    return device
+OVERVIEW = (
+    ("L0", "sparsity/{set}/l0", "{:.2f}"),
+    ("FVU", "reconstruction/{set}/fvu", "{:.4f}"),
+    ("CE, original", "losses/{set}/ce_clean", "{:.4f}"),
+    ("CE, reconstruction", "losses/{set}/ce_recon", "{:.4f}"),
+    ("CE, zero ablation", "losses/{set}/ce_zero", "{:.4f}"),
+    ("CE, mean ablation", "losses/{set}/ce_mean", "{:.4f}"),
+    ("delta CE (nats per token)", "losses/{set}/delta_ce", "{:.4f}"),
+    ("CE score", "losses/{set}/ce_score", "{:.4f}"),
+    ("KL (nats per token)", "losses/{set}/kl_recon", "{:.4f}"),
+    ("dead", "latents/dead_frac", "{:.1%}"),
+    ("dense", "latents/dense_frac", "{:.1%}"),
+    ("lens skewness, median", "latents/lens_skewness_median", "{:.2f}"),
+    ("lens kurtosis, median (normal: 3)", "latents/lens_kurtosis_median", "{:.2f}"),
+    ("prompts: first guess kept", "capability/sae_agreement", "{:.1%}"),
+    ("facts recovered (F1 at least 0.9)", "concepts/recovered_frac", "{:.1%}"),
+    ("facts: mean F1", "concepts/mean_f1", "{:.3f}"),
+)
+"""What `report` shows at the end; everything is in `summary.json`."""
 
 
 def add_report_arguments(parser: ArgumentParser) -> None:
     """The arguments of `report`, and a group for the settings of every report."""
     names = [r.name for r in REPORTS]
     add = parser.add_argument
-    add("runs", nargs="+", type=str, help="Folders of finished runs, or of saved heads.")
+    add(
+        "runs",
+        nargs="+",
+        type=str,
+        help="Folders of finished runs, or of saved heads; `last` is the run finished last.",
+    )
     add("--config", action="config", help="YAML with any of these arguments.")
     add(
         "--reports",
@@ -194,6 +76,7 @@ def add_report_arguments(parser: ArgumentParser) -> None:
         default=None,
         help=f"Which to make: {', '.join(names)} (default: all that apply).",
     )
+    add("--again", type=bool, default=False, help="Make anew what is there already.")
     _add_text_arguments(parser)
     for kind in REPORTS:
         parser.add_class_arguments(kind, kind.name)
@@ -222,6 +105,24 @@ def _add_text_arguments(parser: ArgumentParser) -> None:
         help="With --text: tokens per row (default: the run's).",
     )
     add("--batch_seqs", type=int, default=16, help="Rows that the LM runs at once.")
+    add(
+        "--wandb",
+        type=bool,
+        default=True,
+        help="Send tables and figures to the W&B run too, if the run had one.",
+    )
+    add(
+        "--png",
+        type=bool,
+        default=False,
+        help="Write figures as PNG too; needs the extra `png` and Chrome or Chromium.",
+    )
+    _add_machine_arguments(parser)
+
+
+def _add_machine_arguments(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--runs_dir", type=str, default="runs", help="Folder in which `last` is looked for.")
     add("--device", type=str, default="auto", help="cpu, cuda, or auto.")
     add(
         "--dtype",
@@ -229,18 +130,6 @@ def _add_text_arguments(parser: ArgumentParser) -> None:
         default="float32",
         help="Number format of the LM; bfloat16 blurs losses by up to 1 in 100.",
     )
-    add("--again", type=bool, default=False, help="Make anew what is there already.")
-    add(
-        "--wandb",
-        type=bool,
-        default=True,
-        help="Send tables and figures to the W&B run too, if the run had one.",
-    )
-    _add_lm_arguments(parser)
-
-
-def _add_lm_arguments(parser: ArgumentParser) -> None:
-    add = parser.add_argument
     add(
         "--lm.name",
         type=str | None,
@@ -276,25 +165,128 @@ def chosen(names: list[str] | None, given: Namespace) -> list[Report]:
     return [kind(**given[kind.name].as_dict()) for kind in wanted]
 
 
-def _shared(given: Namespace) -> dict[str, Any]:
-    keys = ("documents", "text", "ctx_len", "batch_seqs", "device", "dtype", "again", "wandb")
-    found = {key: given[key] for key in keys}
-    if found["batch_seqs"] < 1:
-        raise InputError(f"--batch_seqs={found['batch_seqs']}: must be at least 1")
-    return found | {f"lm_{k}": given.lm[k] for k in LM_KEYS}
+def how(given: Namespace) -> How:
+    """On which text, where, in which numbers."""
+    lm = {key: given.lm[key] for key in LM_KEYS}
+    keys = [key for key in How._fields if key != "lm"]
+    return How(lm=lm | {"untrained": lm["untrained"] or None}, **{key: given[key] for key in keys})
 
 
 def run_report(given: Namespace) -> None:
-    """`evaluate.py report`."""
+    """Write the record of finished runs or saved heads into their eval/ folders."""
     reports = chosen(given.reports, given)
-    made = report(
-        [Path(r) for r in given.runs], reports, given.reports is not None, **_shared(given)
-    )
+    folders = [folder_named(r, given.runs_dir) for r in given.runs]
+    made = report(folders, reports, how(given), given.reports is not None, given.again)
+    console = Console(width=max(100, Console().width))
     for run in made:
-        log.info("the record of %s is in %s", run.folder, run.out)
+        console.print(overview(run))
+        console.print(f"Everything is in {run.out}", soft_wrap=True, highlight=False)
 
 
-COMMANDS = {"report": (add_report_arguments, run_report)}
+def add_compare_arguments(parser: ArgumentParser) -> None:
+    """The arguments of `compare`."""
+    add = parser.add_argument
+    add(
+        "runs",
+        nargs="+",
+        type=str,
+        help="Folders of finished runs, or LABEL=FOLDER; several seeds of a head are taken "
+        "together.",
+    )
+    add("--config", action="config", help="YAML with any of these arguments.")
+    add("--out", type=str, default="comparison", help="Folder that the comparison goes to.")
+    add(
+        "--tolerance",
+        type=float,
+        default=0.1,
+        help="Share by which L0 may differ for it to count as matched.",
+    )
+    add(
+        "--force",
+        type=bool,
+        default=False,
+        help="Compare what is not like for like all the same, and say so.",
+    )
+    _add_text_arguments(parser)
+
+
+def run_compare(given: Namespace) -> None:
+    """Compare finished runs; what is missing of their records is made first."""
+    named = comparison.labelled(given.runs)
+    folders = [folder_named(str(folder), given.runs_dir) for _, folder in named]
+    if not 0 <= given.tolerance < 1:
+        raise InputError(f"--tolerance={given.tolerance}: must be from 0 to below 1")
+    complete(folders, [kind() for kind in REPORTS], how(given))
+    runs = comparison.load(folders, [label for label, _ in named])
+    flags = comparison.conflicts(runs, given.force)
+    written = comparison.write(Path(given.out), runs, flags, given.tolerance)
+    console = Console(width=max(120, Console().width))
+    console.print(comparison.render(runs, flags, given.tolerance))
+    console.print(f"Written: {', '.join(map(str, written))}", soft_wrap=True, highlight=False)
+
+
+def add_try_arguments(parser: ArgumentParser) -> None:
+    """The arguments of `try`."""
+    add = parser.add_argument
+    add("run", type=str, help="Folder of a finished run, or of a saved head; or `last`.")
+    add("--config", action="config", help="YAML with any of these arguments.")
+    add("--text", type=str, required=True, help="What the LM reads.")
+    add("--n_new", type=int, default=20, help="Tokens it writes on from there.")
+    add("--top", type=int, default=5, help="Likeliest next tokens to show.")
+    add("--latents", type=int, default=5, help="Latents to show per token.")
+    add("--out", type=str | None, default=None, help="HTML file (default: RUN/eval/try.html).")
+    _add_machine_arguments(parser)
+
+
+def run_try(given: Namespace) -> None:
+    """Run the LM with and without its head on a text, and show which latents fire."""
+    subject = read_subject(folder_named(given.run, given.runs_dir))
+    lm = {key: given.lm[key] for key in LM_KEYS}
+    model = shared_lm([subject], lm | {"untrained": lm["untrained"] or None}, given.dtype)
+    device = device_named(given.device)
+    model.load_(device)
+    head = subject.head.to(device)
+    found = try_text(head, model, given.text, given.n_new, given.top, given.latents)
+    known = subject.folder / EVAL / Latents.files[0]
+    labels = read_labels(known) if known.is_file() else None
+    Console().print(show(found, labels))
+    out = Path(given.out) if given.out else subject.folder / EVAL / "try.html"
+    make_folder(out.parent)
+    out.write_text(trial_page(found, given.text, labels), encoding="utf-8")
+    Console().print(f"Written: {out}", soft_wrap=True, highlight=False)
+
+
+def read_labels(latents: Path) -> dict[int, str]:
+    """What the latents promote most, from `latents.csv`."""
+    table = pd.read_csv(latents, keep_default_na=False, dtype=str)
+    return {
+        int(row["latent"]): " ".join(json.loads(row["top_tokens"])[:3] if row["top_tokens"] else [])
+        for _, row in table.iterrows()
+    }
+
+
+def overview(run: EvalRun) -> Table:
+    """The figures of a record that matter most, for a terminal."""
+    known = read_json(run.out / SUMMARY)
+    table = Table(title=run.title, title_justify="left")
+    table.add_column("figure")
+    sets = list(known.get("sets", {})) or [""]
+    for name in sets:
+        table.add_column(name or "value", justify="right")
+    for label, key, form in OVERVIEW:
+        values = [known.get(key.format(set=name)) for name in sets]
+        if any(value is not None for value in values):
+            shown = ["" if v is None else form.format(v) for v in values]
+            per_set = "{set}" in key
+            table.add_row(label, *(shown if per_set else [shown[0], *[""] * (len(sets) - 1)]))
+    return table
+
+
+COMMANDS = {
+    "report": (add_report_arguments, run_report),
+    "compare": (add_compare_arguments, run_compare),
+    "try": (add_try_arguments, run_try),
+}
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -138,8 +138,13 @@ def _finish(job: Job, about: Mapping[str, Any]) -> None:
 def summary(run: EvalRun, about: Mapping[str, Any]) -> dict[str, Any]:
     """What is known about the head, and the figures of all reports there are."""
     flat: dict[str, Any] = dict(about)
-    for path in sorted((run.out / DONE).glob("*.json")):
-        done = read_json(path)
+    every = [read_json(path) for path in sorted((run.out / DONE).glob("*.json"))]
+    every = [d for d in every if d["about"]["head_sha256"] == about["head_sha256"]]
+    # a report that looks at no text says nothing about it; the losses are what intervals are of
+    looked = sorted((d for d in every if d["about"]["sets"]), key=lambda d: d["report"] != "losses")
+    if looked:
+        flat["sets"] = looked[0]["about"]["sets"]
+    for done in every:
         flat |= {f"{done['report']}/{name}": value for name, value in done["figures"].items()}
     return flat
 

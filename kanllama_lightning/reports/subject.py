@@ -1,6 +1,7 @@
 """From what a person names, a run folder or a saved head, to what is evaluated."""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from kanllama_lightning.run import CHECKPOINTS, CONFIG, HEAD, SUMMARY, read_json
 from kanllama_lightning.tokens import TokenData
 from kanllama_lightning.types import InputError
 
+LAST = "last"
 LM_KEYS = ("name", "hook_point", "revision", "untrained")
 
 
@@ -54,6 +56,23 @@ class Subject(NamedTuple):
         return TokenData(tokenizer, **made.as_dict() if hasattr(made, "as_dict") else made)
 
 
+def folder_named(name: str, runs_dir: str) -> Path:
+    """The folder meant; `last` is the run finished last.
+
+    Raises:
+        InputError: `last`, and there is no finished run.
+    """
+    if name != LAST or Path(name).is_dir():
+        return Path(name)
+    finished = list(Path(runs_dir).glob(f"*/{HEAD}/{CARD}"))
+    if not finished:
+        raise InputError(
+            f"RUN={LAST}: there is no finished run in --runs_dir {runs_dir}; train one "
+            "(`make demo`) or name its folder"
+        )
+    return max(finished, key=lambda path: path.stat().st_mtime).parent.parent
+
+
 def read_subject(folder: Path) -> Subject:
     """Load a head by its run folder or its own.
 
@@ -90,7 +109,7 @@ def _subject(folder: Path, head: Path, config: dict[str, Any], summary: dict[str
     return Subject(folder, loaded, read_card(head), config, summary, digest.hexdigest())
 
 
-def shared_lm(subjects: list[Subject], given: dict[str, Any], dtype: str) -> FrozenLM:
+def shared_lm(subjects: list[Subject], given: Mapping[str, Any], dtype: str) -> FrozenLM:
     """The LM all of them were trained on.
 
     Args:

@@ -20,34 +20,10 @@ from kanllama_lightning.reports.cli import main
 from kanllama_lightning.reports.reconstruction import BINS, bands
 from kanllama_lightning.reports.subject import read_subject
 from kanllama_lightning.reports.texts import run_sets
-from tests.conftest import SMALL, word_tokenizer
+from tests.conftest import word_tokenizer
 from tests.wandb_file import history
-from train import main as train
 
 PASS = ("sparsity", "losses", "reconstruction")
-
-
-@pytest.fixture(scope="module")
-def trained(tiny_lm_dir, text_file, tmp_path_factory):
-    """Two finished runs of different seeds; not to be changed."""
-    folder = tmp_path_factory.mktemp("trained")
-    given = SMALL | {"lm.name": str(tiny_lm_dir), "data.train": str(text_file)}
-    given |= {"data.val_tokens": "4096", "trainer.val_check_interval": "1000"}
-    for seed in (0, 1):
-        args = given | {"seed_everything": seed, "run": folder / f"seed{seed}"}
-        assert train(["fit", *[f"--{k}={v}" for k, v in args.items()]]) == 0
-    return folder
-
-
-@pytest.fixture
-def runs(trained, tmp_path):
-    shutil.copytree(trained, tmp_path / "runs")
-    return tmp_path / "runs"
-
-
-@pytest.fixture
-def run(runs):
-    return runs / "seed0"
 
 
 def report(*args):

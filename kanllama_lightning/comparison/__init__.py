@@ -1,0 +1,26 @@
+"""What finished evaluations say about each other: like for like, with intervals.
+
+Reads `eval/summary.json` and `eval/documents.csv` of each run and computes nothing anew. L0, FVU,
+losses and their intervals come from the sums per document, so that they belong together.
+"""
+
+from kanllama_lightning.comparison.alike import conflicts
+from kanllama_lightning.comparison.page import render, write
+from kanllama_lightning.comparison.plots import figures
+from kanllama_lightning.comparison.reading import Evaluated, labelled, load
+from kanllama_lightning.comparison.tables import PAIR, differences, seed_table, seeds, table
+
+__all__ = [
+    "PAIR",
+    "Evaluated",
+    "conflicts",
+    "differences",
+    "figures",
+    "labelled",
+    "load",
+    "render",
+    "seed_table",
+    "seeds",
+    "table",
+    "write",
+]

@@ -1,0 +1,240 @@
+"""The comparison for people: files, HTML, terminal."""
+
+from collections.abc import Callable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.console import Group as Lines
+from rich.table import Table
+from rich.text import Text
+
+from kanllama_lightning.comparison.plots import Row, figures
+from kanllama_lightning.comparison.reading import Evaluated
+from kanllama_lightning.comparison.tables import PAIR, QUANTITIES, differences, seed_table, table
+from kanllama_lightning.figures import page
+from kanllama_lightning.run import make_folder
+
+SEEDS_OF_A_CLAIM = 3
+
+
+def _fine(value: float, sign: str = "") -> str:
+    """Four decimals, six for what is small."""
+    return f"{value:{sign}.{4 if abs(value) >= 0.01 else 6}f}"
+
+
+COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "d_sae": ("latents", "{:,}".format),
+    "parameters": ("parameters", "{:,}".format),
+    "target_l0": ("L0 target", "{:g}".format),
+    "l0": ("L0", "{:.2f}".format),
+    "fvu": ("FVU", _fine),
+    "delta_ce": ("delta CE", _fine),
+    "ce_score": ("CE score", "{:.4f}".format),
+    "kl": ("KL", _fine),
+    "dead_frac": ("dead", "{:.1%}".format),
+    "dense_frac": ("dense", "{:.1%}".format),
+    "lens_kurtosis_median": ("kurtosis, median", "{:.2f}".format),
+    "lens_skewness_median": ("skewness, median", "{:.2f}".format),
+    "sae_agreement": ("prompts kept", "{:.1%}".format),
+    "recovered_frac": ("concepts recovered", "{:.1%}".format),
+    "mean_f1": ("concepts, mean F1", "{:.3f}".format),
+    "train_tokens": ("training tokens", "{:,}".format),
+    "train_tokens_per_second": ("tokens/s", "{:,.0f}".format),
+}
+"""Columns for people, with their heads; those blank for all runs are left out."""
+BESIDE = (
+    *("lens_kurtosis_median", "lens_skewness_median", "sae_agreement", "recovered_frac", "mean_f1"),
+    *("train_tokens", "train_tokens_per_second"),
+)
+"""Columns that belong to a run, not to a set."""
+BRIEF = ("parameters", "l0", "fvu", "delta_ce", "ce_score", "kl", "dead_frac")
+"""Columns that fit a terminal."""
+
+
+def write(
+    out: Path, runs: Sequence[Evaluated], flags: Sequence[str] = (), tolerance: float = 0.1
+) -> list[Path]:
+    """Write the comparison into a folder; returns the files.
+
+    `comparison.csv` (`table`), `differences.csv` (`differences`), `seeds.csv` (`seed_table`, where
+    there are several seeds of a head) and `comparison.html`, which opens without a network.
+
+    Args:
+        out: The folder; made if it is missing.
+        runs: To be compared.
+        flags: From `conflicts`.
+        tolerance: Share by which L0 may differ for it to count as matched.
+    """
+    rows, pairs, means = table(runs), differences(runs, tolerance), seed_table(runs)
+    make_folder(out)
+    files = {
+        "comparison.csv": pd.DataFrame(rows),
+        "differences.csv": pd.DataFrame(pairs, columns=list(PAIR)),
+    }
+    if means:
+        files["seeds.csv"] = pd.DataFrame(means)
+    written = [_replace(out / name, frame.to_csv(index=False)) for name, frame in files.items()]
+    text = (
+        f"{len(runs)} runs at {runs[0].summary.get('hook_point')} of {runs[0].summary.get('lm')}. "
+        "Lower FVU, delta CE and KL are better; losses in nats per token. Below a figure: its 95 % "
+        "interval, bootstrap over documents."
+    )
+    body = _body(rows, means, pairs, flags, tolerance)
+    html = page("Comparison", text, figures(runs), body)
+    return [*written, _replace(out / "comparison.html", html)]
+
+
+def _replace(path: Path, text: str) -> Path:
+    """Write a file whole."""
+    part = path.with_name(path.name + ".tmp")
+    part.write_text(text, encoding="utf-8")
+    return part.replace(path)
+
+
+def _body(
+    rows: Sequence[Row],
+    means: Sequence[Row],
+    pairs: Sequence[Row],
+    flags: Sequence[str],
+    tolerance: float,
+) -> str:
+    """Flags and tables as HTML; everything that comes from outside is escaped here."""
+    items = "".join(f"<li>{escape(flag)}</li>" for flag in flags)
+    parts = [f"<h2>Not alike</h2><ul>{items}</ul>" if flags else ""]
+    for name in dict.fromkeys(row["set"] for row in rows):
+        own = [row for row in rows if row["set"] == name]
+        size = f"{own[0]['documents']:,} documents, {own[0]['n_targets']:,} predicted tokens"
+        title = escape(f"On {name}: {size}")
+        inner = _of_runs(own, [c for c in _used(own) if c not in BESIDE])
+        closed = f"<details><summary>{title}</summary>{inner}</details>"
+        parts.append(f"<h2>{title}</h2>{inner}" if name == rows[0]["set"] else closed)
+    main = [row for row in rows if row["set"] == rows[0]["set"]]
+    beside = [c for c in _used(main) if c in BESIDE]
+    if beside:
+        parts += ["<h2>Latents, concepts, training</h2>", _of_runs(main, beside)]
+    if means:
+        parts.append("<h2>Over seeds: mean and range</h2>")
+        keys = [k for k in COLUMNS if any(row.get(k) is not None for row in means)]
+        cells = [[row["group"], *(_cell(row, c, ("_min", "_max")) for c in keys)] for row in means]
+        parts.append(_html(["group", *(COLUMNS[c][0] for c in keys)], cells, 1))
+    parts.append(f"<h2>Differences at matched L0 (within {tolerance:.0%})</h2>")
+    levels = [level for level in ("seeds", "run") if any(row["level"] == level for row in pairs)]
+    if not levels:
+        parts.append("<p>No two runs have the same L0: compare along the curves below.</p>")
+    for level in levels:
+        own = [row for row in pairs if row["level"] == level]
+        table_ = _html(["a", "b", "L0", *QUANTITIES.values()], _paired(own), 2)
+        folded = level == "run" and len(levels) > 1
+        parts.append(f"<p>{MEANING[level]}</p>" if not folded else "")
+        parts.append(
+            f"<details><summary>Run by run. {MEANING[level]}</summary>{table_}</details>"
+            if folded
+            else table_
+        )
+    return "\n".join(parts)
+
+
+MEANING = {
+    "seeds": "a minus b, means over seeds; the interval covers documents and seeds. A claim about "
+    f"two kinds of head needs {SEEDS_OF_A_CLAIM} seeds of each. Not corrected for the number of "
+    "pairs.",
+    "run": "a minus b; the interval covers documents, the same ones for both, and holds for these "
+    "very runs: it does not say what other seeds would give. Not corrected for the number of "
+    "pairs.",
+}
+
+
+def _paired(pairs: Sequence[Row]) -> list[list[str]]:
+    """A row per pair, a cell per quantity: difference, interval, verdict."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in pairs:
+        l0 = f"{row['l0_a']:.2f}, {row['l0_b']:.2f}"
+        cells = found.setdefault((row["a"], row["b"]), [row["a"], row["b"], l0])
+        if row["difference"] is None:
+            cells.append(f"\n{row['verdict']}")
+            continue
+        weak = row["level"] == "seeds" and min(row["seeds_a"], row["seeds_b"]) < SEEDS_OF_A_CLAIM
+        verdict = _sided(row) + (", too few seeds" if weak else "")
+        ends = f"{_fine(row['low'], '+')} to {_fine(row['high'], '+')}"
+        cells.append(f"{_fine(row['difference'], '+')}\n{ends}\n{verdict}")
+    return list(found.values())
+
+
+def _sided(row: Row) -> str:
+    """The verdict with a and b for their labels, which stand beside it."""
+    for side in "ab":
+        if row["verdict"] == f"{row[side]} lower":
+            return f"{side} lower"
+    return str(row["verdict"])
+
+
+def _used(rows: Sequence[Row]) -> list[str]:
+    """Columns for people that some row fills."""
+    return [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
+
+
+def _of_runs(rows: Sequence[Row], columns: Sequence[str]) -> str:
+    """An HTML table with a row per run."""
+    cells = [[row["run"], row["head"], *(_cell(row, c) for c in columns)] for row in rows]
+    return _html(["run", "head", *(COLUMNS[c][0] for c in columns)], cells, 2)
+
+
+def _cell(row: Row, key: str, ends: tuple[str, str] = ("_low", "_high")) -> str:
+    """A figure as text; its interval, if it has one, on a second line."""
+    show, value = COLUMNS[key][1], row.get(key)
+    if value is None:
+        return ""
+    low, high = (row.get(f"{key}{end}") for end in ends)
+    return show(value) + (f"\n{show(low)} to {show(high)}" if low is not None else "")
+
+
+def _html(head: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> str:
+    """A table; the first columns are words, later lines of a cell are small. Escapes all cells."""
+
+    def cell(tag: str, i: int, text: str) -> str:
+        first, *more = (escape(line) for line in text.split("\n"))
+        kind = ' class="words"' if i < words else ""
+        return f"<{tag}{kind}>{first}{''.join(f'<br><small>{m}</small>' for m in more)}</{tag}>"
+
+    lines = [f"<tr>{''.join(cell('th', i, text) for i, text in enumerate(head))}</tr>"]
+    lines += [f"<tr>{''.join(cell('td', i, t) for i, t in enumerate(row))}</tr>" for row in rows]
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+
+
+def render(runs: Sequence[Evaluated], flags: Sequence[str] = (), tolerance: float = 0.1) -> Lines:
+    """The main figures, the differences at matched L0 and the flags, for a terminal.
+
+    Args:
+        runs: To be compared.
+        flags: From `conflicts`.
+        tolerance: Share by which L0 may differ for it to count as matched.
+    """
+    rows = [row for row in table(runs) if row["set"] == runs[0].sets[0]]
+    columns = [key for key in _used(rows) if key in BRIEF]
+    cells = [[row["run"], row["head"], *(_cell(row, c) for c in columns)] for row in rows]
+    head = ["run", "head", *(COLUMNS[c][0] for c in columns)]
+    title = f"On {runs[0].sets[0]}; 95 % intervals over {rows[0]['documents']:,} documents"
+    parts: list[Table | Text] = [_terminal(title, head, cells, 2)]
+    pairs = differences(runs, tolerance)
+    levels = [level for level in ("seeds", "run") if any(row["level"] == level for row in pairs)]
+    if levels:
+        own = _paired([row for row in pairs if row["level"] == levels[0]])
+        kind = {"seeds": "means over seeds", "run": "run by run"}[levels[0]]
+        title = f"a minus b at L0 within {tolerance:.0%}; {kind}"
+        parts.append(_terminal(title, ["a", "b", "L0", *QUANTITIES.values()], own, 2))
+    parts += [Text(f"- {flag}") for flag in flags]
+    return Lines(*parts)
+
+
+def _terminal(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> Table:
+    """A rich table; cells are taken literally, whatever brackets they hold."""
+    made = Table(
+        title=Text(title), title_justify="left", show_lines=any("\n" in r[-2] for r in rows)
+    )
+    for i, name in enumerate(head):
+        made.add_column(name, justify="left" if i < words else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*(Text(cell) for cell in row))
+    return made

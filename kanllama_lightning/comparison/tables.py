@@ -1,0 +1,242 @@
+"""Figures of every run with intervals, means over seeds, differences at matched L0."""
+
+import math
+import statistics
+from collections.abc import Hashable, Sequence
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kanllama_lightning.comparison.reading import LOSSES, Evaluated, kind_of, ratio, text_of
+from kanllama_lightning.functional.bootstrap import contrast, middle, ratios
+from kanllama_lightning.metrics import score
+
+PAIR = (
+    *("level", "a", "b", "l0_a", "l0_b", "seeds_a", "seeds_b", "quantity", "value_a", "value_b"),
+    *("difference", "low", "high", "covers", "verdict"),
+)
+"""Columns of `differences.csv`."""
+QUANTITIES = {"fvu": "FVU", "delta_ce": "delta CE", "kl": "KL"}
+"""What has intervals; lower is better."""
+
+
+class Seeds(NamedTuple):
+    """Runs that differ in their seed alone; or one run by itself."""
+
+    label: str
+    runs: list[Evaluated]
+
+    def l0(self) -> float:
+        """Latents per token on the main set, mean over runs."""
+        return statistics.fmean(run.l0() for run in self.runs)
+
+
+class Drawn(NamedTuple):
+    """The quantities with intervals, of one run on one set."""
+
+    whole: Float[Tensor, " quantity"]
+    draws: Float[Tensor, "resamples quantity"]
+    """Over each resample of the documents."""
+    text: Hashable
+    """What says which documents; draws of equal ones are paired."""
+
+
+def table(runs: Sequence[Evaluated]) -> list[dict[str, Any]]:
+    """One row per set and run, the main set first; figures that a record lacks are None.
+
+    L0 in latents per token; `delta_ce` and `kl` in nats per token; `_low` and `_high` are the ends
+    of a 95 % interval (bootstrap over documents); shares from 0 to 1.
+    """
+    rows = []
+    for name in dict.fromkeys(name for run in runs for name in run.sets):
+        have = [run for run in runs if len(run.of(name))]
+        for run, drawn in zip(have, _draw(have, name), strict=True):
+            rows.append(_row(run, name, drawn))
+    return rows
+
+
+def _row(run: Evaluated, name: str, drawn: Drawn) -> dict[str, Any]:
+    own = run.of(name)
+    tokens, targets = own["n_tokens"].sum(), own["n_targets"].sum()
+    means = {k: ratio(own[k].sum(), targets) for k in LOSSES}
+    row: dict[str, Any] = {"set": name, "run": run.label, "folder": str(run.folder)}
+    known = ("head", "d_sae", "parameters", "target_l0", "seed")
+    row |= {key: run.summary.get(key) for key in known}
+    row["l0"] = ratio(own["l0"].sum(), tokens)
+    for i, key in enumerate(QUANTITIES):
+        row[key] = float(drawn.whole[i])
+        row[f"{key}_low"], row[f"{key}_high"] = middle(drawn.draws[:, i])
+    scores = score(means, int(targets))
+    row |= {key: scores[key] for key in ("ce_clean", "ce_score", "ce_score_mean")}
+    for report, names in {
+        "sparsity": ("dead_frac", "dense_frac"),
+        "reconstruction": ("cosine", "bias"),
+        "latents": ("lens_kurtosis_median", "lens_skewness_median"),
+        "capability": ("sae_agreement",),
+        "concepts": ("recovered_frac", "mean_f1"),
+    }.items():
+        row |= {key: run.figure(report, key, name) for key in names}
+    row |= {key: run.summary.get(key) for key in ("train_tokens", "train_tokens_per_second")}
+    row |= {"n_tokens": int(tokens), "n_targets": int(targets), "documents": len(own)}
+    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
+
+
+def _draw(runs: Sequence[Evaluated], name: str) -> list[Drawn]:
+    """Quantities of each run on a set; runs on the same documents see the same resamples."""
+    texts = [(run.digest(name), text_of(run.of(name))) for run in runs]
+    found: dict[int, Drawn] = {}
+    for text in dict.fromkeys(texts):
+        places = [i for i, own in enumerate(texts) if own == text]
+        pairs = [_sums(runs[i].of(name)) for i in places]
+        top, bottom = (torch.cat(columns, 1) for columns in zip(*pairs, strict=True))
+        n = len(QUANTITIES)
+        whole, draws = (top.sum(0) / bottom.sum(0)).split(n), ratios(top, bottom).split(n, 1)
+        found |= {i: Drawn(whole[j], draws[j], text) for j, i in enumerate(places)}
+    return [found[i] for i in range(len(runs))]
+
+
+def _sums(
+    own: pd.DataFrame,
+) -> tuple[Float[Tensor, "doc quantity"], Float[Tensor, "doc quantity"]]:
+    """Numerators and denominators of the quantities."""
+    tops = (own["e2"], own["ce_recon"] - own["ce_clean"], own["kl_recon"])
+    bottoms = (own["x2"], own["n_targets"], own["n_targets"])
+    top, bottom = (
+        torch.stack([torch.from_numpy(c.to_numpy(copy=True)) for c in columns], 1)
+        for columns in (tops, bottoms)
+    )
+    return top, bottom
+
+
+def seeds(runs: Sequence[Evaluated], tolerance: float = 0.1) -> list[Seeds]:
+    """The runs, those put together that differ in their seed alone.
+
+    That is: same head class, width, parameters, L0 target, training data and token budget, and
+    all seeds different; without an L0 target also the same L0.
+
+    Args:
+        runs: To be compared.
+        tolerance: Share by which L0 may differ where there is no target.
+    """
+    kinds: dict[str, list[Evaluated]] = {}
+    for run in runs:
+        kinds.setdefault(kind_of(run), []).append(run)
+    found: list[Seeds] = []
+    for members in kinds.values():
+        first = members[0].summary
+        numbers = {run.summary.get("seed") for run in members}
+        l0s = [run.l0() for run in members]
+        matched = first.get("target_l0") is not None or _matched(min(l0s), max(l0s), tolerance)
+        if len(members) > 1 and len(numbers) == len(members) and None not in numbers and matched:
+            label = f"{first['head']}, {first['d_sae']:,} latents, L0 {statistics.fmean(l0s):.3g}"
+            label += f" ({len(members)} seeds)"
+            taken = label in {other.label for other in found}
+            label += f" like {members[0].label}" if taken else ""
+            found.append(Seeds(label, members))
+        else:
+            found += [Seeds(run.label, [run]) for run in members]
+    return found
+
+
+def _matched(a: float, b: float, tolerance: float) -> bool:
+    return max(a, b) <= (1 + tolerance) * min(a, b)
+
+
+def seed_table(runs: Sequence[Evaluated]) -> list[dict[str, Any]]:
+    """Mean and range over seeds on the main set, one row per group of several seeds."""
+    by_label = {row["run"]: row for row in table(runs) if row["set"] == runs[0].sets[0]}
+    rows = []
+    for group in seeds(runs):
+        own = [by_label[run.label] for run in group.runs if run.label in by_label]
+        if len(own) < 2:
+            continue
+        row: dict[str, Any] = {"group": group.label, "seeds": len(own)}
+        row["runs"] = " ".join(run.label for run in group.runs)
+        for key in ("l0", *QUANTITIES, "ce_score", "dead_frac", "recovered_frac"):
+            values = [r[key] for r in own if r[key] is not None]
+            whole = len(values) == len(own)
+            row[key] = statistics.fmean(values) if whole else None
+            row[f"{key}_min"] = min(values) if whole else None
+            row[f"{key}_max"] = max(values) if whole else None
+        rows.append(row)
+    return rows
+
+
+def differences(runs: Sequence[Evaluated], tolerance: float = 0.1) -> list[dict[str, Any]]:
+    """Differences a - b on the main set, of every pair at matched L0.
+
+    Pairs of runs (`level` = run): the 95 % interval covers the documents, drawn alike for both; it
+    says which of these two heads is better on such text. Pairs with a group of several seeds
+    (`level` = seeds): difference of the means over seeds, and the interval covers documents and
+    seeds (`functional.bootstrap.contrast`); a claim about two kinds of head needs three seeds of
+    each. Intervals are not corrected for the number of pairs: of many, one in twenty misses.
+
+    Args:
+        runs: To be compared.
+        tolerance: Share by which the larger L0 may exceed the smaller.
+    """
+    groups = seeds(runs, tolerance)
+    drawn = dict(zip((r.label for r in runs), _draw_main(runs), strict=True))
+    pairs = [("seeds", a, b) for a, b in combinations(groups, 2) if len(a.runs) + len(b.runs) > 2]
+    single = [Seeds(run.label, [run]) for run in runs]
+    pairs += [("run", a, b) for a, b in combinations(single, 2)]
+    rows = []
+    for level, a, b in pairs:
+        if not _matched(a.l0(), b.l0(), tolerance):
+            continue
+        parts = [[drawn[run.label] for run in group.runs] for group in (a, b)]
+        for i, quantity in enumerate(QUANTITIES):
+            rows.append(
+                {
+                    "level": level,
+                    "a": a.label,
+                    "b": b.label,
+                    "l0_a": a.l0(),
+                    "l0_b": b.l0(),
+                    "seeds_a": len(a.runs),
+                    "seeds_b": len(b.runs),
+                    "quantity": quantity,
+                }
+                | _difference(a.label, b.label, parts, i)
+            )
+    return rows
+
+
+def _draw_main(runs: Sequence[Evaluated]) -> list[Drawn]:
+    """Each run on its main set; under --force these may have several names."""
+    found: dict[str, Drawn] = {}
+    for name in dict.fromkeys(run.sets[0] for run in runs):
+        own = [run for run in runs if run.sets[0] == name]
+        found |= dict(zip((run.label for run in own), _draw(own, name), strict=True))
+    return [found[run.label] for run in runs]
+
+
+def _difference(a: str, b: str, parts: Sequence[Sequence[Drawn]], i: int) -> dict[str, Any]:
+    """Values, difference, interval and verdict for the quantity at place i."""
+    whole = [torch.stack([d.whole[i] for d in part]) for part in parts]
+    row: dict[str, Any] = {"value_a": float(whole[0].mean()), "value_b": float(whole[1].mean())}
+    covers = "documents and seeds" if len(whole[0]) + len(whole[1]) > 2 else "documents"
+    if len({d.text for part in parts for d in part}) > 1:
+        blank = dict.fromkeys(("difference", "low", "high"))
+        return row | blank | {"covers": None, "verdict": "not comparable: different documents"}
+    draws = [torch.stack([d.draws[:, i] for d in part], 1) for part in parts]
+    value, low, high = contrast(whole[0], draws[0], whole[1], draws[1])
+    if math.isnan(low) or math.isnan(high):
+        verdict = "no interval"
+    elif high < 0:
+        verdict = f"{a} lower"
+    elif low > 0:
+        verdict = f"{b} lower"
+    else:
+        verdict = "no difference shown"
+    return row | {
+        "difference": value,
+        "low": low,
+        "high": high,
+        "covers": covers,
+        "verdict": verdict,
+    }

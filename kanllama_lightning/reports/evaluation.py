@@ -1,0 +1,201 @@
+"""The record of heads on one LM: what is read, what is missing, and one pass for all of it."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+
+from kanllama_lightning.figures import check_png
+from kanllama_lightning.lm import FrozenLM
+from kanllama_lightning.packing import Rows
+from kanllama_lightning.reports import texts
+from kanllama_lightning.reports.base import EvalRun, Report
+from kanllama_lightning.reports.record import DONE, make, pending
+from kanllama_lightning.reports.send import send
+from kanllama_lightning.reports.subject import Subject, read_subject, shared_lm
+from kanllama_lightning.run import EVAL, read_json
+from kanllama_lightning.types import InputError
+
+CTX_LEN = 512
+"""Of a saved head without a run, unless another is asked for."""
+
+
+class How(NamedTuple):
+    """How heads are evaluated: on which text, where, in which numbers."""
+
+    documents: int | None = None
+    """Documents of each set; None for 2,000, or as many as there are."""
+    text: list[str] | None = None
+    """Files, folders or hub datasets; None for the run's own validation sets."""
+    ctx_len: int | None = None
+    """Tokens per row of `text`; None for the run's."""
+    batch_seqs: int = 16
+    """Rows that the LM runs at once."""
+    device: str = "auto"
+    dtype: str = "float32"
+    """Number format of the LM."""
+    lm: Mapping[str, Any] = MappingProxyType({})
+    """Arguments of the LM that override what the run says; None for what it shall say."""
+    wandb: bool = True
+    """Whether the record goes to the W&B run too, if there is one."""
+    png: bool = False
+    """Whether figures are also written as PNG."""
+
+
+def report(
+    runs: Sequence[Path],
+    reports: Sequence[Report],
+    how: How,
+    by_name: bool = False,
+    again: bool = False,
+) -> list[EvalRun]:
+    """Make the record of one or more heads on the same LM, from one pass over the text.
+
+    Args:
+        runs: Folders of finished runs, or of saved heads.
+        reports: What to make.
+        how: On which text, where, in which numbers.
+        by_name: Whether the reports were asked for by name: one that does not apply is an error.
+        again: Make anew what is there already.
+
+    Returns:
+        The runs, in the order given.
+    """
+    if how.png:
+        check_png()
+    subjects = [read_subject(folder) for folder in runs]
+    lm = shared_lm(subjects, how.lm, how.dtype)
+    device = device_named(how.device)
+    if how.batch_seqs < 1:
+        raise InputError(f"--batch_seqs={how.batch_seqs}: must be at least 1")
+    sets = _sets(subjects[0], lm, how) if any(r.streams for r in reports) else {}
+    main = next(iter(sets.values()), None)
+    counts = None if main is None else _counts(main, lm)
+    about = {str(s.folder): _about(s, lm, sets, device, how.dtype) for s in subjects}
+    made = [
+        EvalRun(s.folder, s.head, lm, s.card, list(sets), s.folder / EVAL, counts, how.png)
+        for s in subjects
+    ]
+    jobs = pending(made, reports, list(about.values()), by_name, again)
+    if not jobs:
+        return made
+    lm.load_(device)
+    for run in made:
+        run.head.to(device)
+    try:
+        make(jobs, lm, sets, about, how.batch_seqs)
+    finally:
+        for subject, run in zip(subjects, made, strict=True):
+            if how.wandb and run.tables:
+                send(run, subject.config)
+    return made
+
+
+def complete(runs: Sequence[Path], reports: Sequence[Report], how: How) -> None:
+    """Make what is missing of the records of several heads, and nothing that is there.
+
+    A report is there if it was made of this very head, on whatever text.
+    """
+    alike: dict[tuple[str, ...], list[Path]] = {}
+    for folder in runs:
+        subject = read_subject(folder)
+        lacking = tuple(r.name for r in reports if not _there(subject, r))
+        if lacking:
+            alike.setdefault(lacking, []).append(folder)
+    for names, folders in alike.items():
+        report(folders, [r for r in reports if r.name in names], how)
+
+
+def _there(subject: Subject, kind: Report) -> bool:
+    path = subject.folder / EVAL / DONE / f"{kind.name}.json"
+    return path.is_file() and read_json(path)["about"].get("head_sha256") == subject.sha256
+
+
+def _sets(first: Subject, lm: FrozenLM, how: How) -> dict[str, Rows]:
+    documents, text, ctx_len = how.documents, how.text, how.ctx_len
+    if documents is not None and documents < 1:
+        raise InputError(f"--documents={documents}: must be at least 1")
+    data = first.data(lm.tokenizer)
+    if text is None:
+        if data is None:
+            raise InputError(
+                f"RUN={str(first.folder)!r}: a saved head does not say which text to evaluate on; "
+                "give files or datasets with --text"
+            )
+        if ctx_len is not None:
+            raise InputError(f"--ctx_len={ctx_len}: goes with --text; a run keeps its own")
+        return texts.run_sets(data, documents)
+    length = ctx_len or (data.ctx_len if data is not None else CTX_LEN)
+    if length < 2:
+        raise InputError(f"--ctx_len={length}: must be at least 2 tokens")
+    append = data is not None and data.encoder.eos is not None
+    return texts.text_sets(text, lm.tokenizer, length, append, documents)
+
+
+def _counts(rows: Rows, lm: FrozenLM) -> Any:
+    ids = rows.ids[rows.keep]
+    if len(ids) and int(ids.max()) >= lm.vocab_size:
+        raise InputError(
+            f"--text: token id {int(ids.max())} is beyond the vocabulary of {lm.name} "
+            f"({lm.vocab_size}); use text, or ids made with this model's own tokenizer"
+        )
+    return torch.bincount(ids, minlength=lm.vocab_size)
+
+
+def _about(
+    subject: Subject, lm: FrozenLM, sets: dict[str, Rows], device: torch.device, dtype: str
+) -> dict[str, Any]:
+    """What figures depend on, for the head of `summary.json` and for telling what is up to date."""
+    head, known = subject.head, subject.card.get("provenance", {})
+    data = subject.config.get("data", {})
+    training = {k: data.get(k) for k in ("train", "val_fraction", "ctx_len", "append_eos")}
+    return {
+        "head": type(head).__name__,
+        "class_path": subject.card["class_path"],
+        "lm": lm.name,
+        "revision": lm.revision,
+        "hook_point": lm.hook.name,
+        "lm_dtype": known.get("lm_dtype"),
+        "dtype": dtype,
+        "device": device.type,
+        "d_model": head.d_model,
+        "d_sae": head.d_sae,
+        "target_l0": getattr(head, "target_l0", None),
+        "seed": head.seed,
+        "parameters": head.n_parameters(),
+        "scale": float(head.scale),
+        "train_tokens": known.get("tokens"),
+        "train_finished": subject.summary.get("finished"),
+        "train_tokens_per_second": subject.summary.get("tokens_per_second"),
+        "train_data": training if data else None,
+        "head_sha256": subject.sha256,
+        "sets": {
+            name: {
+                "tokens": rows.ids.numel(),
+                "documents": texts.n_documents(rows),
+                "ids_sha256": texts.digest(rows),
+            }
+            for name, rows in sets.items()
+        },
+    }
+
+
+def device_named(name: str) -> torch.device:
+    """The device meant.
+
+    Raises:
+        InputError: It is not here, or cannot do it.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as e:
+        raise InputError(f"--device={name!r}: no such device; allowed: auto, cpu, cuda") from e
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device={name!r}: metrics need fp64; allowed: auto, cpu, cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device={name!r}: there is no CUDA device here; use cpu")
+    return device

@@ -1,0 +1,32 @@
+"""Finished runs on the tiny model."""
+
+import shutil
+
+import pytest
+
+from tests.conftest import SMALL
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_lm_dir, text_file, tmp_path_factory):
+    """Two finished runs of different seeds; not to be changed."""
+    from train import main as train
+
+    folder = tmp_path_factory.mktemp("trained")
+    given = SMALL | {"lm.name": str(tiny_lm_dir), "data.train": str(text_file)}
+    given |= {"data.val_tokens": "4096", "trainer.val_check_interval": "1000"}
+    for seed in (0, 1):
+        args = given | {"seed_everything": seed, "run": folder / f"seed{seed}"}
+        assert train(["fit", *[f"--{k}={v}" for k, v in args.items()]]) == 0
+    return folder
+
+
+@pytest.fixture
+def runs(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def run(runs):
+    return runs / "seed0"

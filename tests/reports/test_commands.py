@@ -1,0 +1,110 @@
+"""`evaluate.py compare` and `try`, as people call them, on runs of the tiny model."""
+
+import json
+
+import pandas as pd
+import pytest
+import yaml
+
+from kanllama_lightning.reports.cli import REPORTS, main
+from tests.test_configs import ROOT
+
+
+def call(*args):
+    assert main([str(a) for a in args]) == 0
+
+
+def test_compare_makes_what_is_missing_and_nothing_else(runs, tmp_path, capsys):
+    out = tmp_path / "compared"
+    one, other = runs / "seed0", runs / "seed1"
+    call("report", one, "--reports", "sparsity", "losses", "--documents", 30)
+    made = {p: p.stat().st_mtime_ns for p in (one / "eval").glob("l*.csv")}
+    call("compare", f"first={one}", other, "--documents", 30, "--out", out)
+    assert {p: p.stat().st_mtime_ns for p in made} == made
+    table = pd.read_csv(out / "comparison.csv")
+    assert list(table["run"]) == ["first", "seed1"]
+    summary = json.loads((one / "eval/summary.json").read_text())
+    assert table["delta_ce"][0] == pytest.approx(summary["losses/heldout/delta_ce"])
+    assert table["fvu"][0] == pytest.approx(summary["reconstruction/heldout/fvu"], rel=1e-6)
+    assert table[["lens_kurtosis_median", "sae_agreement", "dead_frac"]].notna().all(axis=None)
+    pairs = pd.read_csv(out / "differences.csv")
+    assert (pairs["low"] <= pairs["difference"]).all()
+    assert "<table" in (out / "comparison.html").read_text()
+    assert "first" in capsys.readouterr().out
+
+
+def test_compare_refuses_other_text(runs, tmp_path, capsys):
+    call("report", runs / "seed0", "--reports", "losses", "--documents", 30)
+    call("report", runs / "seed1", "--reports", "losses", "--documents", 20)
+    args = ["compare", str(runs / "seed0"), str(runs / "seed1"), "--out", str(tmp_path / "out")]
+    assert main([*args, "--documents", "30"]) == 2
+    assert "like for like" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*args, "--documents", "30", "--force", "true"]) == 0
+
+
+def test_try_shows_predictions_latents_and_a_page(runs, tmp_path, capsys):
+    page = tmp_path / "try.html"
+    call("try", runs / "seed0", "--text", "w1 w2 w3 <w4>", "--n_new", 3, "--out", page)
+    out = capsys.readouterr().out
+    assert "w3" in out
+    assert "<html" in page.read_text()
+    call("report", runs / "seed0", "--reports", "latents", "--documents", 20)
+    call("try", runs / "seed0", "--text", "w1 w2", "--n_new", 0)
+    assert (runs / "seed0/eval/try.html").exists()
+    capsys.readouterr()
+    assert main(["try", str(runs / "seed0"), "--text", ""]) == 2
+    assert "text" in capsys.readouterr().err
+
+
+def test_capability_from_the_command_line(runs, capsys):
+    run = runs / "seed0"
+    prompt = ["--capability.prompt", "w1 w2", "--capability.answer", "w3"]
+    call("report", run, "--reports", "capability", *prompt)
+    table = pd.read_csv(run / "eval/capability.csv")
+    assert set(table["prompt"]) == {"w1 w2"}
+    capsys.readouterr()
+    args = ["report", str(run), "--reports", "capability", "--capability.prompt", "w1"]
+    assert main(args) == 2
+    assert "answer" in capsys.readouterr().err
+
+
+def test_every_report_of_a_run_at_once(runs):
+    run = runs / "seed0"
+    call("report", run, "--documents", 30)
+    summary = json.loads((run / "eval/summary.json").read_text())
+    applied = {kind.name for kind in REPORTS} - {"concepts"}  # those are of the story world
+    assert {key.split("/")[0] for key in summary if "/" in key} == applied
+    for kind in REPORTS:
+        if kind.name in applied:
+            assert all((run / "eval" / file).exists() for file in kind.files)
+
+
+def test_concepts_asked_for_by_name_need_the_story_world(runs, capsys):
+    assert main(["report", str(runs / "seed0"), "--reports", "concepts"]) == 2
+    assert "embedded" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs/eval").glob("*.yaml")), ids=str)
+def test_shipped_configs_parse(file, runs, monkeypatch):
+    text = file.read_text()
+    assert text.startswith("# ")
+    seen = {}
+    monkeypatch.setattr(
+        "kanllama_lightning.reports.cli.report", lambda *args: seen.update(args=args) or []
+    )
+    call("report", runs / "seed0", "--config", file)
+    _, reports, how, by_name, _ = seen["args"]
+    given = yaml.safe_load(text)
+    assert [r.name for r in reports] == [k.name for k in REPORTS if k.name in given["reports"]]
+    assert by_name
+    assert how.documents == given["documents"]
+
+
+def test_help_lists_every_setting(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["report", "--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    for setting in ("--documents", "--capability.prompt", "--losses.resamples", "--latents.top"):
+        assert setting in out

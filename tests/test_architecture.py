@@ -82,6 +82,8 @@ def test_arrows(file: Path) -> None:
         assert "callbacks" not in packages(file), (
             "YAML and train.py name callbacks, the library does not"
         )
+    if ".reports." not in name:
+        assert not any(".reports" in u for u in used), "only evaluate.py names reports"
     if name.startswith("callbacks."):
         bad = {"kanllama_lightning.module", "kanllama_lightning.cli", "kanllama_lightning.tokens"}
         assert not used & bad

@@ -268,7 +268,7 @@ def read_labels(latents: Path) -> dict[int, str]:
 def overview(run: EvalRun) -> Table:
     """The figures of a record that matter most, for a terminal."""
     known = read_json(run.out / SUMMARY)
-    table = Table(title=run.title, title_justify="left")
+    table = Table(title=run.title, title_justify="left", min_width=len(run.title))
     table.add_column("figure")
     sets = list(known.get("sets", {})) or [""]
     for name in sets:

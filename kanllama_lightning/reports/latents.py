@@ -273,7 +273,7 @@ def _scatter(table: pd.DataFrame, unusual: float) -> go.Figure:
     )
     styled(
         figure,
-        "Skewness against kurtosis: point at a latent for its tokens",
+        "Skewness against kurtosis of every latent",
         "skewness, mean(z³)",
         "kurtosis, mean(z⁴), log scale",
     )

@@ -1,6 +1,7 @@
 """`evaluate.py report` on a run of the tiny model: every figure against an independent one."""
 
 import json
+import os
 import shutil
 from functools import cache
 from pathlib import Path
@@ -18,7 +19,7 @@ from kanllama_lightning.lm import FrozenLM
 from kanllama_lightning.reports import losses, record
 from kanllama_lightning.reports.cli import main
 from kanllama_lightning.reports.reconstruction import BINS, bands
-from kanllama_lightning.reports.subject import read_subject
+from kanllama_lightning.reports.subject import folder_named, read_subject
 from kanllama_lightning.reports.texts import run_sets
 from tests.conftest import word_tokenizer
 from tests.wandb_file import history
@@ -256,6 +257,43 @@ def test_mistakes_are_answered_in_one_message(runs, run, tmp_path, capsys):
     BatchTopK(24, 32, 4).save(run / "head", {"lm": "x"})
     assert "width 24" in wrong(["report", run], capsys)
     assert "do not fit together" in wrong(["report", _damaged(runs / "seed1")], capsys)
+
+
+def test_a_model_whose_vocabulary_does_not_fit(run, tiny_lm_dir, tmp_path, capsys):
+    mixed = tmp_path / "mixed"
+    shutil.copytree(tiny_lm_dir, mixed)
+    config = json.loads((mixed / "config.json").read_text())
+    (mixed / "config.json").write_text(json.dumps(config | {"vocab_size": 10}))
+    err = wrong(["report", run, "--lm.name", mixed, "--reports", "sparsity"], capsys)
+    assert "its tokenizer has 64 tokens, its embedding 10" in err
+
+
+def test_last_is_the_run_finished_last(runs, tmp_path, capsys):
+    os.utime(runs / "seed0/head/head.json", (2e9, 2e9))
+    assert folder_named("last", str(runs)) == runs / "seed0"
+    os.utime(runs / "seed1/head/head.json", (3e9, 3e9))
+    assert folder_named("last", str(runs)) == runs / "seed1"
+    err = wrong(["report", "last", "--runs_dir", tmp_path / "none"], capsys)
+    assert "no finished run" in err
+
+
+def test_a_head_trained_anew_has_no_old_figures(runs):
+    run = runs / "seed0"
+    report(run, "--reports", "sparsity", "losses")
+    shutil.rmtree(run / "head")
+    shutil.copytree(runs / "seed1" / "head", run / "head")
+    report(run, "--reports", "sparsity")
+    found = figures(run)
+    assert "sparsity/heldout/l0" in found
+    assert not any(key.startswith("losses/") for key in found)
+
+
+def test_the_summary_keeps_what_the_losses_were_of(run):
+    report(run, "--reports", "losses")
+    before = figures(run)["sets"]
+    assert main(["report", str(run), "--reports", "sparsity", "--documents", "20"]) == 0
+    assert main(["report", str(run), "--reports", "capability"]) == 0
+    assert figures(run)["sets"] == before
 
 
 def _damaged(run: Path) -> Path:

@@ -97,6 +97,9 @@ def _scatter(
     _logarithmic(figure.update_xaxes, [row[x] for row in shown])
     ends = [row.get(f"{y}{end}") for row in shown for end in ("", "_low", "_high")]
     _logarithmic(figure.update_yaxes, [v for v in ends if v is not None])
+    figure.update_yaxes(exponentformat="none")
+    if x == "l0":
+        _apart(figure, [row[x] for row in shown])
     if y.endswith("_frac"):
         figure.update_yaxes(tickformat=".0%")
     return figure.update_layout(showlegend=True)
@@ -116,6 +119,13 @@ def _whiskers(rows: Sequence[Row], key: str) -> dict[str, Any] | None:
         "thickness": 1.5,
         "width": 4,
     }
+
+
+def _apart(figure: go.Figure, values: Sequence[float]) -> None:
+    """An L0 axis that does not make much of runs at nearly the same L0."""
+    low, high = min(values), max(values)
+    if high < 1.2 * low:
+        figure.update_xaxes(range=[0.9 * low, 1.1 * high])
 
 
 def _logarithmic(update: Callable[..., Any], values: Sequence[float]) -> None:

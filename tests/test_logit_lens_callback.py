@@ -51,6 +51,7 @@ def test_heads_of_other_families(fit: Fit, tmp_path: Path, head: str) -> None:
     json.dumps(lens, allow_nan=False)
 
 
+@pytest.mark.slow
 def test_changes_nothing_and_says_nothing_without_it(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,6 +70,7 @@ def test_changes_nothing_and_says_nothing_without_it(
     assert all(torch.equal(with_it[1][k], v) for k, v in without[1].items())
 
 
+@pytest.mark.slow
 def test_stopped_and_continued_leaves_the_same_table(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

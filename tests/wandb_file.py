@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ def records(path: Path) -> Iterator[Any]:
         if kind == 0:
             at += room
             continue
+        if at + HEADER + size > len(data):
+            return  # still being written
         parts.append(data[at + HEADER : at + HEADER + size])
         at += HEADER + size
         if kind in (1, 4):  # a whole record, or the last part of one
@@ -33,10 +36,20 @@ def records(path: Path) -> Iterator[Any]:
             yield record
 
 
+def whole(path: Path, seconds: float = 30.0) -> list[Any]:
+    """All records, once W&B has written the last one: its service does so beside the process."""
+    end = time.monotonic() + seconds
+    while True:
+        found = list(records(path))
+        if any(r.WhichOneof("record_type") == "exit" for r in found) or time.monotonic() > end:
+            return found
+        time.sleep(0.1)
+
+
 def history(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The logged rows and the configuration."""
     rows, config = [], {}
-    for record in records(path):
+    for record in whole(path):
         kind = record.WhichOneof("record_type")
         if kind == "history":
             items = record.history.item

@@ -3,15 +3,15 @@
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.trainer.states import TrainerFn
 
+from callbacks.looking import LookingCallback
 from kanllama_lightning.concepts import Stories, codes_of, read_stories, recover
 from kanllama_lightning.lm import EMBEDDED
 from kanllama_lightning.types import InputError
 from kanllama_lightning.view import regular
 
 
-class Concepts(L.Callback):
+class Concepts(LookingCallback):
     """On the embedded model, facts told by latents; on any other LM it does nothing at all.
 
     Logs `val/concepts_recovered` (share of facts with F1 of at least 0.9), `val/concepts_f1` and
@@ -25,34 +25,15 @@ class Concepts(L.Callback):
     """
 
     def __init__(self, every_n_validations: int = 5, stories: int = 200) -> None:
-        if every_n_validations < 1:
-            raise InputError(
-                f"Concepts.every_n_validations={every_n_validations}: must be at least 1"
-            )
+        super().__init__(every_n_validations)
         if stories < 2:
             raise InputError(f"Concepts.stories={stories}: must be at least 2, one for each half")
-        self.every_n_validations, self.stories = every_n_validations, stories
-        self._validations = 0
-        self._looks = False
+        self.stories = stories
         self._read: Stories | None = None
-
-    def state_dict(self) -> dict[str, Any]:
-        """How many validations there were: a continued run looks when an undisturbed one would."""
-        return {"validations": self._validations}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        self._validations = state_dict["validations"]
-
-    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Decide whether this validation looks."""
-        final = trainer.state.fn == TrainerFn.VALIDATING
-        self._validations += not final
-        self._looks = final or self._validations % self.every_n_validations == 0
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Match and log; the stories are read once, as the LM is frozen."""
-        if not self._looks or pl_module.lm.name != EMBEDDED:
+        if not self.looks or pl_module.lm.name != EMBEDDED:
             return
         if self._read is None:
             self._read = read_stories(pl_module.lm, self.stories)

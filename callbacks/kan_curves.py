@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from callbacks.looking import LookingCallback
 from kanllama_lightning.figures import curves_figure, page
 from kanllama_lightning.functional.curves import reading
 from kanllama_lightning.run import Table
@@ -25,7 +26,7 @@ OUT_OF_GRID = 0.01
 """Share beyond the grid from which on a run says so."""
 
 
-class KANCurves(L.Callback):
+class KANCurves(LookingCallback):
     """The most bent curves of a KAN head; does nothing at all for a head without curves.
 
     Writes `curves.csv` (bend: share of a curve's variance that no straight line explains; size:
@@ -41,29 +42,17 @@ class KANCurves(L.Callback):
     """
 
     def __init__(self, every_n_validations: int = 1, top: int = 64) -> None:
-        for name, value in {"every_n_validations": every_n_validations, "top": top}.items():
-            if value < 1:
-                raise InputError(f"KANCurves.{name}={value}: must be at least 1")
-        self.every_n_validations, self.top = every_n_validations, top
-        self._validations = 0
+        super().__init__(every_n_validations)
+        if top < 1:
+            raise InputError(f"KANCurves.top={top}: must be at least 1")
+        self.top = top
         self._warned = False
-        self._looks = False
         self._x: list[Tensor] = []
-
-    def state_dict(self) -> dict[str, Any]:
-        """How many validations there were: a continued run looks when an undisturbed one would."""
-        return {"validations": self._validations}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        self._validations = state_dict["validations"]
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Begin without rows."""
+        super().on_validation_start(trainer, pl_module)
         self._x = []
-        final = trainer.state.fn == TrainerFn.VALIDATING
-        self._validations += not final
-        self._looks = final or self._validations % self.every_n_validations == 0
 
     def on_validation_batch_end(
         self,
@@ -76,7 +65,7 @@ class KANCurves(L.Callback):
     ) -> None:
         """Take rows of the first set, until there are enough."""
         room = ROWS - sum(len(x) for x in self._x)
-        if self._looks and dataloader_idx == 0 and room > 0:
+        if self.looks and dataloader_idx == 0 and room > 0:
             self._x.append(outputs.x[:room])
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:

@@ -6,9 +6,9 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from callbacks.looking import LookingCallback
 from kanllama_lightning.lens import FIGURES, look
 from kanllama_lightning.metrics import Activations
 from kanllama_lightning.run import Table
@@ -21,7 +21,7 @@ JUDGED = 1024
 """Latents whose straightness is found; of a KAN decoder of Llama's size all would take minutes."""
 
 
-class LogitLens(L.Callback):
+class LogitLens(LookingCallback):
     """Skewness and kurtosis of the latents' logits over the vocabulary, and how alike latents are.
 
     Logs `val/lens_<figure>` and adds a row to `lens.csv` at every look; firing is counted over the
@@ -29,8 +29,8 @@ class LogitLens(L.Callback):
     are the baseline. At block 0 the lens is the direct path only. The table per latent is that of
     the report `latents`.
 
-    A look takes 8.6 TFLOP for 16,384 latents on Llama 3.2 1B: a second on a GPU, a minute or two on
-    two CPU cores. A validation at step s first drops rows of step s and later, as all tables do.
+    A look takes 8.6 TFLOP for 16,384 latents on Llama 3.2 1B, minutes on two CPU cores. A
+    validation at step s first drops rows of step s and later, as all tables do.
 
     Args:
         every_n_validations: Validations from one look to the next; the final one always looks.
@@ -38,28 +38,18 @@ class LogitLens(L.Callback):
     """
 
     def __init__(self, every_n_validations: int = 5, block: int = 256) -> None:
-        for name, value in {"every_n_validations": every_n_validations, "block": block}.items():
-            if value < 1:
-                raise InputError(f"LogitLens.{name}={value}: must be at least 1")
-        self.every_n_validations, self.block = every_n_validations, block
-        self._validations = 0
+        super().__init__(every_n_validations)
+        if block < 1:
+            raise InputError(f"LogitLens.block={block}: must be at least 1")
+        self.block = block
         self._meter: Activations | None = None
         self._x: list[Tensor] = []
 
-    def state_dict(self) -> dict[str, Any]:
-        """How many validations there were: a continued run looks when an undisturbed one would."""
-        return {"validations": self._validations}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        self._validations = state_dict["validations"]
-
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Begin without counts and rows, where this validation looks at all."""
-        final = trainer.state.fn == TrainerFn.VALIDATING
-        self._validations += not final
-        looks = final or self._validations % self.every_n_validations == 0
-        self._meter = Activations(pl_module.head.d_sae).to(pl_module.device) if looks else None
+        super().on_validation_start(trainer, pl_module)
+        made = Activations(pl_module.head.d_sae) if self.looks else None
+        self._meter = None if made is None else made.to(pl_module.device)
         self._x = []
 
     def on_validation_batch_end(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -214,6 +215,8 @@ def run_compare(given: Namespace) -> None:
     """Compare finished runs; what is missing of their records is made first."""
     named = comparison.labelled(given.runs)
     folders = [folder_named(str(folder), given.runs_dir) for _, folder in named]
+    if len(folders) < 2:
+        raise InputError(f"RUN={', '.join(given.runs)}: give at least two runs to compare")
     if not 0 <= given.tolerance < 1:
         raise InputError(f"--tolerance={given.tolerance}: must be from 0 to below 1")
     complete(folders, [kind() for kind in REPORTS], how(given))
@@ -289,6 +292,24 @@ COMMANDS = {
 }
 
 
+def _explain(message: str) -> str:
+    """One clear message from what the parser says."""
+    text = re.sub(r"\s*\n\s*", " ", message).strip()
+    key = re.search(r'Parser key "([\w.]+)"', text)
+    given = re.search(r"Given value: (.*)$", text)
+    kinds = re.findall(r"Expected an? <class '(\w+)'>", text)
+    if key and given and kinds:
+        names = {
+            "int": "a whole number",
+            "float": "a number",
+            "str": "a text",
+            "bool": "true or false",
+        }
+        wanted = " or ".join(names.get(kind, kind) for kind in kinds if kind != "NoneType")
+        text = f"--{key[1]}={given[1]}: must be {wanted}"
+    return f"{text[:1500]}\nsee `python evaluate.py --help` and `python evaluate.py report --help`"
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     quiet()
@@ -306,8 +327,11 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         given = parser.parse_args(list(sys.argv[1:] if args is None else args))
         COMMANDS[given.subcommand][1](given[given.subcommand])
-    except (InputError, ArgumentError) as e:
+    except InputError as e:
         sys.stderr.write(f"error: {e}\n")
+        return 2
+    except ArgumentError as e:
+        sys.stderr.write(f"error: {_explain(str(e))}\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("stopped; finished reports are kept, the same command goes on from them\n")

@@ -101,6 +101,28 @@ def test_shipped_configs_parse(file, runs, monkeypatch):
     assert how.documents == given["documents"]
 
 
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ([], "subcommand"),
+        (["report"], "runs"),
+        (["report", "RUN", "--docments", "5"], "--docments"),
+        (["report", "RUN", "--documents", "abc"], "--documents=abc: must be a whole number"),
+        (["report", "RUN", "--dtype", "float64"], "float64"),
+        (["compare", "RUN"], "at least two"),
+        (["compare", "RUN", "=x"], "may be empty"),
+        (["try", "RUN"], "text"),
+        (["try", "RUN", "--text", "w1", "--top", "0"], "top=0"),
+    ],
+    ids=str,
+)
+def test_mistakes_on_the_command_line(args, said, runs, capsys):
+    assert main([str(runs / "seed0") if a == "RUN" else a for a in args]) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert "Traceback" not in err
+
+
 def test_help_lists_every_setting(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["report", "--help"])

@@ -1,0 +1,40 @@
+"""What callbacks share that look at every N-th validation, and always at the final one."""
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
+
+from kanllama_lightning.types import InputError
+
+
+class LookingCallback(L.Callback):
+    """Says which validations are looked at; a subclass looks.
+
+    Args:
+        every_n_validations: Validations from one look to the next; the final one always looks.
+    """
+
+    def __init__(self, every_n_validations: int) -> None:
+        if every_n_validations < 1:
+            name = type(self).__name__
+            raise InputError(
+                f"{name}.every_n_validations={every_n_validations}: must be at least 1"
+            )
+        self.every_n_validations = every_n_validations
+        self.looks = False
+        self._validations = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many validations there were: a continued run looks when an undisturbed one would."""
+        return {"validations": self._validations}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self._validations = state_dict["validations"]
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Decide whether this validation is looked at."""
+        final = trainer.state.fn == TrainerFn.VALIDATING
+        self._validations += not final
+        self.looks = final or self._validations % self.every_n_validations == 0

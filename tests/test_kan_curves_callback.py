@@ -121,15 +121,15 @@ def test_every_second_validation_and_the_last() -> None:
     looks = []
     for _ in range(4):
         callback.on_validation_start(Trainer, None)  # type: ignore[arg-type]
-        looks.append(callback._looks)
+        looks.append(callback.looks)
     assert looks == [False, True, False, True]
     continued = KANCurves(every_n_validations=2)
     continued.load_state_dict(callback.state_dict())
     continued.on_validation_start(Trainer, None)  # type: ignore[arg-type]
-    assert not continued._looks
+    assert not continued.looks
     Trainer.state.fn = "validate"
     continued.on_validation_start(Trainer, None)  # type: ignore[arg-type]
-    assert continued._looks
+    assert continued.looks
 
 
 @pytest.mark.parametrize("name", ["every_n_validations", "top"])

@@ -86,7 +86,7 @@ def test_llama_1b_shapes_fit_on_a_cpu(llama_1b: Path, tmp_path: Path) -> None:
         *("--lm.revision", "null", "--lm.untrained", "true", "--run", str(tmp_path / "run")),
         "--data.train={class_path: StoryWorldCorpus, init_args: {n_documents: 3000}}",
         *("--data.val", "null", "--data.ctx_len", "128", "--data.lm_batch_seqs", "8"),
-        *("--data.val_tokens", "512", "--data.val_batch_seqs", "2", "--data.val_fraction", "0.1"),
+        *("--data.val_tokens", "256", "--data.val_batch_seqs", "1", "--data.val_fraction", "0.1"),
         *("--model.tokens", "2048", "--model.sae_batch_tokens", "512"),
         *("--model.start_tokens", "2048", "--model.buffer.capacity_tokens", "4096"),
         *("--trainer.precision", "32-true", "--trainer.accelerator", "cpu"),

@@ -32,6 +32,8 @@ OPERATING_POINT, END = 0.5, 0.99
 class Look(NamedTuple):
     """Per latent; NaN where a latent has no direction, or never fired where that is needed."""
 
+    directions: Float[Tensor, "d_sae d_model"]
+    """What each latent writes, per unit of its activation."""
     norm: Float[Tensor, " d_sae"]
     """Of the direction: LM units written per LM unit of activation."""
     max_cosine: Float[Tensor, " d_sae"]
@@ -57,6 +59,7 @@ def look(
     top: int = 10,
     block: int = 256,
     judged: int | None = None,
+    bins: int = 0,
 ) -> Look:
     """The logit lens and the geometry of a head's directions.
 
@@ -71,19 +74,20 @@ def look(
         top: Tokens listed per latent at either end.
         block: Latents worked on at once.
         judged: Most latents whose straightness is found, evenly spread; left out, all.
+        bins: Of the histogram of each direction's logits; 0 makes none.
     """
     with torch.autocast(x.device.type, enabled=False):
         directions = head.directions(activations.quantile(OPERATING_POINT).float(), x).float()
         straightness = _straightness(head, activations, judged)
         # the gain is no part of W_U, which may be tied to the embedding
         gain, unembedding = lm.model.model.norm.weight, lm.unembed()
-        lens = logit_lens(directions, gain, unembedding, top, block)
+        lens = logit_lens(directions, gain, unembedding, top, block, bins)
         random = random_unit(gain, unembedding, block=block)
         max_cosine = largest_cosine(directions, block)
     counted = (activations.fired > 0) & lens.kurtosis.isfinite()
     figures = _figures(activations, counted, lens, random, max_cosine, straightness)
     norm = directions.norm(dim=1)
-    return Look(norm, max_cosine, straightness, lens, random, counted, figures)
+    return Look(directions, norm, max_cosine, straightness, lens, random, counted, figures)
 
 
 def _straightness(

@@ -8,7 +8,7 @@ from importlib.resources import files
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from kanllama_lightning.embedded.lessons import tell_lessons
@@ -17,6 +17,7 @@ from kanllama_lightning.lm import FrozenLM
 from kanllama_lightning.prompts import LLAMA, Prompt, load, world_prompts
 from kanllama_lightning.prompts.reading import (
     bos,
+    pieces,
     quoted,
     seen_by,
     text_ids,
@@ -186,3 +187,32 @@ def test_texts_that_cannot_be_given_to_the_model(make_lm):
     lm.tokenizer.bos_token = None
     with pytest.raises(InputError, match="has no BOS token"):
         bos(lm)
+
+
+def test_pieces_are_the_text_that_each_token_adds():
+    lm = FrozenLM("embedded", "model.layers.1.mlp")
+    text = "Lily's \u00ef\U0001f600 cat \u65e5. <0x41>"
+    ids = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
+    made = pieces(lm.tokenizer, ids)
+    assert "".join(made) == text
+    at = made.index("\U0001f600")
+    assert made[at - 3 : at] == ["", "", ""]
+    # half a character, at either end, goes by its bytes
+    assert pieces(lm.tokenizer, ids[at - 1 : at + 1]) == ["\\x98", "\\x80"]
+    assert "".join(pieces(lm.tokenizer, ids[at - 3 : at])) == "\\xf0\\x9f\\x98"
+
+
+def test_pieces_of_a_byte_level_vocabulary():
+    made = Tokenizer(
+        models.BPE(
+            vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))},
+            merges=[],
+        )
+    )
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made)
+    text = "a \U0001f600 na\u00efve \\x9f\n"
+    ids = tokenizer(text)["input_ids"]
+    assert "".join(pieces(tokenizer, ids)) == text
+    assert pieces(tokenizer, ids)[2:6] == ["", "", "", "\U0001f600"]

@@ -32,6 +32,11 @@ class LogitLens(NamedTuple):
     """Tokens lowered most, lowest first."""
     bottom_values: Float[Tensor, "n top"]
     """Their T."""
+    low: Float[Tensor, " n"]
+    """Smallest and largest T: the ends of the histogram."""
+    high: Float[Tensor, " n"]
+    counts: Int[Tensor, "n bins"]
+    """Tokens in each of equally wide bins between them."""
 
 
 def logit_lens(
@@ -40,10 +45,12 @@ def logit_lens(
     unembedding: Float[Tensor, "d_model vocab"],
     top: int = 10,
     block: int = 256,
+    bins: int = 0,
 ) -> LogitLens:
     """Moments and extreme tokens of T = (w g) W_U.
 
-    [n, vocab] never exists whole: three blocks of [block, vocab] in fp32 do, and W_U in fp32.
+    [n, vocab] never exists whole: three blocks of [block, vocab] in fp32 do, and W_U in fp32; for
+    a histogram the size of two more.
 
     Args:
         directions: One per row, of any norm.
@@ -51,21 +58,27 @@ def logit_lens(
         unembedding: W_U, of any floating type.
         top: Tokens listed at either end; all of them if the vocabulary has fewer; 0 lists none.
         block: Directions worked on at once.
+        bins: Of the histogram of T; 0 makes none.
     """
-    if top < 0 or block < 1:
-        raise ValueError(f"top={top}, block={block}: must be at least 0 and at least 1")
+    if top < 0 or block < 1 or bins < 0:
+        raise ValueError(f"top={top}, block={block}, bins={bins}: must be at least 0, 1 and 0")
     weights = unembedding.float()  # once: at 128,256 tokens of width 2048, 1 GiB at most
     gain = gain.float()
     k = min(top, weights.shape[1])
     # one block even where there is no direction: its empty tensors have the right shapes
-    found = [_block(w.float() * gain, weights, k) for w in directions.split(block)]
+    found = [_block(w.float() * gain, weights, k, bins) for w in directions.split(block)]
     return LogitLens(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
 def _block(
-    folded: Float[Tensor, "n d_model"], weights: Float[Tensor, "d_model vocab"], top: int
+    folded: Float[Tensor, "n d_model"],
+    weights: Float[Tensor, "d_model vocab"],
+    top: int,
+    bins: int,
 ) -> LogitLens:
     logits = folded @ weights
+    ends = logits.aminmax(dim=1)
+    counts = _histogram(logits, ends.min, ends.max, bins)
     high, low = logits.topk(top, dim=1), logits.topk(top, dim=1, largest=False)
     mean = logits.mean(1, keepdim=True)
     z = logits.sub_(mean)
@@ -79,7 +92,20 @@ def _block(
         torch.where(defined, a, torch.nan).squeeze(1) for a in (mean, std, skewness, kurtosis)
     )
     above, below = (torch.where(defined, a.values, torch.nan) for a in (high, low))
-    return LogitLens(mean, std, skewness, kurtosis, high.indices, above, low.indices, below)
+    extremes = (high.indices, above, low.indices, below)
+    return LogitLens(mean, std, skewness, kurtosis, *extremes, ends.min, ends.max, counts)
+
+
+def _histogram(
+    logits: Float[Tensor, "n vocab"], low: Float[Tensor, " n"], high: Float[Tensor, " n"], bins: int
+) -> Int[Tensor, "n bins"]:
+    """Counts between the ends of each row, which belong to the outermost bins."""
+    if not bins:
+        return torch.zeros(len(logits), 0, dtype=torch.int64, device=logits.device)
+    width = ((high - low) / bins).unsqueeze(1)
+    at = ((logits - low.unsqueeze(1)) / width).nan_to_num(0.0).clamp_(0, bins - 1).long()
+    at += bins * torch.arange(len(at), device=at.device).unsqueeze(1)
+    return torch.bincount(at.flatten(), minlength=len(at) * bins).view(len(at), bins)
 
 
 def random_unit(

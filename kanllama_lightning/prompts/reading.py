@@ -1,5 +1,8 @@
 """A line of text under the LM: its ids, what a head makes of it, and tokens fit for people."""
 
+import re
+from codecs import getincrementaldecoder
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -109,6 +112,25 @@ def token_text(tokenizer: Any, token: int) -> str:
     # SentencePiece drops the blank before the first word of what it decodes
     blanks = len(name) - len(name.lstrip("▁"))
     return " " * blanks + text.lstrip(" ") if blanks else text
+
+
+def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    r"""The text that each token adds, raw; together the text of all of them.
+
+    A character of several tokens belongs to the last of them, the others add "". Bytes that are
+    no text, such as half a character at the start of the ids, are written as `\x9f`.
+    """
+    decoder = getincrementaldecoder("utf-8")("backslashreplace")
+    last = len(ids) - 1
+    return [decoder.decode(_token_bytes(tokenizer, i), n == last) for n, i in enumerate(ids)]
+
+
+def _token_bytes(tokenizer: Any, token: int) -> bytes:
+    """What a token writes, alone perhaps no valid text."""
+    text = token_text(tokenizer, token)
+    if re.fullmatch(r"(<0x[0-9A-F]{2}>)+", text):
+        return bytes(int(byte, 16) for byte in re.findall(r"<0x(..)>", text))
+    return text.encode("utf-8", "backslashreplace")
 
 
 @cache

@@ -43,6 +43,18 @@ def test_equals_scipy_on_the_whole_matrix(given):
     np.testing.assert_allclose(found.bottom_values, np.sort(logits, 1)[:, :7], atol=1e-4)
 
 
+def test_histogram_equals_numpy(given):
+    w, gain, unembedding = given
+    found = logit_lens(w, gain, unembedding, block=5, bins=11)
+    logits = (w * gain) @ unembedding
+    for j, row in enumerate(logits.numpy()):
+        counts, edges = np.histogram(row, 11)
+        # a logit on an edge may fall on either side of it
+        assert np.abs(counts - found.counts[j].numpy()).sum() <= 2
+        np.testing.assert_allclose([found.low[j], found.high[j]], edges[[0, -1]], rtol=1e-4)
+    assert found.counts.sum(1).tolist() == [V] * N
+
+
 @pytest.mark.parametrize("block", [1, 5, 23, 1000])
 def test_blocks_do_not_matter(given, block):
     for a, b in zip(logit_lens(*given, block=block), logit_lens(*given, block=8), strict=True):
@@ -92,7 +104,7 @@ def test_what_is_no_direction_has_no_moments(given, bad):
 def test_edges():
     gain, unembedding = torch.ones(D), drawn(D, 5)
     none = logit_lens(torch.zeros(0, D), gain, unembedding, top=3)
-    assert [tuple(a.shape) for a in none] == [(0,)] * 4 + [(0, 3)] * 4
+    assert [tuple(a.shape) for a in none] == [(0,)] * 4 + [(0, 3)] * 4 + [(0,), (0,), (0, 0)]
     assert logit_lens(drawn(2, D), gain, unembedding, top=10).top_ids.shape == (2, 5)
     assert logit_lens(drawn(2, D), gain, unembedding, top=0).top_ids.shape == (2, 0)
     for wrong in ({"top": -1}, {"block": 0}):

@@ -128,6 +128,12 @@ class FrozenLM:
                 )
             self._model.requires_grad_(False).eval()
         self._model.to(device)
+        on_cpu = torch.device(device).type == "cpu"
+        if on_cpu and self.dtype == torch.bfloat16 and not _cpu_has_bf16():
+            log.warning(
+                "lm.dtype=bfloat16: this CPU has no instructions for it and takes many times as "
+                "long; --lm.dtype float32 is faster, at twice the memory of the weights"
+            )
         return self
 
     @property
@@ -221,6 +227,10 @@ class FrozenLM:
     @staticmethod
     def _mlp(block: nn.Module, h: Tensor) -> Tensor:
         return h + block.mlp(block.post_attention_layernorm(h))  # type: ignore[operator]
+
+
+def _cpu_has_bf16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:

@@ -365,3 +365,12 @@ def test_a_hub_model_without_a_network():
     assert "lm.name='someone/some-model' (revision 'abc'): the model cannot be had" in message
     assert "--lm.name FOLDER" in message
     assert "configs/embedded.yaml" in message
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_slow_number_formats_are_named(make_lm, monkeypatch, caplog, able):
+    monkeypatch.setattr("kanllama_lightning.lm._cpu_has_bf16", lambda: able)
+    make_lm(dtype="float32")
+    assert not caplog.text
+    make_lm(dtype="bfloat16")
+    assert ("--lm.dtype float32 is faster" in caplog.text) is not able

@@ -81,8 +81,10 @@ def llama_1b(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_llama_1b_shapes_fit_on_a_cpu(llama_1b: Path, tmp_path: Path) -> None:
     began = time.perf_counter()
+    # without bf16 instructions the LM is many times faster in float32, at twice the memory
+    dtype = "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
     done = train(
-        *("fit", "--config", "configs/kan.yaml", "--lm.name", str(llama_1b)),
+        *("fit", "--config", "configs/kan.yaml", "--lm.name", str(llama_1b), "--lm.dtype", dtype),
         *("--lm.revision", "null", "--lm.untrained", "true", "--run", str(tmp_path / "run")),
         "--data.train={class_path: StoryWorldCorpus, init_args: {n_documents: 3000}}",
         *("--data.val", "null", "--data.ctx_len", "128", "--data.lm_batch_seqs", "8"),
@@ -97,8 +99,8 @@ def test_llama_1b_shapes_fit_on_a_cpu(llama_1b: Path, tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["d_sae"] == 16_384
     assert summary["steps"] == 4
-    sys.stdout.write(f"\n1B shapes: {seconds:.0f} s, peak {peak_gib:.1f} GiB\n")
-    assert seconds < 1500  # two cores without bf16 instructions; the lens alone is 8.6 TFLOP
+    sys.stdout.write(f"\n1B shapes in {dtype}: {seconds:.0f} s, peak {peak_gib:.1f} GiB\n")
+    assert seconds < 1500  # two busy cores; the lens alone is 8.6 TFLOP
     assert peak_gib < 20
 
 

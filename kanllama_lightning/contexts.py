@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kanllama_lightning.metrics import Activations
-from kanllama_lightning.types import DenseCodes, SparseCodes, ValidationBatch
+from kanllama_lightning.types import SparseCodes, ValidationBatch
 
 BEFORE = 0.75
 """Share of a window that lies before the token it was taken for, where there is enough text."""
@@ -122,7 +122,7 @@ class Contexts:
         self._merge(self._top, seen, latents, place, strength, size)
         chance = _chance(place * self.d_sae + latents, self.seed)
         self._merge(self._sampled, seen, latents, place, chance, size)
-        self._keep_silent(seen, isinstance(batch.out.codes, DenseCodes))
+        self._keep_silent(seen)
         self._rows += len(mask)
 
     def windows(self, latent: int) -> tuple[Windows, Windows]:
@@ -256,7 +256,7 @@ class Contexts:
             moved[at, where] = seen.activations(some[at], places.gather(1, chosen)[at, where])
             kept.values[some] = moved
 
-    def _keep_silent(self, seen: "_Seen", dense: bool) -> None:
+    def _keep_silent(self, seen: "_Seen") -> None:
         """Random windows of the batch, one of a document, and what fires in them."""
         place = seen.places()
         chance = _chance(place, self.seed + 1)
@@ -265,8 +265,6 @@ class Contexts:
         self._merge(
             self._silent, seen, torch.zeros_like(place), place, chance, torch.zeros(len(place))
         )
-        if dense:  # every latent fires everywhere: there is nothing to tell
-            return
         here = self._silent.place[0]
         here = here[here >= seen.first]
         self._pairs = torch.cat([self._pairs, seen.pairs(here)])

@@ -28,6 +28,8 @@ from kanllama_lightning.splice import put
 from kanllama_lightning.types import InputError, ValidationBatch
 
 RUNS = ("original", "sae")
+"""Of every trial; with latents steered there is the run STEERED too."""
+STEERED = "steered"
 
 
 class TokenTrial(NamedTuple):
@@ -65,18 +67,29 @@ class Trial(NamedTuple):
     text: str
     tokens: list[TokenTrial]
     predictions: dict[str, list[tuple[str, float]]]
-    """Likeliest next tokens and their probabilities, of `original` and `sae`."""
+    """Likeliest next tokens and their probabilities, of `original`, `sae`, and `steered`."""
     kl: float
     """KL(original || sae) of the prediction, nats."""
     continuations: dict[str, Continuation]
-    """Of `original` and `sae`."""
+    """Of the same runs."""
+    steer: dict[int, float]
+    """Activations that latents were set to in the run `steered`; empty if there is none."""
 
 
 @torch.no_grad()
 def try_text(
-    head: SAEHead, lm: FrozenLM, text: str, n_new: int = 20, top: int = 5, latents: int = 5
+    head: SAEHead,
+    lm: FrozenLM,
+    text: str,
+    n_new: int = 20,
+    top: int = 5,
+    latents: int = 5,
+    steer: Mapping[int, float] | None = None,
 ) -> Trial:
     """Run a text through LM and head; at every step the whole text, without a cache.
+
+    Steered, activations x become x + f(z') - f(z), z' being z with some latents set: the error of
+    the reconstruction stays in place, so that what changes is due to the latents alone.
 
     Args:
         head: In evaluation mode, on the LM's device.
@@ -85,6 +98,8 @@ def try_text(
         n_new: Tokens to write on from it, at most.
         top: Likeliest next tokens to return.
         latents: Latents to return per token, at most.
+        steer: Activation, head's units, that a latent is set to on every token that counts; 0
+            ablates it. Left out, there is no such run.
 
     Raises:
         InputError: The text is empty or too long, or a number is out of range.
@@ -92,12 +107,17 @@ def try_text(
     for name, value, least in (("n_new", n_new, 0), ("top", top, 1), ("latents", latents, 1)):
         if value < least:
             raise InputError(f"{name}={value}: whole numbers from {least} up")
+    set_to = dict(steer or {})
+    for latent in set_to:
+        if not 0 <= latent < head.d_sae:
+            raise InputError(f"steer={latent}: there are latents 0 to {head.d_sae - 1}")
     ids = [bos(lm), *text_ids(lm, text, "text")]
     check_length(lm, text, len(ids), "text")
     seen = seen_by(head, lm, ids)
-    log_p = {run: log_probs(_logits(lm, seen, run)) for run in RUNS}
+    runs = (*RUNS, STEERED) if set_to else RUNS
+    log_p = {run: log_probs(_logits(head, lm, seen, run, set_to)) for run in runs}
     predictions = {}
-    for run in RUNS:
+    for run in runs:
         best = log_p[run].topk(min(top, lm.vocab_size))
         names = [token_text(lm.tokenizer, i) for i in best.indices.tolist()]
         predictions[run] = list(zip(names, best.values.exp().tolist(), strict=True))
@@ -107,19 +127,42 @@ def try_text(
         tokens=_tokens(lm, text, ids, seen, latents),
         predictions=predictions,
         kl=float(kl_divergence(log_p["original"], log_p["sae"])),
-        continuations={run: _continue(head, lm, ids, run, n_new) for run in RUNS},
+        continuations={run: _continue(head, lm, ids, run, n_new, set_to) for run in runs},
+        steer=set_to,
     )
 
 
-def _logits(lm: FrozenLM, seen: ValidationBatch, run: str) -> Float[Tensor, " vocab"]:
-    """Logits after the last token; in the run `sae` the reconstruction is spliced in."""
+def _logits(
+    head: SAEHead, lm: FrozenLM, seen: ValidationBatch, run: str, steer: Mapping[int, float]
+) -> Float[Tensor, " vocab"]:
+    """Logits after the last token, with what the run splices in."""
     acts = seen.prefix.acts
     if run == "sae":
         acts = put(acts, seen.mask, seen.out.x_hat)
+    elif run == STEERED:
+        acts = put(acts, seen.mask, steered(head, seen.x, steer))
     return lm.logits(lm.resume(seen.prefix, acts)[0, -1])
 
 
-def _continue(head: SAEHead, lm: FrozenLM, ids: list[int], run: str, n_new: int) -> Continuation:
+def steered(
+    head: SAEHead, x: Float[Tensor, "tok d_model"], steer: Mapping[int, float]
+) -> Float[Tensor, "tok d_model"]:
+    """x + f(z') - f(z), z' the latents of x with some of them set to given activations."""
+    latents = head.encode(x)
+    changed = latents.clone()
+    for latent, value in steer.items():
+        changed[:, latent] = value
+    return x + head.decode(changed) - head.decode(latents)
+
+
+def _continue(
+    head: SAEHead,
+    lm: FrozenLM,
+    ids: list[int],
+    run: str,
+    n_new: int,
+    steer: Mapping[int, float],
+) -> Continuation:
     new: list[int] = []
     ends = _ends(lm)
     stopped = "length"
@@ -127,7 +170,7 @@ def _continue(head: SAEHead, lm: FrozenLM, ids: list[int], run: str, n_new: int)
         if len(ids) + len(new) > context(lm):
             stopped = "context"
             break
-        logits = _logits(lm, seen_by(head, lm, ids + new), run)
+        logits = _logits(head, lm, seen_by(head, lm, ids + new), run, steer)
         token = int(log_probs(logits).argmax())
         if token in ends:
             stopped = "end of text"
@@ -207,28 +250,30 @@ def show(trial: Trial, labels: Mapping[int, str] | None = None) -> RenderableTyp
         trial: What `try_text` returned.
         labels: What is known about latents, shown beside their numbers.
     """
+    set_to = [Text(f"steered: {steering(trial, labels or {})}")] if trial.steer else []
     return Group(
         Text(visible(trial.about), style="bold"),
         Text(f"text: {quoted(trial.text)}"),
+        *set_to,
         Text(""),
         _table_of_predictions(trial),
         Text(f"KL(original || reconstruction) of this prediction: {trial.kl:.4f} nats"),
         Text(""),
-        *(_continuation(trial, run) for run in RUNS),
+        *(_continuation(trial, run) for run in trial.continuations),
         Text(""),
         _table_of_tokens(trial, labels or {}),
     )
 
 
-NAMES = {"original": "original", "sae": "reconstruction"}
+NAMES = {"original": "original", "sae": "reconstruction", STEERED: "steered"}
 
 
 def _table_of_predictions(trial: Trial) -> Table:
     table = Table(title="Next token", title_justify="left")
-    for run in RUNS:
+    for run in trial.predictions:
         table.add_column(NAMES[run], overflow="fold")
         table.add_column("probability", justify="right")
-    for guesses in zip(*(trial.predictions[run] for run in RUNS), strict=True):
+    for guesses in zip(*trial.predictions.values(), strict=True):
         cells = [cell for token, p in guesses for cell in (Text(quoted(token)), Text(f"{p:.4f}"))]
         table.add_row(*cells)
     return table
@@ -237,7 +282,7 @@ def _table_of_predictions(trial: Trial) -> Table:
 def _continuation(trial: Trial, run: str) -> Text:
     """The continuation; what differs from the original's is underlined and bold."""
     own = trial.continuations[run]
-    same = shared(trial)
+    same = shared(trial, run)
     line = Text(f"{NAMES[run]:<15}", style="dim")
     line.append(f"...{visible(''.join(own.pieces[:same]))}", style="none")
     line.append(visible("".join(own.pieces[same:])), style="bold underline")
@@ -246,11 +291,22 @@ def _continuation(trial: Trial, run: str) -> Text:
     return line
 
 
-def shared(trial: Trial) -> int:
-    """Number of tokens with which the two continuations begin alike."""
-    one, two = (trial.continuations[run].ids for run in RUNS)
+def shared(trial: Trial, run: str) -> int:
+    """Number of tokens with which a continuation begins as the original's; of the original's own,
+    as all the others' do."""
+    if run == RUNS[0]:
+        return min(shared(trial, other) for other in trial.continuations if other != run)
+    one, two = (trial.continuations[name].ids for name in (RUNS[0], run))
     pairs = enumerate(zip(one, two, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(two)))
+
+
+def steering(trial: Trial, labels: Mapping[int, str]) -> str:
+    """What was set to what, in words."""
+    return ", ".join(
+        f"latent {latent}{visible(label(latent, labels))} to {value:g} on every token"
+        for latent, value in trial.steer.items()
+    )
 
 
 def _table_of_tokens(trial: Trial, labels: Mapping[int, str]) -> Table:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from html import escape
 
 from kanllama_lightning.prompts.reading import quoted, visible
-from kanllama_lightning.trial import NAMES, RUNS, TokenTrial, Trial, label, shared
+from kanllama_lightning.trial import NAMES, TokenTrial, Trial, label, shared, steering
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -58,7 +58,7 @@ attention sink. A small dot is a further token of the same character.</p>
 <h2>Continuation</h2>
 {continuations}
 <p class="note">Always the likeliest token; marked where the two part. With the reconstruction it is
-spliced in at every token but special ones and attention sinks, new tokens too.</p>
+spliced in at every token but special ones and attention sinks, new tokens too.{steered}</p>
 <h2>Tokens</h2>
 <table><thead><tr><th>token</th><th class="n">L0</th><th class="n">cosine</th>
 <th>latents that fire most, with activations</th></tr></thead>
@@ -92,6 +92,11 @@ def trial_page(trial: Trial, title: str, labels: Mapping[int, str] | None = None
         predictions=_predictions_html(trial),
         kl=f"{trial.kl:.4f}",
         continuations=_continuations_html(trial),
+        steered=_html(
+            f" Steered: {steering(trial, known)}; the error of the reconstruction stays in place."
+        )
+        if trial.steer
+        else "",
         rows="\n".join(_row(token, known) for token in trial.tokens),
     )
 
@@ -142,27 +147,23 @@ def _predictions_html(trial: Trial) -> str:
         bar = f'<td class="weights"><span class="bar" style="width:{100 * p:.1f}%"></span></td>'
         return f'<td><code>{_html(quoted(token))}</code></td><td class="n">{p:.4f}</td>{bar}'
 
-    names = "".join(f'<th colspan="3">{NAMES[run]}</th>' for run in RUNS)
+    names = "".join(f'<th colspan="3">{NAMES[run]}</th>' for run in trial.predictions)
     return _table(
         names,
-        (
-            "".join(map(cells, guesses))
-            for guesses in zip(*(trial.predictions[run] for run in RUNS), strict=True)
-        ),
+        ("".join(map(cells, guesses)) for guesses in zip(*trial.predictions.values(), strict=True)),
     )
 
 
 def _continuations_html(trial: Trial) -> str:
-    same = shared(trial)
-
     def row(run: str) -> str:
+        same = shared(trial, run)
         own = trial.continuations[run]
         alike, differs = ("".join(part) for part in (own.pieces[:same], own.pieces[same:]))
         marked = f"<mark>{_lines(differs)}</mark>" if differs else ""
         stop = f' <span class="stop">[{own.stopped}]</span>' if own.stopped != "length" else ""
         return f"<th>{NAMES[run]}</th><td><code>{_lines(alike)}{marked}</code>{stop}</td>"
 
-    return _table("", map(row, RUNS))
+    return _table("", map(row, trial.continuations))
 
 
 def _table(head: str, rows: Iterable[str]) -> str:

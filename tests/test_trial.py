@@ -106,6 +106,40 @@ def test_a_perfect_head_changes_nothing(make_lm):
     assert all(t.cosine == pytest.approx(1) for t in trial.tokens)
 
 
+def test_steering_sets_a_latent_and_keeps_the_error(make_lm):
+    lm = make_lm()
+    head = started_head(lm)
+    plain = try_text(head, lm, TEXT, n_new=4)
+    assert set(plain.continuations) == {"original", "sae"}
+    ids = torch.tensor([ids_of(lm)])
+    with torch.no_grad():
+        x = lm.acts(ids)[0, 1:]
+        z = head.encode(x)
+        latent = int(z.sum(0).argmax())
+        changed = z.clone()
+        changed[:, latent] = 3.0
+        acts = lm.acts(ids).clone()
+        # the linear dictionary says what one latent more or less writes
+        acts[0, 1:] = x + (changed - z) @ head.W_dec / head.scale
+        want = lm.logits(lm.resume(lm.prefix(ids), acts)[0, -1]).double().softmax(-1)
+    trial = try_text(head, lm, TEXT, n_new=4, top=64, steer={latent: 3.0})
+    assert trial.predictions["original"] == try_text(head, lm, TEXT, 4, 64).predictions["original"]
+    assert trial.continuations["sae"] == plain.continuations["sae"]
+    got = [p for _, p in trial.predictions["steered"]]
+    torch.testing.assert_close(
+        torch.tensor(got), want.topk(64).values.float(), rtol=1e-3, atol=1e-6
+    )
+    assert trial.predictions["steered"] != trial.predictions["original"]
+    assert f"steered: latent {latent} to 3 on every token" in printed(trial)
+    assert f"Steered: latent {latent} to 3" in trial_page(trial, TEXT)
+    # set to what it is anyway, nothing changes
+    silent = int((z == 0).all(0).nonzero()[0])
+    same = try_text(head, lm, TEXT, n_new=4, steer={silent: 0.0})
+    assert same.continuations["steered"] == same.continuations["original"]
+    with pytest.raises(InputError, match="steer=32: there are latents 0 to 31"):
+        try_text(head, lm, TEXT, steer={32: 1.0})
+
+
 def test_what_is_not_replaced_says_so(make_lm):
     lm = make_lm()
     trial = try_text(started_head(lm), lm, "w1 <eos> w2", n_new=2)

@@ -6,8 +6,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kanllama_lightning.types import SparseCodes
-
 CELLS = 1 << 22
 """Numbers that exist at once, a few times over."""
 DENSE = 16
@@ -26,20 +24,31 @@ class Neighbours(NamedTuple):
     """Correlation of the two activations over all tokens, silent ones too; fp64."""
 
 
-def neighbours(codes: SparseCodes, top: int = 5, least: int = 50) -> Neighbours:
+def neighbours(
+    values: Float[Tensor, " nnz"],
+    rows: Int[Tensor, " nnz"],
+    latents: Int[Tensor, " nnz"],
+    n_rows: int,
+    d_sae: int,
+    top: int = 5,
+    least: int = 50,
+) -> Neighbours:
     """The latents that fire on the same tokens as each one; exact over these codes.
 
     Counts of all pairs exist for some latents at a time only. The work is that of all pairs that
     fire on a token: nnz times L0.
 
     Args:
-        codes: Of many tokens, rows ascending, on the CPU.
+        values: Activations of many tokens, on the CPU.
+        rows: Token of each, ascending.
+        latents: Latent of each.
+        n_rows: Number of tokens.
+        d_sae: Number of latents.
         top: Most neighbours of each latent.
         least: Tokens on which both have to fire (METHODS C).
     """
-    fires = codes.values != 0
-    rows, latents, z = codes.rows[fires], codes.latents[fires], codes.values[fires].double()
-    n, d_sae = codes.n_rows, codes.d_sae
+    fires = values != 0
+    rows, latents, z, n = rows[fires], latents[fires], values[fires].double(), n_rows
     order = latents.argsort(stable=True)
     fired = torch.bincount(latents, minlength=d_sae)
     total = z.new_zeros(d_sae).index_add_(0, latents, z)

@@ -30,7 +30,7 @@ def drawn(density, seed=0):
 def test_against_numpy(monkeypatch, density, cells):
     monkeypatch.setattr(cofiring, "CELLS", cells)
     z = drawn(density)
-    found = neighbours(codes_of(z), top=4, least=5)
+    found = neighbours(*codes_of(z), top=4, least=5)
     on = (z != 0).double().numpy()
     joint = on.T @ on
     either = on.sum(0)[:, None] + on.sum(0) - joint
@@ -56,6 +56,6 @@ def test_against_numpy(monkeypatch, density, cells):
 
 
 def test_edges():
-    none = neighbours(codes_of(torch.zeros(0, 3)))
+    none = neighbours(*codes_of(torch.zeros(0, 3)))
     assert none.latent.tolist() == [[-1, -1]] * 3
-    assert neighbours(codes_of(torch.ones(4, 1))).latent.shape == (1, 0)
+    assert neighbours(*codes_of(torch.ones(4, 1))).latent.shape == (1, 0)

@@ -122,6 +122,10 @@ class Report(ABC):
     """Whether it looks at text."""
     splices: ClassVar[bool] = False
     """Whether it needs the next-token losses of every batch."""
+    reads: ClassVar[tuple[str, ...]] = ()
+    """Files of the record that it takes in where they are: it is made anew when they change."""
+    on_request: ClassVar[bool] = False
+    """Whether it is only made when asked for by name."""
 
     tokens: int | None = None
     """Most tokens of each set it looks at; None for all."""
@@ -136,8 +140,8 @@ class Report(ABC):
     def observe(self, run: EvalRun, seen: Seen) -> None:  # noqa: B027
         """Take in one batch."""
 
-    def finish(self, run: EvalRun) -> Figures:
-        """Write the files, return the figures."""
+    def finish(self, run: EvalRun) -> Figures | None:
+        """Write the files, return the figures; None if there is nothing to record."""
         return {}
 
     def settings(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The command line of the record: `report`, `compare`, `try`."""
 
 import json
+import math
 import os
 import re
 import sys
@@ -18,7 +19,9 @@ from kanllama_lightning.cli import quiet
 from kanllama_lightning.reports.base import EvalRun, Report
 from kanllama_lightning.reports.capability import Capability
 from kanllama_lightning.reports.concepts import Concepts
+from kanllama_lightning.reports.dashboard import DashboardReport
 from kanllama_lightning.reports.evaluation import How, complete, device_named, report
+from kanllama_lightning.reports.interpretability import Interpretability
 from kanllama_lightning.reports.latents import Latents
 from kanllama_lightning.reports.losses import Losses
 from kanllama_lightning.reports.reconstruction import Reconstruction
@@ -36,8 +39,12 @@ REPORTS: tuple[type[Report], ...] = (
     Losses,
     Reconstruction,
     Latents,
+    Interpretability,
+    DashboardReport,
 )
 """In the order they are made; a new report adds its class here."""
+PAGES = (Interpretability, DashboardReport)
+"""What is about one run alone: nothing that runs are compared by."""
 OVERVIEW = (
     ("L0", "sparsity/{set}/l0", "{:.2f}"),
     ("FVU", "reconstruction/{set}/fvu", "{:.4f}"),
@@ -55,6 +62,8 @@ OVERVIEW = (
     ("prompts: first guess kept", "capability/sae_agreement", "{:.1%}"),
     ("facts recovered (F1 at least 0.9)", "concepts/recovered_frac", "{:.1%}"),
     ("facts: mean F1", "concepts/mean_f1", "{:.3f}"),
+    ("LLM: detection (chance: 0.5)", "interpretability/detection", "{:.3f}"),
+    ("LLM: score, 1 to 5", "interpretability/score", "{:.2f}"),
 )
 """What `report` shows at the end; everything is in `summary.json`."""
 
@@ -75,7 +84,8 @@ def add_report_arguments(parser: ArgumentParser) -> None:
         nargs="+",
         type=str,
         default=None,
-        help=f"Which to make: {', '.join(names)} (default: all that apply).",
+        help=f"Which to make: {', '.join(names)} (default: all that apply, but those that ask an "
+        f"LLM: {', '.join(r.name for r in REPORTS if r.on_request)}).",
     )
     add("--again", type=bool, default=False, help="Make anew what is there already.")
     _add_text_arguments(parser)
@@ -180,7 +190,9 @@ def run_report(given: Namespace) -> None:
     made = report(folders, reports, how(given), given.reports is not None, given.again)
     console = Console(width=max(100, Console().width))
     for run in made:
-        console.print(overview(run))
+        shown = overview(run)
+        if shown.row_count:
+            console.print(shown)
         console.print(f"Everything is in {run.out}", soft_wrap=True, highlight=False)
 
 
@@ -219,7 +231,7 @@ def run_compare(given: Namespace) -> None:
         raise InputError(f"RUN={', '.join(given.runs)}: give at least two runs to compare")
     if not 0 <= given.tolerance < 1:
         raise InputError(f"--tolerance={given.tolerance}: must be from 0 to below 1")
-    complete(folders, [kind() for kind in REPORTS], how(given))
+    complete(folders, [kind() for kind in REPORTS if kind not in PAGES], how(given))
     runs = comparison.load(folders, [label for label, _ in named])
     flags = comparison.conflicts(runs, given.force)
     written = comparison.write(Path(given.out), runs, flags, given.tolerance)
@@ -237,19 +249,29 @@ def add_try_arguments(parser: ArgumentParser) -> None:
     add("--n_new", type=int, default=20, help="Tokens it writes on from there.")
     add("--top", type=int, default=5, help="Likeliest next tokens to show.")
     add("--latents", type=int, default=5, help="Latents to show per token.")
+    add(
+        "--steer",
+        nargs="+",
+        type=str,
+        default=None,
+        help="LATENT=STRENGTH: also run with the latent's activation set to STRENGTH on every "
+        "token (head's units, as shown; 0 ablates it), the error of the reconstruction left in "
+        "place.",
+    )
     add("--out", type=str | None, default=None, help="HTML file (default: RUN/eval/try.html).")
     _add_machine_arguments(parser)
 
 
 def run_try(given: Namespace) -> None:
     """Run the LM with and without its head on a text, and show which latents fire."""
+    steer = steering(given.steer or [])
     subject = read_subject(folder_named(given.run, given.runs_dir))
     lm = {key: given.lm[key] for key in LM_KEYS}
     model = shared_lm([subject], lm | {"untrained": lm["untrained"] or None}, given.dtype)
     device = device_named(given.device)
     model.load_(device)
     head = subject.head.to(device)
-    found = try_text(head, model, given.text, given.n_new, given.top, given.latents)
+    found = try_text(head, model, given.text, given.n_new, given.top, given.latents, steer)
     known = subject.folder / EVAL / Latents.files[0]
     labels = read_labels(known) if known.is_file() else None
     Console().print(show(found, labels))
@@ -257,6 +279,29 @@ def run_try(given: Namespace) -> None:
     make_folder(out.parent)
     out.write_text(trial_page(found, given.text, labels), encoding="utf-8")
     Console().print(f"Written: {out}", soft_wrap=True, highlight=False)
+
+
+def steering(given: Sequence[str]) -> dict[int, float]:
+    """Latents and strengths from what was typed.
+
+    Raises:
+        InputError: It is not LATENT=STRENGTH, or names a latent twice.
+    """
+    found: dict[int, float] = {}
+    for one in given:
+        latent, _, strength = one.partition("=")
+        try:
+            number, value = int(latent), float(strength)
+        except ValueError as e:
+            raise InputError(
+                f"--steer {one!r}: must be LATENT=STRENGTH, a number and an activation, such as "
+                "12=3.5"
+            ) from e
+        if not math.isfinite(value) or number in found:
+            why = "is given twice" if number in found else "must be set to a finite number"
+            raise InputError(f"--steer {one!r}: latent {number} {why}")
+        found[number] = value
+    return found
 
 
 def read_labels(latents: Path) -> dict[int, str]:
@@ -270,7 +315,8 @@ def read_labels(latents: Path) -> dict[int, str]:
 
 def overview(run: EvalRun) -> Table:
     """The figures of a record that matter most, for a terminal."""
-    known = read_json(run.out / SUMMARY)
+    path = run.out / SUMMARY  # which a dry run does not write
+    known = read_json(path) if path.is_file() else {}
     table = Table(title=run.title, title_justify="left", min_width=len(run.title))
     table.add_column("figure")
     sets = list(known.get("sets", {})) or [""]

@@ -33,7 +33,8 @@ class Job(NamedTuple):
 
     run: EvalRun
     report: Report
-    fingerprint: str
+    facts: Mapping[str, Any]
+    """Everything its figures depend on, beside the report's settings."""
 
 
 def pending(
@@ -58,30 +59,34 @@ def pending(
     jobs = []
     for run, facts in zip(runs, about, strict=True):
         for report in reports:
+            if report.on_request and not by_name:
+                continue
             reason = report.applies(run)
             if reason is not None:
                 if by_name:
                     raise InputError(f"--reports {report.name}: {reason}")
                 log.info("%s: left out: %s", report.name, reason)
                 continue
-            fingerprint = _fingerprint(facts, report)
-            if not again and _is_done(run, report, fingerprint):
+            if not again and _is_done(run, report, facts):
                 log.info("%s: there already (--again makes it anew)", run.out / report.files[0])
                 continue
-            jobs.append(Job(run, report.fresh(), fingerprint))
+            jobs.append(Job(run, report.fresh(), facts))
     return jobs
 
 
-def _fingerprint(facts: Mapping[str, Any], report: Report) -> str:
+def _fingerprint(run: EvalRun, report: Report, facts: Mapping[str, Any]) -> str:
     about = {k: v for k, v in facts.items() if report.streams or k != "sets"}
     about |= {"report": report.name, "settings": report.settings()}
+    for name in report.reads:
+        path = run.out / name
+        about[name] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
     return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _is_done(run: EvalRun, report: Report, fingerprint: str) -> bool:
+def _is_done(run: EvalRun, report: Report, facts: Mapping[str, Any]) -> bool:
     path = run.out / DONE / f"{report.name}.json"
     whole = path.is_file() and all((run.out / f).is_file() for f in report.files)
-    return whole and read_json(path).get("fingerprint") == fingerprint
+    return whole and read_json(path).get("fingerprint") == _fingerprint(run, report, facts)
 
 
 def make(
@@ -119,10 +124,12 @@ def _finish(job: Job, about: Mapping[str, Any]) -> None:
     began = time.perf_counter()
     run, report = job.run, job.report
     figures = report.finish(run)
+    if figures is None:
+        return
     seconds = round(time.perf_counter() - began, 3)
     done = {
         "report": report.name,
-        "fingerprint": job.fingerprint,
+        "fingerprint": _fingerprint(run, report, job.facts),
         "settings": report.settings(),
         "seconds": seconds,
         "about": about,

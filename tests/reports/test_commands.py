@@ -73,7 +73,8 @@ def test_every_report_of_a_run_at_once(runs):
     run = runs / "seed0"
     call("report", run, "--documents", 30)
     summary = json.loads((run / "eval/summary.json").read_text())
-    applied = {kind.name for kind in REPORTS} - {"concepts"}  # those are of the story world
+    # concepts are of the story world; whoever wants to ask an LLM says so
+    applied = {kind.name for kind in REPORTS} - {"concepts", "interpretability"}
     assert {key.split("/")[0] for key in summary if "/" in key} == applied
     for kind in REPORTS:
         if kind.name in applied:
@@ -113,6 +114,10 @@ def test_shipped_configs_parse(file, runs, monkeypatch):
         (["compare", "RUN", "=x"], "may be empty"),
         (["try", "RUN"], "text"),
         (["try", "RUN", "--text", "w1", "--top", "0"], "top=0"),
+        (["try", "RUN", "--text", "w1", "--steer", "3"], "--steer '3': must be LATENT=STRENGTH"),
+        (["try", "RUN", "--text", "w1", "--steer", "3=inf"], "must be set to a finite number"),
+        (["try", "RUN", "--text", "w1", "--steer", "3=1", "3=2"], "latent 3 is given twice"),
+        (["try", "RUN", "--text", "w1", "--steer", "99=1"], "steer=99: there are latents 0 to 31"),
     ],
     ids=str,
 )

@@ -1,0 +1,1 @@
+"""The feature dashboard: one page of HTML about all latents of a head, complete in itself."""

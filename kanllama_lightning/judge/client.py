@@ -1,0 +1,458 @@
+"""The client of the judge: every question is asked once, whatever happens on the way."""
+
+import asyncio
+import json
+import logging
+import random
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import openai
+
+from kanllama_lightning.judge.budget import Budget, Prices, estimate_tokens
+from kanllama_lightning.judge.cache import Cache
+from kanllama_lightning.judge.endpoint import Endpoint
+from kanllama_lightning.types import InputError
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+ATTEMPTS = 2
+"""Times that a question is asked until the answer can be used."""
+MOST_WAIT = 60.0
+"""Longest pause before a repetition that we choose, in seconds."""
+MOST_OBEYED = 300.0
+"""Longest pause that a server may ask for, in seconds."""
+EARLY = 2
+"""Repetitions while no server has been reached at all."""
+LENGTHS = "list lengths"
+"""What a server refuses that knows schemas, but not the number of entries of a list."""
+ADAPTABLE = ("temperature", "seed", "max_completion_tokens", "max_tokens", "response_format")
+
+
+FILTERS = ("content_filter", "content_policy_violation")
+"""What a server calls it that a question is not let through."""
+
+
+class Question(NamedTuple):
+    """One call."""
+
+    messages: Sequence[Mapping[str, str]]
+    name: str
+    """Of the schema."""
+    schema: Mapping[str, Any]
+    """What the answer has to look like."""
+
+
+class Answer(NamedTuple, Generic[T]):
+    """What came of a question."""
+
+    value: T | None
+    """None if it failed."""
+    failure: str | None
+    """Why it failed, in a few words."""
+    lost: bool
+    """Whether nobody answered at all, so that it is worth asking again later."""
+    calls: int
+    """Replies received, now or earlier."""
+    input_tokens: int | None
+    """Of all of them; None if the server does not say."""
+    output_tokens: int | None
+
+
+class Manner(NamedTuple):
+    """How a judge is asked."""
+
+    model: str
+    max_tokens: int
+    """Longest reply."""
+    seed: int
+    concurrency: int
+    """Calls at once."""
+    timeout: float
+    """Seconds that a reply may take."""
+    retries: int
+    """Repetitions of a call that got no answer."""
+    wait: float
+    """Seconds before the first repetition; twice as many before each further one."""
+
+
+class _Again(Exception):  # noqa: N818
+    """It is worth trying again.
+
+    Args:
+        reason: Why, in a few words.
+        wait: Seconds that the server asks for.
+        unreached: Whether there was no connection at all.
+        billed: Whether the server may have worked, and count it.
+    """
+
+    def __init__(
+        self, reason: str, wait: float | None = None, unreached: bool = False, billed: bool = False
+    ) -> None:
+        super().__init__(reason)
+        self.reason, self.wait, self.unreached, self.billed = reason, wait, unreached, billed
+
+
+class Judge:
+    """Asks an LLM, with what was asked before read from the disk; never raises for a bad answer.
+
+    Use as an async context manager.
+
+    Args:
+        endpoint: The server.
+        manner: How it is asked.
+        cache: Folder of replies.
+        prices: Of tokens.
+        max_cost: Most that the calls may cost together, in USD.
+    """
+
+    def __init__(
+        self, endpoint: Endpoint, manner: Manner, cache: Path, prices: Prices, max_cost: float
+    ) -> None:
+        self.endpoint, self.manner, self.prices = endpoint, manner, prices
+        self.cache = Cache(cache)
+        self.budget = Budget(max_cost)
+        self.refused = self.cache.refused(endpoint.shown, manner.model)
+        """Parameters that the server does not take."""
+        self.stopped: InputError | None = None
+        """Why nothing is asked any more."""
+        self.lost: list[str] = []
+        """Why calls got no answer, of each that got none."""
+        self.asked = 0
+        """Replies that came now, and not from the disk."""
+        self._lost_in_a_row = 0
+        self._met = False
+        self._door = asyncio.Lock()
+        self._places = asyncio.Semaphore(manner.concurrency)
+        self._halt = asyncio.Event()
+        self._client = endpoint.client(manner.timeout)
+
+    async def __aenter__(self) -> "Judge":
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self._client.close()
+
+    def recall(self, question: Question, parse: Callable[[str], T]) -> Answer[T] | None:
+        """The answer, if it is on the disk."""
+        replies = []
+        for attempt in range(ATTEMPTS):
+            reply = self.cache.read(self._key(question, attempt))
+            if reply is None:
+                return None
+            replies.append(reply)
+            value, failure, final = _judged(reply, parse)
+            if final:
+                break
+        return _answer(value, failure, replies)
+
+    async def ask(self, question: Question, parse: Callable[[str], T]) -> Answer[T]:
+        """Ask, and once more if the answer cannot be used.
+
+        Args:
+            question: What.
+            parse: Makes the value of the text; raises ValueError, in a few words, if it is none.
+        """
+        replies: list[Mapping[str, Any]] = []
+        value, failure = None, None
+        for attempt in range(ATTEMPTS):
+            kept = self.cache.read(self._key(question, attempt))
+            reply = await self._wait_and_send(question, attempt) if kept is None else kept
+            if isinstance(reply, str):
+                return Answer(None, reply, True, len(replies), *_usage(replies))
+            replies.append(reply)
+            value, failure, final = _judged(reply, parse)
+            if final:
+                break
+        return _answer(value, failure, replies)
+
+    def most(self, question: Question) -> float:
+        """The most that one call may cost, in USD."""
+        tokens = estimate_tokens(question.messages, question.schema)
+        return self.prices.cost(tokens, self.manner.max_tokens)
+
+    def _wanted(self, question: Question, attempt: int) -> dict[str, Any]:
+        """The parameters, before the server has said which it does not take."""
+        schema = {"name": question.name, "strict": True, "schema": question.schema}
+        return {
+            "temperature": 0,
+            "seed": self.manner.seed + attempt,
+            "max_tokens": self.manner.max_tokens,
+            "response_format": {"type": "json_schema", "json_schema": schema},
+        }
+
+    def _key(self, question: Question, attempt: int) -> str:
+        # the address is left out: the same model answers alike wherever it is asked
+        return Cache.key(
+            {
+                "model": self.manner.model,
+                "params": self._wanted(question, attempt),
+                "messages": question.messages,
+                "attempt": attempt,
+            }
+        )
+
+    def _params(self, question: Question, attempt: int) -> dict[str, Any]:
+        """The parameters that the server takes."""
+        params = self._wanted(question, attempt)
+        if "max_tokens" in self.refused:
+            params["max_completion_tokens"] = params["max_tokens"]
+        if LENGTHS in self.refused:
+            params["response_format"] = _without_lengths(params["response_format"])
+        return {name: value for name, value in params.items() if name not in self.refused}
+
+    async def _wait_and_send(self, question: Question, attempt: int) -> dict[str, Any] | str:
+        """A reply, or why there is none; the first call goes alone, as it may find nobody in."""
+        async with self._places:
+            if not self._met:
+                async with self._door:
+                    if not self._met:
+                        try:
+                            return await self._send(question, attempt)
+                        finally:
+                            self._met = True
+            return await self._send(question, attempt)
+
+    async def _send(self, question: Question, attempt: int) -> dict[str, Any] | str:
+        most = self.most(question)
+        repetition = 0
+        while True:
+            if self.stopped is not None:
+                return "not asked"
+            if not await self.budget.reserve(most):
+                self._stop(
+                    f"interpretability.max_cost={self.budget.limit}: the next call could exceed it "
+                    f"({self.budget.spent:.4f} USD are spent); what came is kept, the same command "
+                    "with a higher --interpretability.max_cost goes on from there"
+                )
+                return "not asked"
+            cost = 0.0
+            try:
+                params = self._params(question, attempt)
+                reply = await self._post(question, params)
+                self.cache.write(self._key(question, attempt), _record(self, question, params),
+                                 reply)  # fmt: skip
+                used = _usage([reply])
+                cost = most if None in used else self.prices.cost(used[0] or 0, used[1] or 0)
+                self.asked += 1
+                self._lost_in_a_row = 0
+                return reply
+            except _Again as e:
+                cost = most if e.billed else 0.0
+                again = e
+            except openai.APIStatusError as e:
+                if self._adapt(e, params):
+                    continue
+                if e.code in FILTERS:
+                    return {"failure": "refused"}
+                if e.status_code in (400, 413, 422):
+                    log.warning("the judge does not take a question (%s)", _code(e))
+                    return {"failure": f"not taken ({_code(e)})"}
+                self._stop(self._explained(e))
+                return "not asked"
+            finally:
+                await self.budget.settle(most, cost)
+            reached = self.asked > 0 or not again.unreached
+            if repetition == (self.manner.retries if reached else min(EARLY, self.manner.retries)):
+                return self._lose(again)
+            await self._pause(again.wait, repetition)
+            repetition += 1
+
+    async def _post(self, question: Question, params: Mapping[str, Any]) -> dict[str, Any]:
+        """One try; raises _Again, or APIStatusError for what no repetition helps."""
+        model, messages = self.manner.model, question.messages
+        create: Any = self._client.chat.completions.with_raw_response.create
+        try:
+            async with asyncio.timeout(self.manner.timeout):
+                response = await create(model=model, messages=messages, **params)
+        except (openai.APITimeoutError, TimeoutError):
+            raise _Again(f"no reply in {self.manner.timeout:g} s", billed=True) from None
+        except openai.APIConnectionError as e:
+            cause = type(e.__cause__).__name__
+            unreached = cause in ("ConnectError", "ConnectTimeout", "UnsupportedProtocol")
+            reason = "no connection" if unreached else "connection broke off"
+            raise _Again(reason, unreached=unreached, billed=not unreached) from None
+        except openai.APIStatusError as e:
+            if e.code == "insufficient_quota" or e.type == "insufficient_quota":
+                raise
+            if e.status_code in (408, 409, 429) or e.status_code >= 500:
+                wait = _retry_after(e.response.headers)
+                raise _Again(f"answer {e.status_code}", wait=wait) from None
+            raise
+        return _envelope(self.endpoint.scrubbed(response.text))
+
+    def _adapt(self, error: openai.APIStatusError, sent: Mapping[str, Any]) -> bool:
+        """Leave out the parameter that the server objects to, from now on; False if it is none."""
+        if error.status_code not in (400, 422):
+            return False
+        body = error.body if isinstance(error.body, dict) else {}
+        said = f"{error.param or ''} {body.get('message', '')} {body.get('detail', '')}"
+        first = [n for n in ADAPTABLE if error.param and str(error.param).startswith(n)]
+        named = first or [n for n in ADAPTABLE if n in sent and re.search(rf"\b{n}\b", said)]
+        if not named or named[0] not in sent:
+            # another call has met this meanwhile: what is asked now is not what was sent then
+            return bool(named) and named[0] in self.refused
+        name = named[0]
+        if name == "response_format" and LENGTHS not in self.refused:
+            name = LENGTHS
+        if name not in self.refused:
+            self.refused.add(name)
+            self.cache.refuse(self.endpoint.shown, self.manner.model, self.refused)
+            log.warning("the judge does not take %s: left out from now on", name)
+        return True
+
+    def _explained(self, error: openai.APIStatusError) -> str:
+        where, status = self.endpoint.shown, error.status_code
+        if status == 404:
+            problem = (
+                f"interpretability.model={self.manner.model!r}: {where} does not know it, or is "
+                "no such place (404); check --interpretability.model and --interpretability."
+                "base_url"
+            )
+        elif status in (401, 403):
+            problem = (
+                f"OPENAI_API_KEY: {where} does not accept it ({status}); set one that may use "
+                f"{self.manner.model!r}"
+            )
+        elif status == 429:
+            problem = (
+                f"OPENAI_API_KEY: its quota at {where} is used up (insufficient_quota); raise it, "
+                "or take another key"
+            )
+        else:
+            problem = f"interpretability.base_url={where!r}: answers {status} ({_code(error)})"
+        return f"{problem}; what came before is kept, the same command goes on from there"
+
+    def _stop(self, problem: str) -> None:
+        if self.stopped is None:
+            self.stopped = InputError(problem)
+        self._halt.set()
+
+    def _lose(self, why: _Again) -> str:
+        """Count a call that nobody answered; give up if that goes for all."""
+        self.lost.append(why.reason)
+        self._lost_in_a_row += 1
+        nobody = why.unreached and not self.asked
+        if nobody or self._lost_in_a_row >= max(3, 2 * self.manner.concurrency):
+            self._stop(
+                f"interpretability.base_url={self.endpoint.shown!r}: {len(self.lost)} calls got no "
+                f"answer ({why.reason}); see that the server runs there; what came before is kept, "
+                "the same command goes on from there"
+            )
+        return f"no answer ({why.reason})"
+
+    async def _pause(self, asked: float | None, repetition: int) -> None:
+        if asked is not None:
+            seconds = min(asked, MOST_OBEYED)
+        else:
+            spread = random.uniform(0.5, 1.5)  # so that not all come back at once
+            seconds = min(self.manner.wait * 2**repetition * spread, MOST_WAIT)
+        try:
+            async with asyncio.timeout(seconds):
+                await self._halt.wait()
+        except TimeoutError:
+            pass
+
+
+def _record(judge: Judge, question: Question, params: Mapping[str, Any]) -> dict[str, Any]:
+    """What was asked, for people."""
+    about = {"url": judge.endpoint.shown, "model": judge.manner.model}
+    return about | dict(params) | {"messages": list(question.messages)}
+
+
+def _envelope(text: str) -> dict[str, Any]:
+    """What counts of a reply, still unread."""
+    try:
+        body = json.loads(text)
+        choice = body["choices"][0]
+        message = choice["message"]
+        refusal = message.get("refusal")
+        content = message.get("content")
+        reply = {
+            "content": content if isinstance(content, str) else None,
+            "refusal": str(refusal) if refusal else None,
+            "finish_reason": choice.get("finish_reason"),
+            "model": body.get("model"),
+            "usage": body.get("usage"),
+        }
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return {"body": text}
+    return reply
+
+
+def _judged(
+    reply: Mapping[str, Any], parse: Callable[[str], T]
+) -> tuple[T | None, str | None, bool]:
+    """Value, why there is none, and whether asking again is no use."""
+    if "failure" in reply:
+        return None, str(reply["failure"]), True
+    if reply.get("refusal") or reply.get("finish_reason") == "content_filter":
+        return None, "refused", True
+    if reply.get("finish_reason") == "length":
+        return None, "truncated", False
+    content = reply.get("content")
+    if not isinstance(content, str):
+        return None, "no text", False
+    try:
+        return parse(content), None, True
+    except ValueError as e:
+        return None, str(e), False
+
+
+def _answer(
+    value: T | None, failure: str | None, replies: Sequence[Mapping[str, Any]]
+) -> Answer[T]:
+    real = [r for r in replies if "failure" not in r]
+    return Answer(value, failure, False, len(real), *_usage(real))
+
+
+def _usage(replies: Sequence[Mapping[str, Any]]) -> tuple[int | None, int | None]:
+    """Input and output tokens of replies; None where a server does not say."""
+    used = [r.get("usage") for r in replies]
+    sums: list[int | None] = []
+    for name in ("prompt_tokens", "completion_tokens"):
+        counts = [u.get(name) if isinstance(u, dict) else None for u in used]
+        whole = [c for c in counts if isinstance(c, int) and c >= 0]
+        sums.append(sum(whole) if len(whole) == len(counts) else None)
+    return sums[0], sums[1]
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds that the server asks to wait."""
+    exact, rough = headers.get("retry-after-ms"), headers.get("retry-after")
+    try:
+        if exact is not None:
+            return max(0.0, float(exact) / 1000)
+        if rough is not None:
+            return max(0.0, float(rough))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(rough or "").timestamp() - time.time())
+    except ValueError:
+        return None
+
+
+def _code(error: openai.APIStatusError) -> str:
+    """What a server calls a problem, if it is a plain word."""
+    code = error.code or ""
+    return code if re.fullmatch(r"[a-z_]{1,40}", code) else str(error.status_code)
+
+
+def _without_lengths(value: Any) -> Any:
+    """A schema that does not say how long lists are."""
+    if isinstance(value, dict):
+        left = {k: v for k, v in value.items() if k not in ("minItems", "maxItems")}
+        return {k: _without_lengths(v) for k, v in left.items()}
+    return value

@@ -1,0 +1,114 @@
+"""Where a judge is asked, and with what right; neither key nor password is ever shown."""
+
+import base64
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit, urlunsplit
+
+import openai
+
+from kanllama_lightning.types import InputError
+
+OFFICIAL = "https://api.openai.com/v1"
+CHATTY = ("httpx2", "httpx", "httpcore2", "httpcore", "openai")
+"""Loggers of the libraries below, which write whole addresses."""
+LONG = 8
+"""Letters from which on a secret is looked for in what a server says."""
+
+
+class Endpoint:
+    """The server that answers, its key taken from the environment.
+
+    Args:
+        base_url: Address, such as http://localhost:8000/v1; None for OPENAI_BASE_URL, and without
+            that OpenAI. User, password and query are used and never shown.
+        argument: What to call it in an error.
+
+    Raises:
+        InputError: It is no address, or OpenAI is meant and there is no OPENAI_API_KEY.
+    """
+
+    def __init__(self, base_url: str | None, argument: str) -> None:
+        self._key = os.environ.get("OPENAI_API_KEY", "").strip()
+        parts = _parts(base_url, argument)
+        self.shown = _shown(parts)
+        """Scheme, host and path: all of the address that is ever written down."""
+        self._query = dict(parse_qsl(parts.query))
+        self._user = None
+        if parts.username is not None:
+            self._user = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+        if parts.hostname == urlsplit(OFFICIAL).hostname and not self._key:
+            raise InputError(
+                f"{argument}={self.shown!r}: needs a key, but OPENAI_API_KEY is not set; set it in "
+                "the environment, give the address of a local server, or see the prompts with "
+                "--interpretability.dry_run true"
+            )
+        found = [self._key, *self._query.values(), *(self._user or "").split(":")]
+        self._secrets = [s for s in found if len(s) >= LONG]
+
+    def client(self, timeout: float) -> openai.AsyncOpenAI:
+        """A client that tries once.
+
+        Args:
+            timeout: Seconds.
+        """
+        headers = {}
+        if self._user is not None:
+            word = base64.b64encode(self._user.encode()).decode()
+            headers["Authorization"] = f"Basic {word}"
+        return openai.AsyncOpenAI(
+            base_url=self.shown,
+            api_key=self._key or "none",
+            max_retries=0,
+            timeout=timeout,
+            default_query=self._query or None,
+            default_headers=headers or None,
+        )
+
+    def scrubbed(self, text: str) -> str:
+        """What a server says, without secrets that it repeats."""
+        for secret in self._secrets:
+            text = text.replace(secret, "[secret]")
+        return text
+
+
+def shown_address(base_url: str | None) -> str:
+    """The server that is meant, without user, password and query."""
+    return _shown(_parts(base_url, "base_url"))
+
+
+def _parts(base_url: str | None, argument: str) -> SplitResult:
+    given = base_url or os.environ.get("OPENAI_BASE_URL") or OFFICIAL
+    try:
+        parts = urlsplit(given.strip())
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        good = False
+    if not good:
+        raise InputError(
+            f"{argument}: is no address (not shown, as it may hold a password); must be like "
+            "http://localhost:8000/v1"
+        ) from None
+    return parts
+
+
+def _shown(parts: SplitResult) -> str:
+    host = f"[{parts.hostname}]" if ":" in str(parts.hostname) else str(parts.hostname)
+    place = host if parts.port is None else f"{host}:{parts.port}"
+    return urlunsplit((parts.scheme, place, parts.path, "", ""))
+
+
+@contextmanager
+def discreet() -> Iterator[None]:
+    """Keeps the libraries below from logging addresses and headers."""
+    loggers = [logging.getLogger(name) for name in CHATTY]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)

@@ -7,8 +7,11 @@ import lightning as L
 from callbacks.looking import LookingCallback
 from kanllama_lightning.concepts import Stories, codes_of, read_stories, recover
 from kanllama_lightning.lm import EMBEDDED
+from kanllama_lightning.run import prefixed
 from kanllama_lightning.types import InputError
 from kanllama_lightning.view import regular
+
+FIGURES = {"recovered": "recovered_frac", "f1": "mean_f1", "auroc": "mean_auroc"}
 
 
 class Concepts(LookingCallback):
@@ -37,12 +40,10 @@ class Concepts(LookingCallback):
             return
         if self._read is None:
             self._read = read_stories(pl_module.lm, self.stories)
-        head = pl_module.head
-        kept = self._read.only(regular(self._read.x, head.norm_limit).cpu())
+        kept = self._read.only(regular(self._read.x, pl_module.head.norm_limit).cpu())
         choose, test = kept.halves()
-        codes = [codes_of(head, half.x) for half in (choose, test)]
-        found = recover(codes[0], choose.facts, codes[1], test.facts).figures()
-        names = {"recovered": "recovered_frac", "f1": "mean_f1", "auroc": "mean_auroc"}
-        logged = {f"val/concepts_{name}": found[key] for name, key in names.items() if key in found}
-        logged["tokens"] = float(pl_module.tokens_seen)
-        pl_module.log_dict(logged, sync_dist=True)
+        for name, head in pl_module.heads().items():
+            codes = [codes_of(head, half.x) for half in (choose, test)]
+            found = recover(codes[0], choose.facts, codes[1], test.facts).figures()
+            logged = {f"val/concepts_{n}": found[key] for n, key in FIGURES.items() if key in found}
+            pl_module.log_dict(prefixed(name, logged) | {"tokens": float(pl_module.tokens_seen)})

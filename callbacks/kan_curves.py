@@ -1,7 +1,6 @@
 """What a KAN head has learned: which of its curves bend, how, and over what they see."""
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -12,8 +11,9 @@ from torch import Tensor
 
 from callbacks.looking import LookingCallback
 from kanllama_lightning.figures import curves_figure, page
+from kanllama_lightning.functional import ranks
 from kanllama_lightning.functional.curves import reading
-from kanllama_lightning.run import Table
+from kanllama_lightning.run import Table, head_folder, prefixed
 from kanllama_lightning.types import Curves, InputError
 
 log = logging.getLogger(__name__)
@@ -29,11 +29,11 @@ OUT_OF_GRID = 0.01
 class KANCurves(LookingCallback):
     """The most bent curves of a KAN head; does nothing at all for a head without curves.
 
-    Writes `curves.csv` (bend: share of a curve's variance that no straight line explains; size:
-    its RMS deviation; reading: a family that fits, and R2), logs `val/kan_bend` (bend of all
-    curves, weighted by their variance) and `val/kan_out_of_grid`, with `_decoder` behind the name
-    for those of a KAN decoder. The final validation also draws `curves.html`, which opens
-    offline. A validation at step s first drops rows of step s and later, as all tables do.
+    Writes `curves.csv` of each head (bend: share of a curve's variance that no straight line
+    explains; size: its RMS deviation; reading: a family that fits, and R2), logs `val/kan_bend`
+    (bend of all curves, weighted by their variance) and `val/kan_out_of_grid`, with `_decoder`
+    behind the name for those of a KAN decoder. The final validation also draws `curves.html`, which
+    opens offline. A validation at step s first drops rows of step s and later, as all tables do.
 
     Args:
         every_n_validations: Validations from one look at the curves to the next; the final one
@@ -64,36 +64,41 @@ class KANCurves(LookingCallback):
         dataloader_idx: int = 0,
     ) -> None:
         """Take rows of the first set, until there are enough."""
-        room = ROWS - sum(len(x) for x in self._x)
+        room = ROWS // trainer.world_size - sum(len(x) for x in self._x)
         if self.looks and dataloader_idx == 0 and room > 0:
-            self._x.append(outputs.x[:room])
+            self._x.append(next(iter(outputs.values())).x[:room])
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Look at the curves; log, write and draw."""
-        rows = sum(len(x) for x in self._x)
-        if not rows:
+        if not self.looks:
             return
-        found = pl_module.head.curves(torch.cat(self._x), self.top)
+        own = torch.cat(self._x) if self._x else torch.zeros(0, pl_module.head.d_model)
         self._x = []
-        if not found:
-            return
+        with ranks.pooled():
+            x = ranks.rows(own.to(pl_module.device))
+        for name, head in pl_module.heads().items():
+            found = head.curves(x, self.top) if len(x) else []
+            if found:
+                self._report(trainer, pl_module, name, found, len(x))
+
+    def _report(
+        self, trainer: L.Trainer, pl_module: Any, name: str, found: list[Curves], rows: int
+    ) -> None:
         logged: dict[str, float] = {}
         for curves in found:
             which = "_decoder" if curves.kind.startswith("decoder") else ""
             logged.setdefault(f"val/kan_bend{which}", curves.mean_bend)
             logged.setdefault(f"val/kan_out_of_grid{which}", curves.mean_out_of_grid)
         self._warn(found)
-        logged["tokens"] = float(pl_module.tokens_seen)
-        pl_module.log_dict(logged, sync_dist=True)
+        pl_module.log_dict(prefixed(name, logged) | {"tokens": float(pl_module.tokens_seen)})
         if not trainer.is_global_zero or trainer.fast_dev_run:
             return
-        folder = Path(trainer.default_root_dir)
-        table = Table(folder / TABLE, COLUMNS)
+        table = Table(head_folder(trainer.default_root_dir, name) / TABLE, COLUMNS)
         table.cut(trainer.global_step - 1)
         where = {"step": trainer.global_step, "tokens": pl_module.tokens_seen}
         table.append([where | row for curves in found for row in _rows(curves)])
         if trainer.state.fn == TrainerFn.VALIDATING:
-            self._draw(trainer, pl_module, found, rows)
+            self._draw(trainer, pl_module, name, found, rows)
 
     def _warn(self, found: list[Curves]) -> None:
         """Say once when a grid has become too narrow for what lies on it (METHODS B3d)."""
@@ -109,9 +114,12 @@ class KANCurves(LookingCallback):
             )
 
     @staticmethod
-    def _draw(trainer: L.Trainer, pl_module: Any, found: list[Curves], rows: int) -> None:
+    def _draw(
+        trainer: L.Trainer, pl_module: Any, name: str, found: list[Curves], rows: int
+    ) -> None:
         figures = {curves.kind: curves_figure(curves) for curves in found}
-        title = f"Curves of {type(pl_module.head).__name__}"
+        kind = type(pl_module.heads()[name]).__name__
+        title = f"Curves of {name or kind}" + (f" ({kind})" if name else "")
         text = (
             f"{pl_module.lm.hook.name} of {pl_module.lm.name}, after {pl_module.tokens_seen:,} "
             f"tokens of training; judged over {rows:,} activations of the first validation set. "
@@ -121,13 +129,14 @@ class KANCurves(LookingCallback):
             "of the simplest family with 0.98 or more; where there is none, the best of all. More "
             f"curves are in {TABLE}."
         )
-        path = Path(trainer.default_root_dir) / PAGE
+        path = head_folder(trainer.default_root_dir, name) / PAGE
         part = path.with_name(path.name + ".tmp")
         part.write_text(page(title, text, list(figures.values())), encoding="utf-8")
         part.replace(path)
         if isinstance(trainer.logger, WandbLogger):
             named = {f"val/curves/{k.replace(' ', '_')}": f for k, f in figures.items()}
-            trainer.logger.experiment.log(named | {"tokens": pl_module.tokens_seen})
+            drawn = prefixed(name, named) | {"tokens": pl_module.tokens_seen}
+            trainer.logger.experiment.log(drawn)
 
 
 def _rows(curves: Curves) -> list[dict[str, Any]]:

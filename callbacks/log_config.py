@@ -8,11 +8,14 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 
-from kanllama_lightning.run import CONFIG
+from kanllama_lightning.run import CONFIG, head_folder
+from kanllama_lightning.side_by_side import SideBySide, alone_config
 
 
 class LogConfig(SaveConfigCallback):
     """Writes `config.yaml` into the run folder and sends it to W&B. Configs hold no secrets.
+
+    Of heads side by side each folder gets the configuration that would train the head alone.
 
     Args:
         args: Of Lightning's callback.
@@ -27,8 +30,12 @@ class LogConfig(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Runs on rank zero only."""
-        (Path(trainer.default_root_dir) / CONFIG).write_text(self.resolved)
+        root, config = Path(trainer.default_root_dir), yaml.safe_load(self.resolved)
+        (root / CONFIG).write_text(self.resolved)
+        together = getattr(pl_module, "together", None)
+        if isinstance(together, SideBySide):
+            for name in together.members:
+                own = yaml.safe_dump(alone_config(config, together, name), sort_keys=False)
+                (head_folder(root, name) / CONFIG).write_text(own)
         if isinstance(trainer.logger, WandbLogger):
-            trainer.logger.experiment.config.update(
-                {"cli": yaml.safe_load(self.resolved)}, allow_val_change=True
-            )
+            trainer.logger.experiment.config.update({"cli": config}, allow_val_change=True)

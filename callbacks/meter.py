@@ -1,44 +1,55 @@
-"""What every validation callback does: one metric per validation set, rows to CSV, means logged."""
+"""What every validation callback does: one metric per head and validation set, rows to CSV."""
 
 from abc import ABC, abstractmethod
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import lightning as L
 from torchmetrics import Metric
 
-from kanllama_lightning.run import Table
+from kanllama_lightning.functional import ranks
+from kanllama_lightning.run import Table, head_folder, prefixed
 from kanllama_lightning.types import ValidationBatch
 
 
 class ValidationMeter(L.Callback, ABC):
-    """Measures each validation batch; a subclass says what.
+    """Measures each validation batch for every head; a subclass says what.
 
     The figures of a set are logged as `val/<set>/<name>`, those of the first set as
-    `val/<name>` as well. A validation at step s first drops rows of step s and later, so a run
-    that was stopped and continued leaves neither hole nor repeat.
+    `val/<name>` as well; of several heads side by side under the name of the head. A validation at
+    step s first drops rows of step s and later, so a run that was stopped and continued leaves
+    neither hole nor repeat.
     """
 
     file: ClassVar[str | None] = None
     columns: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self) -> None:
-        self.meters: dict[str, Metric] = {}
-        self._rows: list[dict[str, Any]] = []
+        self.meters: dict[str, dict[str, Metric]] = {}
+        """By head and validation set."""
+        self._rows: dict[str, list[dict[str, Any]]] = {}
 
     @abstractmethod
-    def make(self, pl_module: Any) -> Metric:
-        """A fresh metric for one validation set."""
+    def make(self, head: Any) -> Metric:
+        """A fresh metric for one head and validation set."""
 
     @abstractmethod
-    def measure(self, meter: Any, batch: ValidationBatch, pl_module: Any) -> dict[str, Any]:
-        """Update the metric; the batch's row of the CSV file, without step, tokens, set, batch."""
+    def measure(
+        self, meters: Mapping[str, Any], batches: Mapping[str, ValidationBatch], pl_module: Any
+    ) -> dict[str, dict[str, Any]]:
+        """Update the metric of every head, and the row of each head's CSV file.
+
+        Without step, tokens, set and batch, which are added.
+        """
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Begin with empty metrics."""
-        self._rows = []
-        names = trainer.datamodule.val_names
-        self.meters = {name: self.make(pl_module).to(pl_module.device) for name in names}
+        names, heads = trainer.datamodule.val_names, pl_module.heads()
+        self._rows = {head: [] for head in heads}
+        self.meters = {
+            name: {which: self.make(head).to(pl_module.device) for which in names}
+            for name, head in heads.items()
+        }
 
     def on_validation_batch_end(
         self,
@@ -50,25 +61,32 @@ class ValidationMeter(L.Callback, ABC):
         dataloader_idx: int = 0,
     ) -> None:
         """Measure one batch."""
-        row = self.measure(self.meters[outputs.set_name], outputs, pl_module)
+        (which,) = {view.set_name for view in outputs.values()}
+        meters = {name: meters[which] for name, meters in self.meters.items()}
         where = {
             "step": trainer.global_step,
             "tokens": pl_module.tokens_seen,
-            "set": outputs.set_name,
-            "batch": batch_idx,
+            "set": which,
+            "batch": batch_idx * trainer.world_size + trainer.global_rank,
         }
-        self._rows.append(where | row)
+        for name, row in self.measure(meters, outputs, pl_module).items():
+            self._rows[name].append(where | row)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Log the figures, write the rows."""
-        for i, (name, meter) in enumerate(self.meters.items()):
-            values = meter.compute()
-            logged = {f"val/{name}/{key}": value for key, value in values.items()}
-            if i == 0:
-                logged |= {f"val/{key}": value for key, value in values.items()}
-            pl_module.log_dict(logged | {"tokens": float(pl_module.tokens_seen)})
-        if self.file and trainer.is_global_zero and not trainer.fast_dev_run:
-            columns = ("step", "tokens", "set", "batch", *self.columns)
-            table = Table(Path(trainer.default_root_dir) / self.file, columns)
-            table.cut(trainer.global_step - 1)
-            table.append(self._rows)
+        columns = ("step", "tokens", "set", "batch", *self.columns)
+        for name, meters in self.meters.items():
+            for i, (which, meter) in enumerate(meters.items()):
+                values = meter.compute()
+                logged = {f"val/{which}/{key}": value for key, value in values.items()}
+                if i == 0:
+                    logged |= {f"val/{key}": value for key, value in values.items()}
+                pl_module.log_dict(prefixed(name, logged))
+            with ranks.pooled():
+                rows = ranks.lists(self._rows[name])
+            if self.file and trainer.is_global_zero and not trainer.fast_dev_run:
+                table = Table(head_folder(trainer.default_root_dir, name) / self.file, columns)
+                table.cut(trainer.global_step - 1)
+                order = {which: i for i, which in enumerate(meters)}
+                table.append(sorted(rows, key=lambda row: (order[row["set"]], row["batch"])))
+        pl_module.log("tokens", float(pl_module.tokens_seen))

@@ -8,6 +8,9 @@ from typing import Any
 import lightning as L
 from tqdm import tqdm
 
+from kanllama_lightning.clock import PARTS
+from kanllama_lightning.run import prefixed
+
 log = logging.getLogger(__name__)
 
 SHOWN = {"loss": "train/loss", "L0": "train/l0", "EV": "train/ev", "dead": "train/dead_frac"}
@@ -15,6 +18,8 @@ SHOWN = {"loss": "train/loss", "L0": "train/l0", "EV": "train/ev", "dead": "trai
 
 class Progress(L.Callback):
     """A bar with loss, L0, EV, dead share, tokens/s and time left; lines without a terminal.
+
+    Behind them, where the time of a step goes (`StepClock`); of heads side by side EV and L0.
 
     Args:
         lines: How many lines a whole run prints into a file or pipe.
@@ -53,7 +58,7 @@ class Progress(L.Callback):
         if self._bar is not None:
             self._bar.update(pl_module.schedule.batch)
             if step % trainer.log_every_n_steps == 0:
-                self._bar.set_postfix_str(self._figures(trainer))
+                self._bar.set_postfix_str(self._figures(trainer, pl_module))
         elif step % max(1, trainer.max_steps // self.lines) == 0 or step == trainer.max_steps:
             seconds = time.perf_counter() - self._began[0]
             rate = (step - self._began[1]) / max(seconds, 1e-9)
@@ -62,19 +67,27 @@ class Progress(L.Callback):
                 "step %d/%d  %s  %.0f tok/s  %s left",
                 step,
                 trainer.max_steps,
-                self._figures(trainer),
+                self._figures(trainer, pl_module),
                 rate * pl_module.schedule.batch,
                 f"{left:.0f} s" if left < 600 else f"{left / 60:.0f} min",
             )
 
     @staticmethod
-    def _figures(trainer: L.Trainer) -> str:
-        metrics = trainer.callback_metrics
-        return " ".join(
-            f"{short} {float(metrics[name]):.3g}"
-            for short, name in SHOWN.items()
-            if name in metrics
-        )
+    def _figures(trainer: L.Trainer, pl_module: Any) -> str:
+        metrics, heads = trainer.callback_metrics, pl_module.heads()
+        shown = SHOWN if len(heads) == 1 else {short: SHOWN[short] for short in ("L0", "EV")}
+        parts = []
+        for head in heads:
+            values = prefixed(head, {name: short for short, name in shown.items()})
+            figures = [
+                f"{short} {float(metrics[name]):.3g}"
+                for name, short in values.items()
+                if name in metrics
+            ]
+            parts.append(" ".join([head, *figures]).strip())
+        shares = {part: float(metrics.get(f"time/{part}", 0.0)) for part in PARTS}
+        spent = [f"{part} {share:.0%}" for part, share in shares.items() if share >= 0.01]
+        return "  ".join([*parts, f"({' '.join(spent)})" if spent else ""]).strip()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Close the bar."""

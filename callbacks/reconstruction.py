@@ -1,5 +1,6 @@
 """How much of the activations comes back."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from callbacks.meter import ValidationMeter
@@ -10,13 +11,14 @@ from kanllama_lightning.types import ValidationBatch
 class Reconstruction(ValidationMeter):
     """FVU and EV (about the mean of all validation tokens), MSE, cosine, norm ratio, bias."""
 
-    def make(self, pl_module: Any) -> ReconstructionMetric:
+    def make(self, head: Any) -> ReconstructionMetric:
         """A fresh metric."""
-        return ReconstructionMetric(pl_module.head.d_model)
+        return ReconstructionMetric(head.d_model)
 
     def measure(
-        self, meter: ReconstructionMetric, batch: ValidationBatch, pl_module: Any
-    ) -> dict[str, Any]:
+        self, meters: Mapping[str, Any], batches: Mapping[str, ValidationBatch], pl_module: Any
+    ) -> dict[str, dict[str, Any]]:
         """Add one batch."""
-        meter.update(batch.x, batch.out.x_hat)
+        for name, batch in batches.items():
+            meters[name].update(batch.x, batch.out.x_hat)
         return {}

@@ -6,13 +6,14 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 
-from kanllama_lightning.run import HEAD
+from kanllama_lightning.run import HEAD, head_folder
 
 
 class SaveHead(L.Callback):
     """Saves the head after a validation, so calibrated and measured as saved.
 
-    The final one goes to `head/`, those along the way to `heads/tokens=N/`.
+    The final one goes to `head/`, those along the way to `heads/tokens=N/`; of heads side by side,
+    in each one's folder.
 
     Args:
         every_tokens: Tokens between two heads along the way; the first validation after each
@@ -35,13 +36,17 @@ class SaveHead(L.Callback):
         """Save if it is time."""
         if not trainer.is_global_zero or trainer.fast_dev_run or not pl_module.started:
             return
-        folder, tokens = Path(trainer.default_root_dir), pl_module.tokens_seen
+        tokens = pl_module.tokens_seen
         if trainer.state.fn == TrainerFn.VALIDATING:
-            pl_module.head.save(folder / HEAD, self._provenance(trainer, pl_module))
+            where = Path(HEAD)
         elif tokens // self.every_tokens > self._last:
             self._last = tokens // self.every_tokens
-            name = f"tokens={tokens:012d}"
-            pl_module.head.save(folder / "heads" / name, self._provenance(trainer, pl_module))
+            where = Path("heads") / f"tokens={tokens:012d}"
+        else:
+            return
+        for name, head in pl_module.heads().items():
+            folder = head_folder(trainer.default_root_dir, name)
+            head.save(folder / where, self._provenance(trainer, pl_module))
 
     @staticmethod
     def _provenance(trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:

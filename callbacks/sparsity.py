@@ -1,5 +1,6 @@
 """How many latents fire per token, and how often each one does."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -9,6 +10,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from callbacks.meter import ValidationMeter
 from kanllama_lightning.metrics import Sparsity as SparsityMetric
+from kanllama_lightning.run import prefixed
 from kanllama_lightning.types import ValidationBatch
 
 BINS = np.linspace(-7, 0, 71)
@@ -25,27 +27,31 @@ class Sparsity(ValidationMeter):
     file = "l0.csv"
     columns = ("n_tokens", "l0")
 
-    def make(self, pl_module: Any) -> SparsityMetric:
+    def make(self, head: Any) -> SparsityMetric:
         """A fresh metric."""
-        return SparsityMetric(pl_module.head.d_sae)
+        return SparsityMetric(head.d_sae)
 
     def measure(
-        self, meter: SparsityMetric, batch: ValidationBatch, pl_module: Any
-    ) -> dict[str, Any]:
+        self, meters: Mapping[str, Any], batches: Mapping[str, ValidationBatch], pl_module: Any
+    ) -> dict[str, dict[str, Any]]:
         """Count one batch."""
-        meter.update(batch.out.codes)
-        n = len(batch.x)
-        fired = int(batch.out.codes.l0().sum())
-        return {"n_tokens": n, "l0": fired / n if n else float("nan")}
+        rows: dict[str, dict[str, Any]] = {}
+        for name, batch in batches.items():
+            meters[name].update(batch.out.codes)
+            n, fired = len(batch.x), int(batch.out.codes.l0().sum())
+            rows[name] = {"n_tokens": n, "l0": fired / n if n else float("nan")}
+        return rows
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Also log the histogram of firing frequencies of the first set."""
         super().on_validation_epoch_end(trainer, pl_module)
         if not isinstance(trainer.logger, WandbLogger):
             return
-        frequency = next(iter(self.meters.values())).frequency().cpu().numpy()
-        log10 = np.log10(frequency[frequency > 0])
-        histogram = wandb.Histogram(np_histogram=np.histogram(log10, BINS))
-        trainer.logger.experiment.log(
-            {"val/log10_frequency": histogram, "tokens": pl_module.tokens_seen}
-        )
+        for name, meters in self.meters.items():
+            meter: Any = next(iter(meters.values()))
+            with meter.sync_context():
+                frequency = meter.frequency().cpu().numpy()
+            log10 = np.log10(frequency[frequency > 0])
+            histogram = wandb.Histogram(np_histogram=np.histogram(log10, BINS))
+            drawn = prefixed(name, {"val/log10_frequency": histogram})
+            trainer.logger.experiment.log(drawn | {"tokens": pl_module.tokens_seen})

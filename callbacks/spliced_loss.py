@@ -1,5 +1,6 @@
 """What the LM loses when it has to make do with the reconstruction."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,47 +10,44 @@ from kanllama_lightning.metrics import SplicedLoss as SplicedLossMetric
 from kanllama_lightning.splice import put, spliced_losses
 from kanllama_lightning.types import ValidationBatch
 
+COLUMNS = ("ce_clean", "ce_recon", "ce_zero", "ce_mean", "kl_recon", "kl_zero", "kl_mean")
+
 
 class SplicedLoss(ValidationMeter):
     """Next-token loss: original, reconstruction, zero and mean ablation; delta CE, score, KL.
 
-    Per batch in `losses.csv`. All runs go on from the same pass up to the hook point. Positions
-    that are BOS, EOS, PAD or sinks keep their own activation in every run.
+    Per batch in `losses.csv`. All runs go on from the same pass up to the hook point; heads side by
+    side share those that are not of a head. Positions that are BOS, EOS, PAD or sinks keep their
+    own activation in every run.
     """
 
     file = "losses.csv"
-    columns = (
-        "n_targets",
-        "ce_clean",
-        "ce_recon",
-        "ce_zero",
-        "ce_mean",
-        "delta_ce",
-        "kl_recon",
-        "kl_zero",
-        "kl_mean",
-    )
+    columns = ("n_targets", *COLUMNS[:4], "delta_ce", *COLUMNS[4:])
 
-    def make(self, pl_module: Any) -> SplicedLossMetric:
+    def make(self, head: Any) -> SplicedLossMetric:
         """A fresh metric."""
         return SplicedLossMetric()
 
     def measure(
-        self, meter: SplicedLossMetric, batch: ValidationBatch, pl_module: Any
-    ) -> dict[str, Any]:
-        """Run the LM on from the hook four times."""
-        sums, n = splice_sums(
-            pl_module.lm,
-            batch,
-            {
-                "recon": batch.out.x_hat,
-                "zero": torch.zeros_like(batch.x),
-                "mean": pl_module.head.x_mean.expand_as(batch.x),
-            },
-        )
-        meter.update(sums, n)
-        means = {name: float(value) / n if n else float("nan") for name, value in sums.items()}
-        return {"n_targets": n, "delta_ce": means["ce_recon"] - means["ce_clean"], **means}
+        self, meters: Mapping[str, Any], batches: Mapping[str, ValidationBatch], pl_module: Any
+    ) -> dict[str, dict[str, Any]]:
+        """Run the LM on from the hook: untouched, with zeros and the mean, and with each head."""
+        first = next(iter(batches.values()))
+        rows = {f"recon of {name}": batch.out.x_hat for name, batch in batches.items()}
+        rows |= {
+            "zero": torch.zeros_like(first.x),
+            "mean": pl_module.head.x_mean.expand_as(first.x),
+        }
+        sums, n = splice_sums(pl_module.lm, first, rows)
+        found: dict[str, dict[str, Any]] = {}
+        for name in batches:
+            own = {k: v for k, v in sums.items() if " of " not in k}
+            own |= {f"{of}_recon": sums[f"{of}_recon of {name}"] for of in ("ce", "kl")}
+            meters[name].update(own, n)
+            means = {key: float(own[key]) / n if n else float("nan") for key in COLUMNS}
+            delta = means["ce_recon"] - means["ce_clean"]
+            found[name] = {"n_targets": n, "delta_ce": delta, **means}
+        return found
 
 
 def splice_sums(

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from callbacks.baselines import Baselines
-from kanllama_lightning.run import SUMMARY, write_json
+from kanllama_lightning.run import SUMMARY, head_folder, write_json
 
 COLUMNS = {
     "L0": ("l0", "{:.2f}"),
@@ -26,7 +27,10 @@ COLUMNS = {
 
 
 class Summary(L.Callback):
-    """After the final validation writes `summary.json` (flat keys) and prints the table."""
+    """After the final validation writes `summary.json` (flat keys) and prints the table.
+
+    Of heads side by side each folder gets its own, and the run's has all of them under their names.
+    """
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -56,64 +60,109 @@ class Summary(L.Callback):
         final = trainer.state.fn == TrainerFn.VALIDATING
         if not final or not trainer.is_global_zero or not pl_module.started:
             return
-        metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
-        summary: dict[str, Any] = {
-            "head": type(pl_module.head).__name__,
+        shared: dict[str, Any] = {
             "lm": pl_module.lm.name,
             "hook_point": pl_module.lm.hook.name,
             "d_model": pl_module.head.d_model,
-            "d_sae": pl_module.head.d_sae,
-            "parameters": pl_module.head.n_parameters(),
             "steps": pl_module.tokens_seen // pl_module.schedule.batch,
             "tokens": pl_module.tokens_seen,
             "finished": pl_module.tokens_seen >= pl_module.schedule.tokens,
             "seconds": round(self.seconds, 3),
             "tokens_per_second": pl_module.tokens_seen / max(self.seconds, 1e-9),
         }
-        summary |= {k: v for k, v in metrics.items() if k.startswith("val/")}
-        table = Table(title=self._title(trainer, summary), title_justify="left")
-        table.add_column("validation")
-        for column in COLUMNS:
-            table.add_column(column, justify="right")
-        for name in trainer.datamodule.val_names:
-            values = {k: metrics.get(f"val/{name}/{k}") for k, _ in COLUMNS.values()}
-            _add(table, f"{summary['head']} on {name}", values)
-        for name, results in self._baselines(trainer).items():
-            clean, zero = metrics["val/ce_clean"], metrics["val/ce_zero"]
-            results["ce_score"] = (zero - results["ce_recon"]) / (zero - clean)
-            _add(table, name, results)  # type: ignore[arg-type]
-            summary |= {
-                f"baseline/{name.replace(' ', '_')}/{k}": results[k] for k, _ in COLUMNS.values()
-            }
-        folder = Path(trainer.default_root_dir)
-        write_json(folder / SUMMARY, summary)
+        baselines = self._baselines(trainer)
+        found = {
+            name: self._of_head(trainer, name, head, shared, baselines.get(name, {}))
+            for name, head in pl_module.heads().items()
+        }
+        root = Path(trainer.default_root_dir)
+        summary = dict(found[""]) if "" in found else shared | {"heads": list(found)}
+        for name, values in found.items():
+            write_json(head_folder(root, name) / SUMMARY, values)
+            if name:
+                summary |= {f"{name}/{k}": v for k, v in values.items() if k not in shared}
+        write_json(root / SUMMARY, summary)
         if isinstance(trainer.logger, WandbLogger):
             trainer.logger.experiment.summary.update(json.loads(json.dumps(summary)))
         console = Console(width=max(100, Console().width))
-        console.print(table)
-        console.print(f"Everything is in {folder}", soft_wrap=True, highlight=False)
+        console.print(self._table(trainer, shared, found, baselines))
+        console.print(f"Everything is in {root}", soft_wrap=True, highlight=False)
 
     @staticmethod
-    def _title(trainer: L.Trainer, summary: dict[str, Any]) -> str:
-        clean, zero = (
-            float(trainer.callback_metrics[f"val/ce_{run}"]) for run in ("clean", "zero")
-        )
+    def _of_head(
+        trainer: L.Trainer,
+        name: str,
+        head: Any,
+        shared: dict[str, Any],
+        baselines: dict[str, dict[str, float]],
+    ) -> dict[str, Any]:
+        """Flat keys of one head; its controls get their scores."""
+        metrics = _metrics(trainer, name)
+        summary = {
+            "head": type(head).__name__,
+            "d_sae": head.d_sae,
+            "parameters": head.n_parameters(),
+            **shared,
+        }
+        summary |= {k: v for k, v in metrics.items() if k.startswith("val/")}
+        for control, results in baselines.items():
+            clean, zero = metrics["val/ce_clean"], metrics["val/ce_zero"]
+            results["ce_score"] = (zero - results["ce_recon"]) / (zero - clean)
+            under = f"baseline/{control.replace(' ', '_')}"
+            summary |= {f"{under}/{k}": results[k] for k, _ in COLUMNS.values()}
+        return summary
+
+    def _table(
+        self,
+        trainer: L.Trainer,
+        shared: dict[str, Any],
+        found: dict[str, dict[str, Any]],
+        baselines: dict[str, dict[str, dict[str, float]]],
+    ) -> Table:
+        table = Table(title=self._title(trainer, shared, found), title_justify="left")
+        table.add_column("validation")
+        for column in COLUMNS:
+            table.add_column(column, justify="right")
+        for name, summary in found.items():
+            metrics = _metrics(trainer, name)
+            for which in trainer.datamodule.val_names:
+                values = {k: metrics.get(f"val/{which}/{k}") for k, _ in COLUMNS.values()}
+                _add(table, f"{name or summary['head']} on {which}", values)
+        for control, results in baselines.get("", {}).items():
+            _add(table, control, results)
+        return table
+
+    @staticmethod
+    def _title(trainer: L.Trainer, shared: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
+        first = next(iter(found))
+        clean, zero = (_metrics(trainer, first)[f"val/ce_{run}"] for run in ("clean", "zero"))
+        heads = [
+            f"{name + ': ' if name else ''}{s['head']}, {s['d_sae']} latents, "
+            f"{s['parameters']:,} parameters"
+            for name, s in found.items()
+        ]
         return (
-            f"{summary['head']}, {summary['d_sae']} latents, {summary['parameters']:,} parameters; "
-            f"{summary['tokens']:,} tokens in {summary['seconds']:.0f} s\n"
-            f"{summary['hook_point']} of {summary['lm']}\n"
+            "\n".join(heads) + f"; {shared['tokens']:,} tokens in {shared['seconds']:.0f} s\n"
+            f"{shared['hook_point']} of {shared['lm']}\n"
             f"CE of the LM in nats per token: {clean:.4f} untouched, {zero:.4f} zero-ablated"
         )
 
     @staticmethod
-    def _baselines(trainer: L.Trainer) -> dict[str, dict[str, float]]:
+    def _baselines(trainer: L.Trainer) -> dict[str, dict[str, dict[str, float]]]:
         for callback in trainer.callbacks:
             if isinstance(callback, Baselines):
                 return callback.results
         return {}
 
 
-def _add(table: Table, name: str, values: dict[str, float | None]) -> None:
+def _metrics(trainer: L.Trainer, name: str) -> dict[str, float]:
+    """What was logged of a head, without its name."""
+    prefix = f"{name}/" if name else ""
+    metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
+    return {k.removeprefix(prefix): v for k, v in metrics.items() if k.startswith(prefix)}
+
+
+def _add(table: Table, name: str, values: Mapping[str, float | None]) -> None:
     cells = []
     for key, form in COLUMNS.values():
         value = values.get(key)

@@ -10,14 +10,15 @@ from kanllama_lightning.types import InputError
 
 
 class ShuffleBuffer:
-    """Holds `capacity_tokens` activation rows on the device, and a queue of rows not yet held.
+    """Holds activation rows on the device, and a queue of rows not yet held.
 
     Neighbouring tokens are alike; a batch drawn at random from many documents is not. The LM
     gives rows in odd numbers (special tokens are dropped): they wait in the queue until a whole
     batch is there. Each row leaves exactly once; nothing is allocated after `allocate_`.
 
     Args:
-        capacity_tokens: Rows held; a quarter of a million mixes a few hundred documents.
+        capacity_tokens: Rows held, over all processes; a quarter of a million mixes a few hundred
+            documents. 0 turns the buffer off: rows leave in the order of the text.
         dtype: Number format rows are held in.
     """
 
@@ -26,8 +27,10 @@ class ShuffleBuffer:
         capacity_tokens: int = 262_144,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     ) -> None:
-        if capacity_tokens < 1:
-            raise InputError(f"buffer.capacity_tokens={capacity_tokens}: must be at least 1")
+        if capacity_tokens < 0:
+            raise InputError(
+                f"buffer.capacity_tokens={capacity_tokens}: must be 0 (no shuffling) or more"
+            )
         self.capacity_tokens = capacity_tokens
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.filled = 0
@@ -36,7 +39,19 @@ class ShuffleBuffer:
         self.queue = torch.empty(0)
         self.generator = torch.Generator()
 
-    def allocate_(self, d_model: int, queue_tokens: int, device: torch.device, seed: int) -> None:
+    @property
+    def capacity(self) -> int:
+        """Rows that this process holds of `capacity_tokens`."""
+        return len(self.held)
+
+    @property
+    def allocated(self) -> bool:
+        """Whether `allocate_` was called."""
+        return len(self.queue) > 0
+
+    def allocate_(
+        self, d_model: int, queue_tokens: int, device: torch.device, seed: int, world: int = 1
+    ) -> None:
         """Take all the memory there will be.
 
         Args:
@@ -44,15 +59,17 @@ class ShuffleBuffer:
             queue_tokens: Rows the queue can hold: a batch and what one LM pass may add.
             device: Where rows live.
             seed: Seed of the draws.
+            world: Processes among which `capacity_tokens` are dealt out.
         """
-        self.held = torch.zeros(self.capacity_tokens, d_model, dtype=self.dtype, device=device)
+        rows = self.capacity_tokens // world
+        self.held = torch.zeros(rows, d_model, dtype=self.dtype, device=device)
         self.queue = torch.zeros(queue_tokens, d_model, dtype=self.dtype, device=device)
         self.generator = torch.Generator(device=device).manual_seed(seed)
         self.filled = self.queued = 0
 
     def push_(self, rows: Float[Tensor, "tok d_model"]) -> None:
         """Add fresh rows: to the buffer while it is filling, then to the queue."""
-        room = min(len(rows), self.capacity_tokens - self.filled)
+        room = min(len(rows), self.capacity - self.filled)
         if room:
             self.held[self.filled : self.filled + room] = rows[:room].to(self.dtype)
             self.filled += room
@@ -63,17 +80,20 @@ class ShuffleBuffer:
 
     def wants(self, n: int) -> bool:
         """Whether rows must still be pushed before `swap_(n)`."""
-        return self.filled < self.capacity_tokens or self.queued < n
+        return self.filled < self.capacity or self.queued < n
 
     def swap_(self, n: int) -> Float[Tensor, "tok d_model"]:
         """Put n queued rows in the places of n random held rows, which are returned in fp32."""
-        assert n <= self.capacity_tokens, "the buffer must hold a batch"
+        assert not self.capacity or n <= self.capacity, "the buffer must hold a batch"
         assert not self.wants(n), "push more rows first"
-        places = torch.randperm(
-            self.capacity_tokens, generator=self.generator, device=self.held.device
-        )[:n]
-        out = self.held[places].float()
-        self.held[places] = self.queue[:n]
+        if self.capacity:
+            places = torch.randperm(
+                self.capacity, generator=self.generator, device=self.held.device
+            )[:n]
+            out = self.held[places].float()
+            self.held[places] = self.queue[:n]
+        else:
+            out = self.queue[:n].float().clone()
         self.queued -= n
         self.queue[: self.queued] = self.queue[n : n + self.queued].clone()
         return out
@@ -93,17 +113,41 @@ class ShuffleBuffer:
     def load_(self, state: dict[str, Tensor]) -> None:
         """Continue from `state()`; `allocate_` comes first.
 
+        What is more than this process can hold waits in its queue: so it is where other processes
+        held it before.
+
         Raises:
             InputError: The state is of a buffer of another size, width or format.
         """
         held, queue = state["held"], state["queue"]
-        fits = len(held) <= len(self.held) and len(queue) <= len(self.queue)
-        if not fits or held.shape[1:] != self.held.shape[1:] or held.dtype != self.dtype:
+        if held.shape[1:] != self.held.shape[1:] or held.dtype != self.dtype:
             raise InputError(
                 f"buffer: the checkpoint holds {tuple(held.shape)} {held.dtype}, this run wants "
                 f"{tuple(self.held.shape)} {self.dtype}; continue with the run's own configuration"
             )
+        queue = torch.cat([held[self.capacity :], queue])
+        held = held[: self.capacity]
+        if len(queue) > len(self.queue):
+            room = len(self.queue) + len(queue)
+            self.queue = self.queue.new_zeros(room, *self.queue.shape[1:])
         self.filled, self.queued = len(held), len(queue)
         self.held[: self.filled] = held.to(self.held.device)
         self.queue[: self.queued] = queue.to(self.queue.device)
-        self.generator.set_state(state["generator"])
+        if "generator" in state:
+            self.generator.set_state(state["generator"])
+
+
+def dealt(states: list[dict[str, Tensor]], rank: int, world: int) -> dict[str, Tensor]:
+    """The share of one of `world` processes in what others held, every row once.
+
+    Draws begin anew from the process's own seed.
+
+    Args:
+        states: `ShuffleBuffer.state()` of all processes that there were.
+        rank: Which of the processes this is.
+        world: How many there are now.
+    """
+    return {
+        name: torch.cat([state[name] for state in states])[rank::world].clone()
+        for name in ("held", "queue")
+    }

@@ -1,4 +1,4 @@
-"""SAEModule: a frozen LM's hook and a head; one step, one optimizer."""
+"""SAEModule: a frozen LM's hook and its heads; one step, one optimizer."""
 
 import logging
 import time
@@ -9,24 +9,25 @@ import lightning as L
 import torch
 from jaxtyping import Float
 from lightning.pytorch.cli import OptimizerCallable
-from torch import Tensor
+from torch import Tensor, nn
 
 from kanllama_lightning.buffer import ShuffleBuffer
-from kanllama_lightning.functional.losses import fvu
+from kanllama_lightning.clock import StepClock
+from kanllama_lightning.functional import ranks
 from kanllama_lightning.functional.moments import norms
-from kanllama_lightning.heads.base import SAEHead
+from kanllama_lightning.heads.base import SAEHead, Trained
 from kanllama_lightning.lm import FrozenLM
 from kanllama_lightning.preflight import preflight
 from kanllama_lightning.schedule import Schedule
-from kanllama_lightning.types import InputError, StepContext, TokenBatch, ValidationBatch
-from kanllama_lightning.view import regular, view
+from kanllama_lightning.side_by_side import SideBySide
+from kanllama_lightning.trainee import Trainee
+from kanllama_lightning.types import InputError, TokenBatch, ValidationBatch
+from kanllama_lightning.view import regular, views
 
 log = logging.getLogger(__name__)
 
 SINK_RATIO = 10.0
 """Rows whose norm is so many times the median are attention sinks (METHODS 0.5)."""
-DEAD_REFRESH_STEPS = 10
-"""The list of dead latents is made anew so often; it is looked at in every step."""
 CALIBRATION_TOKENS = 32_768
 """Training activations a threshold is calibrated on."""
 REFUSED_PRECISION = {
@@ -51,17 +52,18 @@ def check_precision(precision: str) -> None:
 
 
 class SAEModule(L.LightningModule):
-    """Trains a head on the activations of a frozen LM.
+    """Trains a head, or several side by side, on the activations of a frozen LM.
 
-    One step is one batch of `sae_batch_tokens` rows; the LM runs as often as that takes.
+    One step is one batch of `sae_batch_tokens` rows, dealt out evenly where several processes train
+    together; the LM runs as often as that takes. Every statistic is that of the whole batch.
 
     Args:
         lm: The frozen LM and its hook point (linked).
-        head: The autoencoder to train.
-        optimizer: Built with the head's parameters.
+        head: The autoencoder to train, or `SideBySide`: several on the same activations.
+        optimizer: Built with the heads' parameters, a group for each head.
         buffer: Where activations are shuffled.
         tokens: Budget: rows to train on. Every schedule follows from it.
-        sae_batch_tokens: Rows per step.
+        sae_batch_tokens: Rows per step, over all processes.
         start_tokens: Rows the start statistics are taken of; left out, 65,536 or 1 % of the
             budget, at most a million.
         clip_ratio: A gradient longer than this many times its running mean is shortened to
@@ -69,16 +71,10 @@ class SAEModule(L.LightningModule):
         seed: Seed of the shuffling of activations (linked to `seed_everything`).
     """
 
-    dead_mask: Tensor
-    silent_tokens: Tensor
-    grad_norm_mean: Tensor
-    seen: Tensor
-    data_position: Tensor
-
     def __init__(
         self,
         lm: FrozenLM,
-        head: SAEHead,
+        head: Trained,
         optimizer: OptimizerCallable = torch.optim.Adam,
         buffer: ShuffleBuffer | None = None,
         tokens: int = 300_000_000,
@@ -90,9 +86,9 @@ class SAEModule(L.LightningModule):
         super().__init__()
         if clip_ratio <= 1:
             raise InputError(f"model.clip_ratio={clip_ratio}: must be larger than 1 (default 5)")
-        self.lm, self.head, self.optimizer = lm, head, optimizer
+        self.lm, self.optimizer = lm, optimizer
         self.buffer = buffer or ShuffleBuffer()
-        if sae_batch_tokens > self.buffer.capacity_tokens:
+        if 0 < self.buffer.capacity_tokens < sae_batch_tokens:
             raise InputError(
                 f"model.sae_batch_tokens={sae_batch_tokens}: larger than model.buffer."
                 f"capacity_tokens={self.buffer.capacity_tokens}; the buffer must hold a batch"
@@ -101,29 +97,62 @@ class SAEModule(L.LightningModule):
             raise InputError(f"model.start_tokens={start_tokens}: must be at least 1")
         self.schedule = Schedule.of(tokens, sae_batch_tokens)
         self.start_tokens = start_tokens or self.schedule.start_tokens
-        self.clip_ratio, self.seed = clip_ratio, seed
+        self.seed = seed
+        self.together = head if isinstance(head, SideBySide) else None
+        if isinstance(head, SideBySide):
+            members = head.members
+        else:
+            assert isinstance(head, SAEHead)
+            members = {"": head}
+        self.trainees = nn.ModuleList(
+            Trainee(name, member, self.schedule, clip_ratio) for name, member in members.items()
+        )
         self.tokens_seen = 0
-        self.register_buffer("silent_tokens", torch.zeros(head.d_sae, dtype=torch.int64))
-        self.register_buffer("dead_mask", torch.zeros(head.d_sae, dtype=torch.bool))
-        self.register_buffer("grad_norm_mean", torch.zeros(()))
-        # tokens looked at, and dropped as sinks
-        self.register_buffer("seen", torch.zeros(2, dtype=torch.int64))
-        self.register_buffer("data_position", torch.zeros(3, dtype=torch.int64))
+        self.clock = StepClock()
+        # of this process: rows looked at, rows dropped as sinks; where its text goes on
+        self.seen = torch.zeros(2, dtype=torch.int64)
+        self.data_position = torch.zeros(3, dtype=torch.int64)
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
+
+    def heads(self) -> dict[str, SAEHead]:
+        """The heads by name; a head that is trained alone has an empty one."""
+        return {trainee.name: trainee.head for trainee in self._trainees()}
+
+    @property
+    def head(self) -> SAEHead:
+        """The first head; what all heads of a run share (sink limit, mean) is in each of them."""
+        return self._trainees()[0].head
+
+    def _trainees(self) -> list[Trainee]:
+        return list(self.trainees)  # type: ignore[arg-type]
 
     # ------------------------------------------------------------------ set-up
 
     def setup(self, stage: str) -> None:
         """Load the LM onto this rank's device; allocate the buffer for training."""
         check_precision(str(self.trainer.precision))
-        device = self.trainer.strategy.root_device
-        self.lm.load_(device)
-        if stage == "fit" and not len(self.buffer.held):
-            data: Any = self.trainer.datamodule
-            queue = self.schedule.batch + data.lm_batch_seqs * data.ctx_len
-            self.buffer.allocate_(
-                self.lm.d_model, queue, device, self.seed + self.trainer.global_rank
+        device, world = self.trainer.strategy.root_device, self.trainer.world_size
+        if self.schedule.batch % world:
+            raise InputError(
+                f"model.sae_batch_tokens={self.schedule.batch}: cannot be dealt out evenly to "
+                f"{world} processes; choose a multiple of {world}"
             )
+        self.clock = StepClock(cuda=device.type == "cuda")
+        self.lm.load_(device)
+        if stage == "fit" and not self.buffer.allocated:
+            data: Any = self.trainer.datamodule
+            self.buffer.allocate_(
+                self.lm.d_model,
+                self.batch_rows + data.lm_batch_seqs * data.ctx_len,
+                device,
+                self.seed + self.trainer.global_rank,
+                world,
+            )
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows of a step that this process works on."""
+        return self.schedule.batch // self.trainer.world_size
 
     def on_fit_start(self) -> None:
         """Check within seconds what would otherwise waste hours."""
@@ -132,8 +161,13 @@ class SAEModule(L.LightningModule):
         preflight(self.lm, next(iter(loaders[0])).to(self.device))
 
     def configure_optimizers(self) -> Any:
-        """The injected optimizer, its rate following the token schedule."""
-        optimizer = self.optimizer(self.head.parameters())
+        """The injected optimizer with a group per head, its rates following the token schedule."""
+        rates = self.together.rates if self.together else {}
+        groups: list[dict[str, Any]] = []
+        for name, head in self.heads().items():
+            own = {"lr": rates[name]} if name in rates else {}
+            groups.append({"params": list(head.parameters()), **own})
+        optimizer = self.optimizer(groups)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule.lr_factor)
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
@@ -144,61 +178,85 @@ class SAEModule(L.LightningModule):
         acts = self.lm.acts(tokens.ids)
         rows = acts[tokens.keep]
         kept = rows[regular(rows, self.head.norm_limit)]
-        self.seen += torch.tensor([len(rows), len(rows) - len(kept)], device=self.seen.device)
+        self.seen += torch.tensor([len(rows), len(rows) - len(kept)])
         return kept
 
     def _next_tokens(self, batches: Iterator[Any]) -> TokenBatch:
         tokens: TokenBatch = next(batches)[0]
         self.data_position = tokens.position.clone()
-        return tokens.to(self.device)
+        tokens = tokens.to(self.device)
+        self.clock.mark("data")
+        return tokens
 
     @torch.no_grad()
     def start_(self, batches: Iterator[Any]) -> None:
         """Statistics from the first rows; those rows also begin to fill the buffer."""
         began = time.perf_counter()
         log.info("collecting %s activations for the start statistics", f"{self.start_tokens:,}")
-        shape = (self.start_tokens, self.lm.d_model)
-        x = torch.empty(shape, dtype=self.buffer.dtype, device=self.device)
-        filled = 0
-        while filled < len(x):
-            tokens = self._next_tokens(batches)
-            rows = self.lm.acts(tokens.ids)[tokens.keep][: len(x) - filled]
-            x[filled : filled + len(rows)] = rows.to(x.dtype)
-            filled += len(rows)
-        sizes = norms(x)
-        self.head.norm_limit.copy_(SINK_RATIO * sizes.median())
-        regular = sizes <= self.head.norm_limit
-        if not regular.all():
-            x = x[regular]
-        self.seen += torch.tensor([filled, filled - len(x)], device=self.seen.device)
-        self.head.start_(x)
-        self.buffer.push_(x[: self.buffer.capacity_tokens])
-        while self.buffer.filled < self.buffer.capacity_tokens:
+        x = self._first_rows(batches, -(-self.start_tokens // self.trainer.world_size))
+        with ranks.pooled():
+            limit = SINK_RATIO * ranks.rows(norms(x)).median()
+        for head in self.heads().values():
+            head.norm_limit.copy_(limit)
+        filled, x = len(x), x[regular(x, limit)]
+        self.seen += torch.tensor([filled, filled - len(x)])
+        with ranks.pooled():
+            everyone = ranks.rows(x)
+        for head in self.heads().values():
+            head.start_(everyone)
+        del everyone
+        self.buffer.push_(x[: self.buffer.capacity])
+        while self.buffer.filled < self.buffer.capacity:
             self.buffer.push_(self.rows(self._next_tokens(batches)))
         self.started.fill_(True)
         self.trainer.strategy.barrier()
         log.info("statistics and buffer ready after %.1f s", time.perf_counter() - began)
 
+    def _first_rows(self, batches: Iterator[Any], n: int) -> Float[Tensor, "tok d_model"]:
+        x = torch.empty(n, self.lm.d_model, dtype=self.buffer.dtype, device=self.device)
+        filled = 0
+        while filled < n:
+            tokens = self._next_tokens(batches)
+            rows = self.lm.acts(tokens.ids)[tokens.keep][: n - filled]
+            x[filled : filled + len(rows)] = rows.to(x.dtype)
+            filled += len(rows)
+        return x
+
     def next_batch(self, batches: Iterator[Any]) -> Float[Tensor, "tok d_model"]:
         """One shuffled batch of activations, running the LM as often as needed."""
-        while self.buffer.wants(self.schedule.batch):
-            self.buffer.push_(self.rows(self._next_tokens(batches)))
-        return self.buffer.swap_(self.schedule.batch)
+        n = self.batch_rows
+        while self.buffer.wants(n):
+            rows = self.rows(self._next_tokens(batches))
+            self.clock.mark("lm")
+            self.buffer.push_(rows)
+            self.clock.mark("buffer")
+        x = self.buffer.swap_(n)
+        self.clock.mark("buffer")
+        return x
 
     def training_step(self, dataloader_iter: Iterator[Any]) -> Tensor:
-        """One batch through the head; Lightning does the rest."""
+        """One batch through the heads; Lightning does the rest."""
+        self.clock.mark("logging")
         if not self.started:
             self.start_(dataloader_iter)
             self._after_start()
+            self.clock.reset()
         x = self.next_batch(dataloader_iter)
-        out = self.head(x)
-        ctx = self._context()
-        losses = self.head.losses(x, out, ctx)
-        loss = torch.stack(list(losses.values())).sum()
-        with torch.no_grad():
-            self.head.observe_(out, ctx)
-            self._count_silence(out.codes.fired(), len(x))
-            self._log_step(x, out, losses, loss)
+        progress, step = self.tokens_seen / self.schedule.tokens, self.trainer.global_step
+        logs = step % self.trainer.log_every_n_steps == 0 or step == 0
+        loss: Tensor | None = None
+        values: dict[str, Tensor] = {}
+        for trainee in self._trainees():
+            with ranks.pooled():
+                losses, out = trainee.step(x, step, progress)
+            own = torch.stack(list(losses.values())).sum()
+            loss = own if loss is None else loss + own
+            if logs:
+                values |= trainee.figures(x, out, losses)
+        assert loss is not None, "no head"
+        if logs:
+            self._log_step(values, len(x))
+        self.clock.mark("head")
         return loss
 
     def _after_start(self) -> None:
@@ -207,90 +265,95 @@ class SAEModule(L.LightningModule):
             if hook is not None:
                 hook(self.trainer, self)
 
-    def _context(self) -> StepContext:
-        if self.trainer.global_step % DEAD_REFRESH_STEPS == 0:
-            self.dead_mask = self.silent_tokens >= self.schedule.dead_after_tokens
-        progress = self.tokens_seen / self.schedule.tokens
-        dead = self.dead_mask.nonzero().squeeze(1)
-        return StepContext(dead, progress, self.schedule.threshold_rate)
-
-    def _count_silence(self, fired: Tensor, n: int) -> None:
-        self.silent_tokens = (self.silent_tokens + n).masked_fill(fired > 0, 0)
-
-    def _log_step(self, x: Tensor, out: Any, losses: dict[str, Tensor], loss: Tensor) -> None:
-        step = self.trainer.global_step
-        if step % self.trainer.log_every_n_steps and step > 0:
-            return
-        dead = (self.silent_tokens >= self.schedule.dead_after_tokens).float().mean()
-        values = {f"train/{name}": value for name, value in losses.items()}
-        values |= {f"train/{name}": v for name, v in self.head.diagnostics(x).items()}
-        batch_fvu = fvu(x, out.x_hat.float())
-        values |= {
-            "train/loss": loss,
-            "train/fvu": batch_fvu,
-            "train/ev": 1 - batch_fvu,
-            "train/l0": out.codes.l0().float().mean(),
-            "train/dead_frac": dead,
-            "train/lr": torch.tensor(self.trainer.optimizers[0].param_groups[0]["lr"]),
-            "train/dropped_frac": self.seen[1] / self.seen[0].clamp_min(1),
-            "tokens": torch.tensor(float(self.tokens_seen)),
-        }
-        self.log_dict(values, on_step=True, on_epoch=False, batch_size=len(x))
+    def _log_step(self, values: dict[str, Tensor], n: int) -> None:
+        with ranks.pooled():
+            seen = ranks.total(self.seen.to(self.device)).tolist()
+        for trainee, group in zip(
+            self._trainees(), self.trainer.optimizers[0].param_groups, strict=True
+        ):
+            values[f"{trainee.prefix}train/lr"] = torch.tensor(group["lr"])
+        values["train/dropped_frac"] = torch.tensor(seen[1] / max(1, seen[0]))
+        values["tokens"] = torch.tensor(float(self.tokens_seen))
+        self.log_dict(values, on_step=True, on_epoch=False, batch_size=n, sync_dist=True)
+        times = {f"time/{part}": share for part, share in self.clock.shares().items()}
+        if self.trainer.global_step == 0:
+            return  # a part of one step
+        self.log_dict(times, on_step=True, on_epoch=False, batch_size=n)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Project gradients; runs before clipping."""
-        self.head.project_grad_()
+        self.clock.mark("head")
+        for head in self.heads().values():
+            head.project_grad_()
 
     def configure_gradient_clipping(
         self, optimizer: torch.optim.Optimizer, gradient_clip_val: Any, gradient_clip_algorithm: Any
     ) -> None:
-        """Shorten spikes, or clip at `trainer.gradient_clip_val` where that is given."""
-        if gradient_clip_val is not None:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm or "norm")
-            return
-        gradients = [p.grad for p in self.head.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        limit = torch.where(self.grad_norm_mean > 0, self.clip_ratio * self.grad_norm_mean, norm)
-        torch._foreach_mul_(gradients, (limit / norm.clamp_min(1e-30)).clamp_max(1.0))
-        clipped = norm > limit
-        used = torch.minimum(norm, limit)
-        mean = torch.where(self.grad_norm_mean > 0, self.grad_norm_mean, used)
-        self.grad_norm_mean = mean.lerp(used, 0.01)
-        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
-            values = {"train/grad_norm": norm, "train/grad_clipped": clipped.float()}
-            self.log_dict(values, batch_size=self.schedule.batch)
+        """Shorten spikes, or clip at `trainer.gradient_clip_val` where given; head by head."""
+        for trainee in self._trainees():
+            values = trainee.clip_(gradient_clip_val, gradient_clip_algorithm or "norm")
+            if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
+                self.log_dict(values, batch_size=self.schedule.batch)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Bring the parameters back to their constraints."""
-        self.head.project_()
+        for head in self.heads().values():
+            head.project_()
         self.tokens_seen += self.schedule.batch
+        self.clock.mark("optimizer")
 
     # -------------------------------------------------------------- validation
 
     def on_validation_start(self) -> None:
         """Calibrate what inference needs on training activations, where there are any."""
         if self.buffer.filled:
-            self.head.calibrate_(self.buffer.sample(CALIBRATION_TOKENS))
+            x = self.sample(CALIBRATION_TOKENS)
+            for head in self.heads().values():
+                head.calibrate_(x)
+
+    def on_validation_end(self) -> None:
+        """Validation is no part of a step."""
+        self.clock.restart()
+
+    def sample(self, n: int) -> Float[Tensor, "tok d_model"]:
+        """Training activations of all processes, fp32, the same ones for each of them."""
+        with ranks.pooled():
+            return ranks.rows(self.buffer.sample(n // ranks.world()))
 
     def validation_step(
         self, batch: TokenBatch, batch_idx: int, dataloader_idx: int = 0
-    ) -> ValidationBatch:
-        """One LM pass to the hook, shared with all callbacks."""
+    ) -> dict[str, ValidationBatch]:
+        """One LM pass to the hook, shared with all heads and callbacks; by name of the head."""
         data: Any = self.trainer.datamodule
-        return self.validation_batch(batch, data.val_names[dataloader_idx])
-
-    def validation_batch(self, tokens: TokenBatch, set_name: str) -> ValidationBatch:
-        """What callbacks see of a token batch."""
-        return view(self.lm.prefix(tokens.ids), tokens, set_name, self.head)
+        prefix = self.lm.prefix(batch.ids)
+        return views(prefix, batch, data.val_names[dataloader_idx], self.heads())
 
     # ------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Nothing but tensors and plain values: checkpoints load with `weights_only=True`."""
         checkpoint["tokens_seen"] = self.tokens_seen
+        with ranks.pooled():
+            checkpoint["data_positions"] = ranks.rows(
+                self.data_position[None].to(self.device)
+            ).cpu()
+            checkpoint["seen"] = ranks.rows(self.seen[None].to(self.device)).cpu()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let the data go on behind the last batch that was used."""
         self.tokens_seen = checkpoint["tokens_seen"]
+        positions, seen = checkpoint["data_positions"], checkpoint["seen"]
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        if len(positions) == world:
+            self.data_position, self.seen = positions[rank].clone(), seen[rank].clone()
+        else:
+            self.data_position = torch.tensor(min(positions.tolist()))
+            self.seen = seen.sum(0) if rank == 0 else torch.zeros_like(self.seen)
+            log.info(
+                "%d processes go on with what %d began: from the place of the one that had read "
+                "least, so that no text is left out and little is read twice",
+                world,
+                len(positions),
+            )
         data: Any = self.trainer.datamodule
-        data.resume_from(checkpoint["state_dict"]["data_position"])
+        data.resume_from(self.data_position)

@@ -45,6 +45,25 @@ def remove_unused(folder: Path) -> None:
         folder.rmdir()
 
 
+def prefixed(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures under the name of the head they are of; a head that is trained alone has none."""
+    return {f"{name}/{key}" if name else key: value for key, value in values.items()}
+
+
+def head_folder(root: str | Path, name: str) -> Path:
+    """Where what belongs to one head of a run is kept: the run folder itself, or one inside it."""
+    folder = Path(root) / name
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def members(folder: Path) -> list[Path]:
+    """Folders of the heads that a run trained side by side; empty for a run of one head."""
+    path = folder / SUMMARY
+    names = read_json(path).get("heads") if path.is_file() else None
+    return [folder / name for name in names] if isinstance(names, list) else []
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """Checkpoints of a run, oldest first."""
     return sorted((folder / CHECKPOINTS).glob("step=*.ckpt"))

@@ -1,5 +1,7 @@
 """What a head makes of the activations of a token batch: the same for training and evaluation."""
 
+from collections.abc import Mapping
+
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -32,3 +34,23 @@ def view(
     mask = tokens.keep & regular(prefix.acts, limit)
     x = prefix.acts[mask].float()
     return ValidationBatch(set_name, tokens, prefix, mask, x, head(x))
+
+
+def views(
+    prefix: Prefix, tokens: TokenBatch, set_name: str, heads: Mapping[str, SAEHead]
+) -> dict[str, ValidationBatch]:
+    """A batch as each of the heads trained side by side sees it; they share mask and rows.
+
+    Args:
+        prefix: The LM's run up to the hook point.
+        tokens: The batch, on the LM's device.
+        set_name: Name of the set it belongs to.
+        heads: By name; of one run, so that they have one sink limit.
+    """
+    found: dict[str, ValidationBatch] = {}
+    for name, head in heads.items():
+        if not found:
+            found[name] = first = view(prefix, tokens, set_name, head)
+        else:
+            found[name] = first._replace(out=head(first.x))
+    return found

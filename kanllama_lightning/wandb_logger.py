@@ -67,8 +67,7 @@ class RunLogger(WandbLogger):
             run = super().experiment
         if fresh and hasattr(run, "define_metric"):
             run.define_metric("tokens")
-            for group in ("train/*", "val/*"):
-                run.define_metric(group, step_metric="tokens", step_sync=True)
+            run.define_metric("*", step_metric="tokens", step_sync=True)
         return run
 
 

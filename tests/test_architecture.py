@@ -66,6 +66,8 @@ def test_arrows(file: Path) -> None:
             "jaxtyping",
             "typing",
             "collections",
+            "contextlib",
+            "contextvars",
             "math",
             "functools",
             "itertools",

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kanllama_lightning.buffer import ShuffleBuffer
+from kanllama_lightning.buffer import ShuffleBuffer, dealt
 from kanllama_lightning.types import InputError
 
 D = 3
@@ -167,9 +167,9 @@ def test_draws_leave_the_global_generator_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_refuses_to_hold_nothing():
-    with pytest.raises(InputError, match=r"buffer\.capacity_tokens=0"):
-        ShuffleBuffer(0)
+def test_refuses_less_than_nothing():
+    with pytest.raises(InputError, match=r"buffer\.capacity_tokens=-1"):
+        ShuffleBuffer(-1)
 
 
 def test_refuses_a_swap_that_it_wants_rows_for_and_a_queue_overrun():
@@ -180,12 +180,46 @@ def test_refuses_a_swap_that_it_wants_rows_for_and_a_queue_overrun():
         buffer.push_(numbered(0, 7))
 
 
-@pytest.mark.parametrize("other", [(9, 8, "float32"), (8, 9, "float32"), (8, 8, "float16")])
-def test_refuses_the_state_of_another_buffer(other):
-    full = allocated(*other)
-    full.push_(numbered(0, other[0] + other[1]))
+def test_refuses_the_state_of_another_number_format():
+    full = allocated(8, 8, "float16")
+    full.push_(numbered(0, 16))
     with pytest.raises(InputError, match="the run's own configuration"):
         allocated(8, 8).load_(full.state())
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (3, 2), (2, 4)])
+def test_other_processes_share_what_was_held_and_lose_no_row(before, after):
+    """What does not fit among the held rows waits, and leaves later."""
+    states, rows = [], []
+    for rank in range(before):
+        buffer = ShuffleBuffer(24)
+        buffer.allocate_(D, 10, torch.device("cpu"), rank, before)
+        buffer.push_(numbered(100 * rank, 24 // before + 5 + rank))
+        states.append(buffer.state())
+        rows += (buffer.held[: buffer.filled, 0].tolist()) + buffer.queue[
+            : buffer.queued, 0
+        ].tolist()
+    got = []
+    for rank in range(after):
+        buffer = ShuffleBuffer(24)
+        buffer.allocate_(D, 10, torch.device("cpu"), rank, after)
+        buffer.load_(dealt(states, rank, after))
+        assert buffer.filled <= buffer.capacity == 24 // after
+        got += (buffer.held[: buffer.filled, 0].tolist()) + buffer.queue[
+            : buffer.queued, 0
+        ].tolist()
+    assert sorted(got) == sorted(rows)
+
+
+def test_without_capacity_rows_leave_in_the_order_of_the_text():
+    buffer = allocated(0, 8)
+    buffer.push_(numbered(0, 5))
+    assert buffer.wants(6)
+    assert not buffer.wants(3)
+    assert torch.equal(buffer.swap_(3), numbered(0, 3))
+    buffer.push_(numbered(5, 3))
+    assert torch.equal(buffer.swap_(4), numbered(3, 4))
+    assert len(buffer.sample(10)) == 0
 
 
 def test_refuses_the_state_of_another_width():

@@ -85,8 +85,8 @@ def test_saved_head_reproduces_the_reported_figures(
 def test_checkpoints_hold_no_lm_and_no_pickles(run_folder: Path) -> None:
     checkpoint = sorted((run_folder / "checkpoints").glob("*.ckpt"))[-1]
     state = torch.load(checkpoint, weights_only=True)
-    assert all(k.startswith("head.") or "." not in k for k in state["state_dict"])
-    head = sum(v.numel() for k, v in state["state_dict"].items() if k.startswith("head."))
+    assert all(k.startswith("trainees.0.") or "." not in k for k in state["state_dict"])
+    head = sum(v.numel() for k, v in state["state_dict"].items() if ".head." in k)
     assert checkpoint.stat().st_size < 3 * 4 * head + 200_000
     assert not list(run_folder.rglob("*.tmp"))
 

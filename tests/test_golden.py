@@ -16,9 +16,9 @@ import torch
 from train import main
 
 GOLDEN = Path(__file__).parent / "golden"
-OVERLAYS = {"base", "embedded"}
+OTHERS = {"base", "embedded", "multi_gpu", "side_by_side"}
 HEADS = sorted(
-    p.stem for p in (Path(__file__).parents[1] / "configs").glob("*.yaml") if p.stem not in OVERLAYS
+    p.stem for p in (Path(__file__).parents[1] / "configs").glob("*.yaml") if p.stem not in OTHERS
 )
 MADE_ON = "AVX512"
 """What the files were made with (`torch.backends.cpu.get_cpu_capability()`)."""

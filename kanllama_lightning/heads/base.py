@@ -22,7 +22,11 @@ ALONE = 64
 """Latents that are decoded alone, each on a row of its own, at once."""
 
 
-class SAEHead(nn.Module, ABC):
+class Trained(nn.Module):
+    """What a run trains: a head, or several side by side."""
+
+
+class SAEHead(Trained, ABC):
     """A sparse autoencoder of activations; takes and returns the LM's own units.
 
     Every constructor argument is kept as an attribute of the same name: that is what `save`

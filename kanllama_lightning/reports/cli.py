@@ -26,7 +26,13 @@ from kanllama_lightning.reports.latents import Latents
 from kanllama_lightning.reports.losses import Losses
 from kanllama_lightning.reports.reconstruction import Reconstruction
 from kanllama_lightning.reports.sparsity import Sparsity
-from kanllama_lightning.reports.subject import LM_KEYS, folder_named, read_subject, shared_lm
+from kanllama_lightning.reports.subject import (
+    LM_KEYS,
+    folder_named,
+    folders_named,
+    read_subject,
+    shared_lm,
+)
 from kanllama_lightning.run import EVAL, SUMMARY, make_folder, read_json
 from kanllama_lightning.trial import show, try_text
 from kanllama_lightning.trial_page import trial_page
@@ -186,7 +192,7 @@ def how(given: Namespace) -> How:
 def run_report(given: Namespace) -> None:
     """Write the record of finished runs or saved heads into their eval/ folders."""
     reports = chosen(given.reports, given)
-    folders = [folder_named(r, given.runs_dir) for r in given.runs]
+    folders = [one for r in given.runs for one in folders_named(r, given.runs_dir)]
     made = report(folders, reports, how(given), given.reports is not None, given.again)
     console = Console(width=max(100, Console().width))
     for run in made:
@@ -203,8 +209,8 @@ def add_compare_arguments(parser: ArgumentParser) -> None:
         "runs",
         nargs="+",
         type=str,
-        help="Folders of finished runs, or LABEL=FOLDER; several seeds of a head are taken "
-        "together.",
+        help="Folders of finished runs, or LABEL=FOLDER; a run of heads side by side is all of "
+        "them; several seeds of a head are taken together.",
     )
     add("--config", action="config", help="YAML with any of these arguments.")
     add("--out", type=str, default="comparison", help="Folder that the comparison goes to.")
@@ -225,14 +231,19 @@ def add_compare_arguments(parser: ArgumentParser) -> None:
 
 def run_compare(given: Namespace) -> None:
     """Compare finished runs; what is missing of their records is made first."""
-    named = comparison.labelled(given.runs)
-    folders = [folder_named(str(folder), given.runs_dir) for _, folder in named]
+    folders: list[Path] = []
+    labels: list[str | None] = []
+    for label, folder in comparison.labelled(given.runs):
+        found = folders_named(str(folder), given.runs_dir)
+        folders += found
+        several = label is not None and len(found) > 1
+        labels += [f"{label}/{one.name}" if several else label for one in found]
     if len(folders) < 2:
         raise InputError(f"RUN={', '.join(given.runs)}: give at least two runs to compare")
     if not 0 <= given.tolerance < 1:
         raise InputError(f"--tolerance={given.tolerance}: must be from 0 to below 1")
     complete(folders, [kind() for kind in REPORTS if kind not in PAGES], how(given))
-    runs = comparison.load(folders, [label for label, _ in named])
+    runs = comparison.load(folders, labels)
     flags = comparison.conflicts(runs, given.force)
     written = comparison.write(Path(given.out), runs, flags, given.tolerance)
     console = Console(width=max(120, Console().width))

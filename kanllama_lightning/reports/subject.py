@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kanllama_lightning.heads.base import CARD, WEIGHTS, SAEHead, read_card
 from kanllama_lightning.lm import FrozenLM
-from kanllama_lightning.run import CHECKPOINTS, CONFIG, HEAD, SUMMARY, read_json
+from kanllama_lightning.run import CHECKPOINTS, CONFIG, HEAD, SUMMARY, members, read_json
 from kanllama_lightning.tokens import TokenData
 from kanllama_lightning.types import InputError
 
@@ -64,13 +64,24 @@ def folder_named(name: str, runs_dir: str) -> Path:
     """
     if name != LAST or Path(name).is_dir():
         return Path(name)
-    finished = list(Path(runs_dir).glob(f"*/{HEAD}/{CARD}"))
+    finished = list(Path(runs_dir).glob(f"*/{SUMMARY}"))
+    finished = [path for path in finished if _has_heads(path.parent)]
     if not finished:
         raise InputError(
             f"RUN={LAST}: there is no finished run in --runs_dir {runs_dir}; train one "
             "(`make demo`) or name its folder"
         )
-    return max(finished, key=lambda path: path.stat().st_mtime).parent.parent
+    return max(finished, key=lambda path: path.stat().st_mtime).parent
+
+
+def _has_heads(folder: Path) -> bool:
+    return all((one / HEAD / CARD).is_file() for one in members(folder) or [folder])
+
+
+def folders_named(name: str, runs_dir: str) -> list[Path]:
+    """The folder meant, or, of a run of several heads, that of each of them."""
+    folder = folder_named(name, runs_dir)
+    return members(folder) or [folder]
 
 
 def read_subject(folder: Path) -> Subject:
@@ -83,6 +94,11 @@ def read_subject(folder: Path) -> Subject:
         raise InputError(f"RUN={str(folder)!r}: no such folder; give the folder of a finished run")
     if (folder / CARD).is_file():
         return _subject(folder, folder, {}, {})
+    if members(folder):
+        raise InputError(
+            f"RUN={str(folder)!r}: a run of several heads; name the folder of one of them: "
+            f"{', '.join(map(str, members(folder)))}"
+        )
     if not (folder / HEAD / CARD).is_file():
         if (folder / CHECKPOINTS).is_dir() or (folder / CONFIG).is_file():
             along = sorted((folder / "heads").glob("*/"))

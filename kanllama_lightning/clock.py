@@ -1,0 +1,66 @@
+"""Where the time of a training step goes."""
+
+import time
+
+import torch
+
+PARTS = ("data", "lm", "buffer", "head", "optimizer", "logging")
+"""Reading and packing text; the LM up to the hook point; shuffling; the heads, forward and
+backward, with their statistics; projection, clipping and Adam; Lightning, callbacks and loggers."""
+
+
+class StepClock:
+    """Adds up the seconds between marks, by part.
+
+    On a GPU marks are events in its stream, read only when shares are asked for: nothing waits for
+    the device between two looks.
+
+    Args:
+        cuda: Whether the work is done by a GPU.
+    """
+
+    def __init__(self, cuda: bool = False) -> None:
+        self.cuda = cuda
+        self._seconds = dict.fromkeys(PARTS, 0.0)
+        self._last: float | None = None
+        self._events: list[tuple[str, torch.cuda.Event]] = []
+
+    def mark(self, part: str) -> None:
+        """The time since the last mark was spent on this part."""
+        if self.cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._events.append((part, event))
+            return
+        now = time.perf_counter()
+        if self._last is not None:
+            self._seconds[part] += now - self._last
+        self._last = now
+
+    def restart(self) -> None:
+        """Forget the time since the last mark: it belongs to no step (a validation, say)."""
+        self._last = None
+        self._read()
+        self._events = []
+
+    def reset(self) -> None:
+        """Forget everything: the time before the first step is not that of steps."""
+        self.restart()
+        self._seconds = dict.fromkeys(PARTS, 0.0)
+
+    def _read(self) -> None:
+        """Turn events into seconds; the last one stays, as the next part begins there."""
+        if len(self._events) < 2:
+            return
+        self._events[-1][1].synchronize()
+        for (_, begin), (part, end) in zip(self._events, self._events[1:], strict=False):
+            self._seconds[part] += begin.elapsed_time(end) / 1000
+        self._events = self._events[-1:]
+
+    def shares(self) -> dict[str, float]:
+        """Share of each part in the time since the last call, 0 to 1; empty where there is none."""
+        self._read()
+        whole = sum(self._seconds.values())
+        found = {part: seconds / whole for part, seconds in self._seconds.items()} if whole else {}
+        self._seconds = dict.fromkeys(PARTS, 0.0)
+        return found

@@ -1,0 +1,118 @@
+"""Several heads, to be trained on the same activations."""
+
+import copy
+import re
+from typing import Any
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from kanllama_lightning.heads import SAEHead
+from kanllama_lightning.heads.base import Trained, import_class
+from kanllama_lightning.types import InputError
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=-]*")
+RESERVED = {"head", "heads", "checkpoints", "baselines", "wandb", "eval", "train", "val", "time"}
+"""Names of what else is in a run folder, or in front of a figure."""
+KEYS = ("class_path", "init_args", "lr")
+
+
+class SideBySide(Trained):
+    """Any heads on the activations of one LM pass, each exactly what it would be alone.
+
+    Each has its own losses, optimizer state, clipping, counters, metrics and folder
+    `RUN/<name>/`; they share the LM, the buffer, the validation runs and the token budget.
+
+    Args:
+        d_model: Width of the activations (linked from the LM on the command line).
+        heads: For each name a `class_path` of a head with its `init_args` (`d_model` apart), and,
+            where it is not that of `model.optimizer`, an `lr`. A `seed` among the init_args takes
+            the place of the run's.
+        d_sae: Number of latents of the heads that do not say their own.
+        target_l0: Latents per token of the heads that do not say their own.
+        seed: Seed of the heads that do not say their own (linked to `seed_everything`).
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        heads: dict[str, dict[str, Any]],
+        d_sae: int | None = None,
+        target_l0: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not heads:
+            raise InputError("model.head.heads={}: name at least one head")
+        self.d_model = d_model
+        shared = {"d_model": d_model, "d_sae": d_sae, "target_l0": target_l0, "seed": seed}
+        given = {key: value for key, value in shared.items() if value is not None}
+        self.members: dict[str, SAEHead] = {}
+        self.rates: dict[str, float] = {}
+        for name, spec in heads.items():
+            _check(name, spec)
+            self.members[name] = _built(name, spec, given)
+            if spec.get("lr") is not None:
+                self.rates[name] = _rate(name, spec["lr"])
+        self.alone = {name: alone(spec, d_sae, target_l0) for name, spec in heads.items()}
+
+
+def alone(spec: dict[str, Any], d_sae: int | None, target_l0: int | None) -> dict[str, Any]:
+    """The `model.head` of a run that trains this head alone; seed and width follow from links."""
+    shared = {"d_sae": d_sae, "target_l0": target_l0}
+    own = {k: v for k, v in (spec.get("init_args") or {}).items() if k != "seed"}
+    given = {key: value for key, value in shared.items() if value is not None}
+    return {"class_path": spec["class_path"], "init_args": given | own}
+
+
+def alone_config(config: dict[str, Any], together: SideBySide, name: str) -> dict[str, Any]:
+    """The configuration of a run that would train one of the heads alone, from that of all."""
+    config = copy.deepcopy(config)
+    config["model"]["head"] = copy.deepcopy(together.alone[name])
+    optimizer = config["model"].get("optimizer")
+    if name in together.rates and isinstance(optimizer, dict):
+        optimizer.setdefault("init_args", {})["lr"] = together.rates[name]
+    return config
+
+
+def _check(name: str, spec: Any) -> None:
+    where = f"model.head.heads.{name}"
+    if not NAME.fullmatch(name) or name in RESERVED:
+        raise InputError(
+            f"{where}: the name is that of a folder and of figures: letters, digits and _.=- are "
+            f"allowed, and none of {', '.join(sorted(RESERVED))}"
+        )
+    if not isinstance(spec, dict) or not isinstance(spec.get("class_path"), str):
+        raise InputError(
+            f"{where}={spec!r}: must be a class_path with init_args, such as "
+            "{class_path: BatchTopK, init_args: {d_sae: 1024, target_l0: 16}}"
+        )
+    unknown = sorted(spec.keys() - set(KEYS))
+    if unknown:
+        raise InputError(f"{where}.{unknown[0]}: no such key; allowed are {', '.join(KEYS)}")
+
+
+def _rate(name: str, lr: Any) -> float:
+    try:
+        rate = float(lr)
+    except (TypeError, ValueError):
+        rate = -1.0
+    if not rate > 0:
+        raise InputError(f"model.head.heads.{name}.lr={lr!r}: must be a number larger than 0")
+    return rate
+
+
+def _built(name: str, spec: dict[str, Any], given: dict[str, Any]) -> SAEHead:
+    """The head, its arguments checked like those of a head on the command line."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(SAEHead, "head")
+    args = given | (spec.get("init_args") or {})
+    asked = {"class_path": spec["class_path"], "init_args": args}
+    try:
+        parsed = parser.parse_object({"head": asked}).head
+        head: SAEHead = import_class(parsed.class_path, SAEHead)(**parsed.init_args.as_dict())
+    except ArgumentError as e:
+        text = re.sub(r"\s*\n\s*", " ", str(e)).strip()
+        raise InputError(f"model.head.heads.{name}: {text[:600]}") from e
+    except InputError as e:
+        raise InputError(f"model.head.heads.{name}: {e}") from e
+    return head

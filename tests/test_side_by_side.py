@@ -1,0 +1,148 @@
+"""Several heads on the same activations: each exactly what it would be alone."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from kanllama_lightning.heads import SAEHead
+from kanllama_lightning.reports.cli import main as evaluate
+from kanllama_lightning.side_by_side import SideBySide
+from kanllama_lightning.types import InputError
+from tests.conftest import Fit, only_run
+from tests.wandb_file import history
+
+HEADS: dict[str, dict[str, Any]] = {
+    "linear": {"class_path": "BatchTopK", "lr": 0.02},
+    "kan": {"class_path": "KANEncoder", "init_args": {"d_sae": 24, "target_l0": 3}},
+    "gated": {"class_path": "Gated"},
+}
+
+
+def config(folder: Path, heads: Any, **shared: Any) -> str:
+    """A config file with these heads side by side."""
+    path = folder / "heads.yaml"
+    args = {"d_sae": 32, "target_l0": 4, **shared, "heads": heads}
+    head = {"class_path": "SideBySide", "init_args": args}
+    path.write_text(yaml.safe_dump({"model": {"head": head}}, sort_keys=False))
+    return f"--config={path}"
+
+
+ALONE = {"model.head": None, "model.head.d_sae": None, "model.head.target_l0": None}
+
+
+def together(fit: Fit, tmp_path: Path, *extra: str, **changed: Any) -> int:
+    return fit(config(tmp_path, HEADS), *extra, **(ALONE | changed))
+
+
+@pytest.fixture
+def run(fit: Fit, tmp_path: Path) -> Path:
+    assert together(fit, tmp_path) == 0
+    return only_run(tmp_path)
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_each_head_is_what_it_would_be_alone(run: Path, tmp_path: Path) -> None:
+    """Weights, statistics and every row of the tables, bit for bit."""
+    for name in HEADS:
+        folder = tmp_path / "alone" / name
+        args = ["fit", f"--config={run / name / 'config.yaml'}", f"--run={folder}"]
+        from train import main
+
+        assert main(args) == 0
+        want, got = (SAEHead.load(f / "head").state_dict() for f in (folder, run / name))
+        assert want.keys() == got.keys()
+        for key, value in want.items():
+            assert torch.equal(got[key], value), (name, key)
+        for table in ("l0.csv", "losses.csv", "lens.csv"):
+            assert rows(run / name / table) == rows(folder / table), (name, table)
+        a, b = (json.loads((f / "summary.json").read_text()) for f in (folder, run / name))
+        timed = ("seconds", "tokens_per_second")
+        assert {k: v for k, v in a.items() if k not in timed} == {
+            k: v for k, v in b.items() if k not in timed
+        }
+
+
+def test_figures_are_logged_under_the_names(run: Path) -> None:
+    (path,) = (run / "wandb").glob("offline-run-*/*.wandb")
+    found, _ = history(path)
+    logged = {key for row in found for key in row}
+    for name in HEADS:
+        assert {f"{name}/train/loss", f"{name}/train/lr", f"{name}/val/fvu"} <= logged
+    assert "train/dropped_frac" in logged
+    assert "val/fvu" not in logged
+    first = next(row for row in found if "kan/train/lr" in row)
+    assert first["linear/train/lr"] / first["kan/train/lr"] == pytest.approx(0.02 / 0.01)
+
+
+def test_summary_names_the_heads(run: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["heads"] == list(HEADS)
+    assert summary["finished"] is True
+    own = json.loads((run / "kan" / "summary.json").read_text())
+    assert summary["kan/val/fvu"] == own["val/fvu"]
+    assert own["d_sae"] == 24
+    assert "baseline/PCA/fvu" in own
+
+
+def test_the_record_takes_the_run_whole(run: Path, tmp_path: Path) -> None:
+    """`compare RUN` compares its heads; `report RUN` reports on each; one pass of the LM."""
+    out = tmp_path / "comparison"
+    given = ["--documents", "10", "--wandb", "false"]
+    assert evaluate(["compare", str(run), "--out", str(out), *given]) == 0
+    compared = {row["run"] for row in rows(out / "comparison.csv")}
+    assert compared == set(HEADS)
+    assert (out / "comparison.html").is_file()
+    assert evaluate(["report", str(run), "--reports", "sparsity", *given]) == 0
+    assert all((run / name / "eval" / "l0.csv").is_file() for name in HEADS)
+
+
+def test_what_needs_one_head_says_so(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate(["try", str(run), "--text", "w1 w2"]) == 2
+    assert f"name the folder of one of them: {run / 'linear'}" in capsys.readouterr().err
+
+
+def test_a_head_may_have_a_seed_of_its_own() -> None:
+    heads = {n: {"class_path": "TopK", "init_args": {"seed": s}} for n, s in (("a", 1), ("b", 2))}
+    both = SideBySide(8, heads | {"c": {"class_path": "TopK"}}, d_sae=16, target_l0=2, seed=2)
+    weights = {name: head.W_dec for name, head in both.members.items()}
+    assert not torch.equal(weights["a"], weights["b"])
+    assert torch.equal(weights["b"], weights["c"])
+
+
+@pytest.mark.parametrize(
+    ("heads", "message"),
+    [
+        ({}, "at least one head"),
+        ({"a/b": {"class_path": "TopK"}}, "a/b: the name is that of a folder"),
+        ({"eval": {"class_path": "TopK"}}, "eval: the name is that of a folder"),
+        ({"a": "TopK"}, "must be a class_path with init_args"),
+        ({"a": {"class_path": "TopK", "k": 4}}, r"heads\.a\.k: no such key"),
+        ({"a": {"class_path": "TopK", "lr": -1}}, r"heads\.a\.lr=-1: must be a number"),
+        ({"a": {"class_path": "TopK", "init_args": {"target_l0": 99}}}, r"heads\.a: .*target_l0"),
+        ({"a": {"class_path": "TopK", "init_args": {"k": 9}}}, r"heads\.a: .*k"),
+        ({"a": {"class_path": "Nothing"}}, r"heads\.a: .*Nothing"),
+    ],
+)
+def test_mistakes_are_named(heads: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        SideBySide(8, heads, d_sae=16, target_l0=2)
+
+
+def test_a_mistake_on_the_command_line_is_one_line(
+    fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = config(tmp_path, {"a": {"class_path": "TopK", "init_args": {"k": 9}}})
+    assert fit(wrong, **ALONE) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert "model.head.heads.a" in err
+    assert "Traceback" not in err

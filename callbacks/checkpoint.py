@@ -10,17 +10,21 @@ from typing import Any
 import lightning as L
 from safetensors.torch import load_file, save_file
 
-from kanllama_lightning.run import CHECKPOINTS, checkpoints
+from kanllama_lightning.buffer import dealt
+from kanllama_lightning.functional import ranks
+from kanllama_lightning.run import CHECKPOINTS
+from kanllama_lightning.saved import Written, checkpoints, keep, remove, seal
 from kanllama_lightning.types import RunStopped
 
 log = logging.getLogger(__name__)
 
 
 class RunCheckpoint(L.Callback):
-    """Saves head, optimizer, counters, data position and buffer: regularly, and when told to stop.
+    """Saves heads, optimizer, counters, data position and buffer: regularly, and when told to stop.
 
     Ctrl-C and SIGTERM let the step under way end, save and leave; a second one leaves at once.
-    Checkpoints are written beside and then renamed, so none is ever half there.
+    Files are written beside and then renamed, and a list of them with their checksums comes last:
+    a checkpoint without it, or with another file than listed, is never gone on from.
 
     Args:
         every_n_steps: Steps between two checkpoints.
@@ -40,18 +44,25 @@ class RunCheckpoint(L.Callback):
         self._saved_at = trainer.global_step
         for number in (signal.SIGINT, signal.SIGTERM):
             self._handlers[number] = signal.signal(number, self._on_signal)
+        if trainer.is_global_zero:  # what a killed run had not finished writing
+            for part in (Path(trainer.default_root_dir) / CHECKPOINTS).glob("*.tmp"):
+                part.unlink()
         if trainer.ckpt_path:
             self._restore_buffer(trainer, pl_module, Path(str(trainer.ckpt_path)))
 
     def _restore_buffer(self, trainer: L.Trainer, pl_module: Any, path: Path) -> None:
-        sidecar = self._sidecar(path, trainer.global_rank)
-        if sidecar.exists():
-            pl_module.buffer.load_(load_file(sidecar))
+        n = len(list(path.parent.glob(f"{path.stem}.rank*.safetensors")))
+        rank, world = trainer.global_rank, trainer.world_size
+        if n == world:
+            pl_module.buffer.load_(load_file(self._sidecar(path, rank)))
+        elif n:
+            states = [load_file(self._sidecar(path, r)) for r in range(n)]
+            pl_module.buffer.load_(dealt(states, rank, world))
         else:
             log.warning(
                 "%s is missing: the buffer is refilled with later text, so this run will not be "
                 "the same as an undisturbed one bit for bit",
-                sidecar,
+                self._sidecar(path, rank),
             )
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -60,18 +71,28 @@ class RunCheckpoint(L.Callback):
         self._stop = number
         log.warning("stopping after this step, saving first (once more: at once, not saving)")
 
+    def _asked_to_stop(self, trainer: L.Trainer) -> int | None:
+        """The signal, if any process got one: all of them have to stop at the same step."""
+        if trainer.world_size == 1:
+            return self._stop
+        if trainer.global_step % max(1, trainer.log_every_n_steps):
+            return None  # asking the others waits for them
+        with ranks.pooled():
+            return next((s for s in ranks.lists([self._stop]) if s is not None), None)
+
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         """Between two steps, validation included, all state is consistent: save here only."""
         step = trainer.global_step
         due = step % self.every_n_steps == 0 and step > self._saved_at
-        if not due and self._stop is None:
+        stop = self._asked_to_stop(trainer)
+        if not due and stop is None:
             return
         if pl_module.started:
             self.save(trainer, pl_module)
-        if self._stop is not None:
-            raise RunStopped(self._stop, step)
+        if stop is not None:
+            raise RunStopped(stop, step)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Save the end, from which a run can be extended."""
@@ -90,17 +111,24 @@ class RunCheckpoint(L.Callback):
         folder = Path(trainer.default_root_dir)
         path = folder / CHECKPOINTS / f"step={trainer.global_step:09d}.ckpt"
         path.parent.mkdir(exist_ok=True)
+        if trainer.is_global_zero:  # one of this step that is not whole, if any
+            path.with_suffix(".json").unlink(missing_ok=True)
+        written: list[Written] = []
         if self.buffer:
             sidecar = self._sidecar(path, trainer.global_rank)
-            save_file(pl_module.buffer.state(), f"{sidecar}.tmp")
-            Path(f"{sidecar}.tmp").replace(sidecar)
+            part = Path(f"{sidecar}.tmp")
+            save_file(pl_module.buffer.state(), part)
+            written.append(keep(part, sidecar))
         part = path.with_name(path.name + ".tmp")
         trainer.save_checkpoint(part)
         if trainer.is_global_zero:
-            part.replace(path)
+            written.append(keep(part, path))
+        with ranks.pooled():
+            written = ranks.lists(written)
+        if trainer.is_global_zero:
+            seal(path, written)
             for old in checkpoints(folder)[: -self.keep]:
-                for file in old.parent.glob(f"{old.stem}.*"):
-                    file.unlink()
+                remove(old)
         self._saved_at = trainer.global_step
         log.debug("saved %s in %.1f s", path, time.perf_counter() - began)
 

@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import os
 import re
 import sys
 import time
@@ -43,7 +44,12 @@ LINKED = {
 }
 """Arguments that follow from another one; setting them would be ignored silently."""
 SUBCOMMANDS = ("fit", "validate")
+RUN_FOLDER = "KANLLAMA_RUN_FOLDER"
+"""Environment variable in which the first process tells those it starts where the run goes."""
 NOISE = (
+    r".*LightningCLI's args parameter is intended.*",
+    r".*`broadcast_buffers` is deprecated.*",
+    r".*It is recommended to use `self.log.*sync_dist=True.*",  # metrics are summed by torchmetrics
     r".*You are using the `dataloader_iter` step flavor.*",
     r".*Found `dataloader_iter` argument.*",
     r".*does not have many workers.*",
@@ -96,7 +102,7 @@ class KanllamaCLI(LightningCLI):
         resolved = self._parser(self.subcommand).dump(config, skip_unset=False)
         self.save_config_kwargs["resolved"] = resolved
         fit = self.subcommand == "fit"
-        self.run_folder = Path(config.run or self._new_name(config))
+        self.run_folder = self._folder(config)
         if config.get("ckpt_path"):
             checkpoint = find_checkpoint(
                 config.ckpt_path, config.runs_dir, resolved, config.run, fit
@@ -105,16 +111,17 @@ class KanllamaCLI(LightningCLI):
             log.info("continuing from %s", checkpoint)
             if fit:
                 self.run_folder = checkpoint.parent.parent
-        elif fit and (self.run_folder / CHECKPOINTS).exists():
+        elif fit and is_first() and any((self.run_folder / CHECKPOINTS).glob("step=*")):
             raise InputError(
                 f"run folder {str(self.run_folder)!r}: holds a run already; continue it with "
                 f"--ckpt_path {self.run_folder}, or choose another --run"
             )
         if trainer.accelerator == "auto" and not torch.cuda.is_available():
             trainer.accelerator = "cpu"  # Apple's GPUs have no fp64, which the metrics need
-        new = not self.run_folder.exists()
+        new = is_first() and not self.run_folder.exists()
         make_folder(self.run_folder)
         KanllamaCLI.made = self.run_folder if new else None
+        os.environ[RUN_FOLDER] = str(self.run_folder)
         config.run = trainer.default_root_dir = str(self.run_folder)
         trainer.max_epochs = -1
         steps = Schedule.of(model.tokens, model.sae_batch_tokens).steps
@@ -128,6 +135,20 @@ class KanllamaCLI(LightningCLI):
                 logger.init_args.save_dir = str(self.run_folder)
                 logger.init_args.name = logger.init_args.name or self.run_folder.name
                 logger.init_args.id = logger.init_args.id or _logger_id(self.run_folder)
+
+    def _folder(self, config: Any) -> Path:
+        """The run folder, the same in all processes of a run."""
+        if config.run:
+            return Path(config.run)
+        if is_first() and not _started_with_others():
+            return Path(self._new_name(config))
+        told = os.environ.get(RUN_FOLDER)
+        if told is None:
+            raise InputError(
+                "--run: several processes were started from outside and would each choose a folder "
+                "of their own; name one with --run FOLDER"
+            )
+        return Path(told)
 
     def _new_name(self, config: Any) -> str:
         stems = [Path(str(c)).stem for c in (config.get("config") or [])[1:]]
@@ -155,6 +176,17 @@ class KanllamaCLI(LightningCLI):
         if self.trainer.fast_dev_run:
             return
         self.trainer.validate(self.model, self.datamodule, verbose=False)
+
+
+def is_first() -> bool:
+    """Whether this process speaks for all that train together."""
+    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+    return all(os.environ.get(name, "0") == "0" for name in names)
+
+
+def _started_with_others() -> bool:
+    """Whether something else than Lightning (torchrun, say) started several processes."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def _lm_parameters(lm: FrozenLM) -> int:
@@ -248,7 +280,9 @@ def main(args: Sequence[str] | None = None, **kwargs: Any) -> int:
     """
     quiet()
     given = list(sys.argv[1:] if args is None else args)
-    sys.argv = sys.argv[:1]  # LightningCLI warns when it sees both
+    own = sys.argv
+    # what a launcher of further processes starts again
+    sys.argv = own if args is None else [str(ROOT / "train.py"), *given]
     KanllamaCLI.made = None
     try:
         _refuse_linked(given)
@@ -281,6 +315,8 @@ def main(args: Sequence[str] | None = None, **kwargs: Any) -> int:
         )
         return 128 + e.signal_number
     finally:
+        sys.argv = own
+        os.environ.pop(RUN_FOLDER, None)
         if wandb.run is not None:
             wandb.finish()
     return 0
@@ -297,7 +333,7 @@ def quiet() -> None:
     if not logging.getLogger().handlers:
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
     for name in ("kanllama_lightning", "callbacks"):
-        logging.getLogger(name).setLevel(logging.INFO)
+        logging.getLogger(name).setLevel(logging.INFO if is_first() else logging.ERROR)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     for pattern in NOISE:

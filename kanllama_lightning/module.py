@@ -249,10 +249,10 @@ class SAEModule(L.LightningModule):
         for trainee in self._trainees():
             with ranks.pooled():
                 losses, out = trainee.step(x, step, progress)
+                if logs:
+                    values |= trainee.figures(x, out, losses)
             own = torch.stack(list(losses.values())).sum()
             loss = own if loss is None else loss + own
-            if logs:
-                values |= trainee.figures(x, out, losses)
         assert loss is not None, "no head"
         if logs:
             self._log_step(values, len(x))

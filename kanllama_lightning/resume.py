@@ -6,7 +6,8 @@ from typing import Any
 
 import yaml
 
-from kanllama_lightning.run import CONFIG, SUMMARY, checkpoints
+from kanllama_lightning.run import CONFIG, SUMMARY
+from kanllama_lightning.saved import checkpoints, damage, newest_whole
 from kanllama_lightning.types import InputError
 
 FREE = (
@@ -51,14 +52,23 @@ def find_checkpoint(asked: Any, runs_dir: str, config: str, run: str | None, exa
         return _newest(Path(runs_dir), config)
     path = Path(run) if run and str(asked) == "last" else Path(str(asked))
     if path.is_dir():
-        found = checkpoints(path)
-        if not found:
-            raise InputError(f"ckpt_path={str(asked)!r}: {path} holds no checkpoint to go on from")
-        path = found[-1]
+        found = newest_whole(path)
+        if found is None:
+            raise InputError(
+                f"ckpt_path={str(asked)!r}: {path} holds no whole checkpoint to go on from; leave "
+                "--ckpt_path out to start anew"
+            )
+        path = found
     if not path.is_file():
         raise InputError(
             f"ckpt_path={str(asked)!r}: no such file; give a checkpoint file, a run folder, or "
             "`last`"
+        )
+    torn = damage(path)
+    if torn:
+        raise InputError(
+            f"ckpt_path={str(asked)!r}: this checkpoint is damaged: {torn}; give the run folder "
+            f"{path.parent.parent} instead, for the newest one that is whole"
         )
     beside = path.parent.parent / CONFIG
     if not beside.is_file():
@@ -88,7 +98,10 @@ def _newest(runs_dir: Path, config: str) -> Path:
     for folder in reversed(unfinished):
         differences = compare((folder / CONFIG).read_text(), config)
         if not differences:
-            return checkpoints(folder)[-1]
+            whole = newest_whole(folder)
+            if whole is not None:
+                return whole
+            differences = ["nothing, but has no whole checkpoint"]
         near.append(f"  {folder} differs in {differences[0]}")
     listed = "\nUnfinished runs of other configurations:\n" + "\n".join(near) if near else ""
     raise InputError(

@@ -64,11 +64,6 @@ def members(folder: Path) -> list[Path]:
     return [folder / name for name in names] if isinstance(names, list) else []
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints of a run, oldest first."""
-    return sorted((folder / CHECKPOINTS).glob("step=*.ckpt"))
-
-
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Replace a JSON file whole."""
     part = path.with_name(path.name + ".tmp")

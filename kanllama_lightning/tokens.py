@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 from transformers import PreTrainedTokenizerBase
 
 from kanllama_lightning.corpus import Corpus, Document, resolve
@@ -181,12 +181,8 @@ class TokenData(LightningDataModule):
         dataset = TensorDataset(*rows)
         rank, world = self._place()
         # Lightning's own sampler would repeat rows to make the ranks even, and count them twice
-        sampler: DistributedSampler | None = (
-            DistributedSampler(dataset, world, rank, shuffle=False, drop_last=True)
-            if world > 1
-            else None
-        )
-        return DataLoader(dataset, self.val_batch_seqs, sampler=sampler, collate_fn=collate)
+        own = range(rank, len(dataset), world)
+        return DataLoader(dataset, self.val_batch_seqs, sampler=own, collate_fn=collate)
 
     def _place(self) -> tuple[int, int]:
         """Rank and number of processes."""

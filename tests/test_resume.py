@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from kanllama_lightning.resume import compare, find_checkpoint
+from kanllama_lightning.saved import keep, remove, seal
 from kanllama_lightning.types import InputError
 
 CONFIG = {
@@ -35,7 +36,8 @@ def run(folder, config=None, steps=(1,), finished=None, age=0):
     (folder / "config.yaml").write_text(config or text())
     for step in steps:
         path = folder / "checkpoints" / f"step={step:09d}.ckpt"
-        path.touch()
+        path.with_suffix(".tmp").touch()
+        seal(path, [keep(path.with_suffix(".tmp"), path)])
         os.utime(path, (1e9 - age, 1e9 - age))
     if finished is not None:
         (folder / "summary.json").write_text(json.dumps({"finished": finished}))
@@ -150,9 +152,9 @@ def test_another_configuration_is_refused_where_it_has_to_be_the_same(tmp_path):
 
 def test_a_run_without_checkpoints(tmp_path):
     mine = run(tmp_path / "mine", steps=())
-    with pytest.raises(InputError, match="holds no checkpoint to go on from"):
+    with pytest.raises(InputError, match="holds no whole checkpoint to go on from"):
         find(str(mine))
-    with pytest.raises(InputError, match="holds no checkpoint to go on from"):
+    with pytest.raises(InputError, match="holds no whole checkpoint to go on from"):
         find("last", tmp_path, run=str(mine))
 
 
@@ -167,6 +169,69 @@ def test_no_such_file(tmp_path, exact):
 def test_a_checkpoint_outside_its_run(tmp_path):
     alone = tmp_path / "a" / "step=000000001.ckpt"
     alone.parent.mkdir()
-    alone.touch()
+    (alone.parent / "part").touch()
+    seal(alone, [keep(alone.parent / "part", alone)])
     with pytest.raises(InputError, match=r"no config\.yaml beside it"):
         find(str(alone))
+
+
+# ------------------------------------------------------------------ torn checkpoints
+
+
+def cut(path):
+    path.write_bytes(b"")
+
+
+def flip(path):
+    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A run with two checkpoints that have something in them."""
+    folder = run(tmp_path / "mine", steps=())
+    for step in (1, 2):
+        path = folder / "checkpoints" / f"step={step:09d}.ckpt"
+        files = [path, path.with_suffix(".rank0.safetensors")]
+        for file in files:
+            file.with_name("part").write_bytes(b"some bytes of " + file.name.encode())
+        seal(path, [keep(file.with_name("part"), file) for file in files])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("suffix", "harm", "why"),
+    [
+        (".ckpt", cut, "has 0 bytes instead of"),
+        (".ckpt", flip, "checksum differs"),
+        (".rank0.safetensors", flip, "checksum differs"),
+        (".rank0.safetensors", lambda path: path.unlink(), "is missing"),
+        (".json", lambda path: path.unlink(), "written last, is missing"),
+        (".json", cut, "cannot be read"),
+    ],
+)
+def test_a_torn_checkpoint_is_left_for_the_one_before_it(saved, suffix, harm, why, caplog):
+    newest = saved / "checkpoints" / "step=000000002.ckpt"
+    assert find(str(saved)) == newest
+    harm(newest.with_suffix(suffix))
+    assert find(str(saved)).name == "step=000000001.ckpt"
+    assert find("last", saved.parent).name == "step=000000001.ckpt"
+    assert why in caplog.text
+    assert "going on from step=000000001.ckpt, the one before it" in caplog.text
+    with pytest.raises(InputError, match="damaged"):
+        find(str(newest))
+
+
+def test_a_run_without_a_whole_checkpoint(saved):
+    for path in (saved / "checkpoints").glob("*.json"):
+        path.unlink()
+    with pytest.raises(InputError, match="holds no whole checkpoint"):
+        find(str(saved))
+    with pytest.raises(InputError, match="has no whole checkpoint"):
+        find("last", saved.parent)
+
+
+def test_removing_a_checkpoint_leaves_nothing_of_it(saved):
+    remove(saved / "checkpoints" / "step=000000001.ckpt")
+    names = {path.name for path in (saved / "checkpoints").iterdir()}
+    assert names == {f"step=000000002.{end}" for end in ("ckpt", "json", "rank0.safetensors")}

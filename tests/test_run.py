@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from kanllama_lightning.run import Table, checkpoints, make_folder, write_json
+from kanllama_lightning.run import Table, make_folder, write_json
+from kanllama_lightning.saved import checkpoints
 from kanllama_lightning.types import InputError
 
 COLUMNS = ("step", "name", "loss")

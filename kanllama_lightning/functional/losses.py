@@ -5,6 +5,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from kanllama_lightning.functional import ranks
+
 
 def reconstruction(
     x: Float[Tensor, "tok d_model"], x_hat: Float[Tensor, "tok d_model"]
@@ -14,8 +16,11 @@ def reconstruction(
 
 
 def fvu(x: Float[Tensor, "tok d_model"], x_hat: Float[Tensor, "tok d_model"]) -> Float[Tensor, ""]:
-    """Fraction of variance unexplained in one batch; 0 is perfect, 1 is predicting the mean."""
-    return (x - x_hat).square().sum() / (x - x.mean(0)).square().sum()
+    """Fraction of variance unexplained in one batch; 0 is perfect, 1 is predicting the mean.
+
+    Of several processes (`ranks.pooled`) that of all rows.
+    """
+    return ranks.total((x - x_hat).square().sum()) / ranks.summed_squares(x)
 
 
 def auxk(
@@ -25,10 +30,11 @@ def auxk(
 
     AuxK of Gao et al. 2024 (arXiv 2406.04093), divided by the variance of its target. The target
     is detached here: the live latents must not learn to leave work to the dead ones. 0 where the
-    target does not vary.
+    target does not vary. The variance is that of all processes' rows (`ranks.pooled`), so that the
+    mean over processes is the AuxK of all rows.
     """
     target = error.detach()
-    variance = (target - target.mean(0)).square().sum()
+    variance = ranks.summed_squares(target) / ranks.world()
     known = variance > 0
     return (target - error_hat).square().sum() * known / torch.where(known, variance, 1.0)
 

@@ -35,6 +35,11 @@ def world() -> int:
     return int(dist.get_world_size())
 
 
+def rank() -> int:
+    """Which of the pooled processes this is; 0 where none are."""
+    return int(dist.get_rank()) if world() > 1 else 0
+
+
 def _reduced(x: Tensor, op: Any) -> Tensor:
     if world() == 1:
         return x
@@ -64,7 +69,7 @@ def gathered(x: Shaped[Tensor, "n *rest"]) -> list[Shaped[Tensor, "m *rest"]]:
     if n == 1:
         return [x]
     lengths = torch.zeros(n, dtype=torch.int64, device=x.device)
-    lengths[dist.get_rank()] = len(x)
+    lengths[rank()] = len(x)
     dist.all_reduce(lengths)
     counts = lengths.tolist()
     padded = x.new_zeros(max(counts), *x.shape[1:])

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from kanllama_lightning.functional import ranks
+
 SAMPLE_STRIDE = 61
 """Every so many values are looked at to guess a lower bound of the cut-off; odd, so that the
 sample walks through all latents."""
@@ -23,16 +25,44 @@ def largest_positive(
     """Flat positions of the `count` largest positive values, ascending, and the cut-off.
 
     Exact: among equal values at the cut-off the lowest positions win. Fewer positions come back
-    when fewer values are positive. On the CPU a sampled lower bound first throws away nearly all
-    values (it only ever saves time: when it leaves too few, all values are searched).
+    when fewer values are positive. Of several processes (`ranks.pooled`) each gives its part of
+    what is largest among the values of all, and the lowest ranks win ties. On the CPU a sampled
+    lower bound first throws away nearly all values (it only ever saves time: when it leaves too
+    few, all values are searched).
 
     Args:
         values: Activations of a batch, any sign.
-        count: How many to keep, >= 1.
+        count: How many to keep, >= 1; of several processes, for each of them on average.
 
     Returns:
         The positions, and the smallest kept value (0 when fewer than `count` were positive).
     """
+    positions, cutoff = _largest_here(values, count)
+    if ranks.world() == 1:
+        return positions, cutoff
+    flat = values.reshape(-1)
+    # the common cut-off lies between those that each process would have alone
+    low, high = ranks.smallest(cutoff), ranks.largest(cutoff)
+    found = ((flat >= low) & (flat > 0)).nonzero().squeeze(1)
+    kept = flat.index_select(0, found)
+    surely = ranks.total((kept > high).sum())
+    between = ranks.gathered(kept[kept <= high])
+    everyone = torch.cat(between)
+    wanted = count * ranks.world() - int(surely)
+    if len(everyone) < wanted:
+        return found, kept.new_zeros(())
+    cutoff = everyone.topk(wanted, sorted=False).values.min()
+    above = kept > cutoff
+    lower = sum(int((part == cutoff).sum()) for part in between[: ranks.rank()])
+    room = max(0, wanted - int((everyone > cutoff).sum()) - lower)
+    above[(kept == cutoff).nonzero().squeeze(1)[:room]] = True
+    return found[above], cutoff
+
+
+def _largest_here(
+    values: Float[Tensor, "tok d_sae"], count: int
+) -> tuple[Int[Tensor, " kept"], Float[Tensor, ""]]:
+    """`largest_positive` of this process's values alone."""
     flat = values.reshape(-1)
     candidates = None
     if flat.device.type == "cpu" and flat.numel() > SMALL and count * 4 < flat.numel():

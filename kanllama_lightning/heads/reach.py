@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kanllama_lightning.functional import ranks
+
 MIN_FIRINGS = 100
 """A latent that fired less often in the start sample gets the median reach."""
 
@@ -39,5 +41,5 @@ def follow_reach_(
         latents: Latent of each.
         rate: Share by which the reach of a firing latent shrinks before it is widened.
     """
-    most = torch.zeros_like(reach).scatter_reduce_(0, latents, values, "amax")
+    most = ranks.largest(torch.zeros_like(reach).scatter_reduce_(0, latents, values, "amax"))
     reach.copy_(torch.where(most > 0, torch.maximum(reach * (1 - rate), most), reach))

@@ -94,8 +94,9 @@ class SplineLatent(Thresholded):
 
     def activate(self, values: Float[Tensor, " nnz"], pattern: Pattern) -> Float[Tensor, " nnz"]:
         """The curves at kept pre-activations."""
-        if self.training and len(values):
-            self.smallest.copy_(values.detach().min())
+        if self.training:
+            kept = values.detach()
+            self.smallest.copy_(kept.min() if len(kept) else kept.new_full((), torch.inf))
         return self.curve(values, pattern.latents)
 
     def curve(
@@ -156,10 +157,7 @@ class SplineLatent(Thresholded):
     def observe_(self, out: SAEOutput, ctx: StepContext) -> None:
         """Follow the smallest kept pre-activation; and the reach, as long as the splines rest."""
         codes = out.codes.sparse()
-        if len(codes.values):
-            super().observe_(
-                out._replace(codes=codes._replace(values=self.smallest.reshape(1))), ctx
-            )
+        super().observe_(out._replace(codes=codes._replace(values=self.smallest.reshape(1))), ctx)
         if ctx.progress < self.frozen_share:
             follow_reach_(self.reach, codes.values, codes.latents, ctx.rate)
         else:

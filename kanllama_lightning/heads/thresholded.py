@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kanllama_lightning.functional import ranks
 from kanllama_lightning.functional.sparse import largest_positive
 from kanllama_lightning.heads.selecting import Selecting
 from kanllama_lightning.types import SAEOutput, SparseCodes, StepContext
@@ -70,10 +71,12 @@ class Thresholded(Selecting):
     def observe_(self, out: SAEOutput, ctx: StepContext) -> None:
         """Move the average towards the batch's smallest kept activation (bias-corrected)."""
         assert isinstance(out.codes, SparseCodes)
-        if len(out.codes.values):
-            smallest = out.codes.values.detach().min()
-            self.threshold_ema.lerp_(smallest.float(), ctx.rate)
-            self.threshold_ema_weight.lerp_(torch.ones_like(self.threshold_ema_weight), ctx.rate)
+        kept = out.codes.values.detach().float()
+        # where a process keeps nothing, the others' smallest counts
+        smallest = ranks.smallest(kept.min() if len(kept) else kept.new_full((), torch.inf))
+        rate = torch.where(smallest.isfinite(), ctx.rate, 0.0)
+        self.threshold_ema.lerp_(smallest.nan_to_num(posinf=0.0), rate)
+        self.threshold_ema_weight.lerp_(torch.ones_like(self.threshold_ema_weight), rate)
 
     @torch.no_grad()
     def calibrate_(self, x: Float[Tensor, "tok d_model"]) -> None:

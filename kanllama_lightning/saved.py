@@ -1,0 +1,93 @@
+"""Checkpoints on disk: sealed when whole, found out when torn."""
+
+import json
+import logging
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from kanllama_lightning.run import CHECKPOINTS, write_json
+
+log = logging.getLogger(__name__)
+
+CHUNK = 1 << 24
+
+
+class Written(NamedTuple):
+    """A file as it was written."""
+
+    name: str
+    size: int
+    crc32: int
+
+
+def keep(part: Path, path: Path) -> Written:
+    """Bring a file that was written beside its place into it: on the disk first, then renamed."""
+    crc, size = 0, 0
+    with part.open("rb+") as file:
+        os.fsync(file.fileno())
+        while chunk := file.read(CHUNK):
+            crc, size = zlib.crc32(chunk, crc), size + len(chunk)
+    part.replace(path)
+    return Written(path.name, size, crc)
+
+
+def seal(checkpoint: Path, files: list[Written]) -> None:
+    """Say that a checkpoint is whole, and of which files it consists. Written last, and at once."""
+    listed = {file.name: {"size": file.size, "crc32": file.crc32} for file in files}
+    write_json(checkpoint.with_suffix(".json"), listed)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints of a run, oldest first, whole or not."""
+    return sorted((folder / CHECKPOINTS).glob("step=*.ckpt"))
+
+
+def remove(checkpoint: Path) -> None:
+    """Take away all files of a checkpoint; its seal first, so that it is never half there."""
+    checkpoint.with_suffix(".json").unlink(missing_ok=True)
+    for file in checkpoint.parent.glob(f"{checkpoint.stem}.*"):
+        file.unlink()
+
+
+def damage(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be gone on from; None if it is whole."""
+    seal_path = checkpoint.with_suffix(".json")
+    if not seal_path.is_file():
+        return f"{seal_path.name}, which is written last, is missing"
+    try:
+        listed: Mapping[str, Mapping[str, int]] = json.loads(seal_path.read_text())
+    except ValueError:
+        return f"{seal_path.name} cannot be read"
+    if checkpoint.name not in listed:
+        return f"{seal_path.name} does not list it"
+    for name, want in listed.items():
+        path = checkpoint.with_name(name)
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != want["size"]:
+            return f"{name} has {path.stat().st_size:,} bytes instead of {want['size']:,}"
+        crc = 0
+        with path.open("rb") as file:
+            while chunk := file.read(CHUNK):
+                crc = zlib.crc32(chunk, crc)
+        if crc != want["crc32"]:
+            return f"{name} is not what was written (its checksum differs)"
+    return None
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """The newest checkpoint of a run that is whole; says so where newer ones are not."""
+    torn: list[str] = []
+    for checkpoint in reversed(checkpoints(folder)):
+        why = damage(checkpoint)
+        if why is None:
+            for line in torn:
+                log.warning("%s; going on from %s, the one before it", line, checkpoint.name)
+            return checkpoint
+        torn.append(f"{checkpoint} is damaged: {why}")
+    for line in torn:
+        log.warning("%s", line)
+    return None

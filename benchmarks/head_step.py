@@ -110,12 +110,13 @@ class HeadStep:
 
 @torch.no_grad()
 def settle_(head: Penalised, x: Tensor) -> None:
-    """Lower all of b_enc alike until target_l0 latents fire per token on average, exactly."""
+    """Lower all of b_enc alike until target_l0 latents fire per token on average."""
     above = head.pre_acts(x)
     if isinstance(head, heads.JumpReLU):
         above -= head.theta
     head.b_enc -= above.reshape(-1).topk(head.target_l0 * len(x) + 1, sorted=False).values.min()
-    assert int(head(x).codes.l0().sum()) == head.target_l0 * len(x), "L0 is not the target"
+    l0 = float(head(x).codes.l0().double().mean())
+    assert abs(l0 / head.target_l0 - 1) < 1e-3, "L0 is not the target"  # but for rounding
 
 
 class Floor:

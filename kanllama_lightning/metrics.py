@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torchmetrics import Metric
 
-from kanllama_lightning.types import DenseCodes, SparseCodes
+from kanllama_lightning.types import Codes
 
 
 class _Sums(Metric):
@@ -43,7 +43,7 @@ class Sparsity(_Sums):
         self._sum_state("l0_counts", (d_sae + 1,), integer=True)
         self._sum_state("fired", (d_sae,), integer=True)
 
-    def update(self, codes: SparseCodes | DenseCodes) -> None:
+    def update(self, codes: Codes) -> None:
         """Count a batch's codes."""
         l0 = codes.l0()
         self.l0_counts.index_add_(0, l0, torch.ones_like(l0))
@@ -211,7 +211,7 @@ class Activations(_Sums):
         none = torch.zeros(d_sae, dtype=torch.float64)
         self.add_state("largest", none, dist_reduce_fx="max")
 
-    def update(self, codes: SparseCodes | DenseCodes) -> None:
+    def update(self, codes: Codes) -> None:
         """Add a batch's codes."""
         kept = codes.sparse()
         fires = kept.values != 0

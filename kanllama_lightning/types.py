@@ -6,6 +6,7 @@ Axes, everywhere: `batch` sequences, `pos` positions in a sequence, `tok` tokens
 """
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -98,11 +99,62 @@ class DenseCodes(NamedTuple):
         return SparseCodes(values, rows, latents, *self.latents.shape)
 
 
+COUNTED_AT_ONCE = 1 << 19
+"""Latents that `LazyCodes` makes at once where they are only counted."""
+
+
+class LazyCodes:
+    """Dense latents that are made from pre-activations when they are asked for.
+
+    Args:
+        pre_acts: Pre-activations of a batch.
+        make: The latents of some of its rows. Must not see later changes of the head's weights.
+    """
+
+    def __init__(
+        self,
+        pre_acts: Float[Tensor, "tok d_sae"],
+        make: Callable[[Float[Tensor, "some d_sae"]], Float[Tensor, "some d_sae"]],
+    ) -> None:
+        self._pre_acts, self._make = pre_acts, make
+
+    def dense(self) -> Float[Tensor, "tok d_sae"]:
+        """The latents; made anew each time."""
+        return self._make(self._pre_acts)
+
+    def l0(self) -> Int[Tensor, " tok"]:
+        """Number of non-zero latents of each token."""
+        return self._counts[0]
+
+    def fired(self) -> Int[Tensor, " d_sae"]:
+        """Number of tokens on which each latent is non-zero."""
+        return self._counts[1]
+
+    @cached_property
+    def _counts(self) -> tuple[Int[Tensor, " tok"], Int[Tensor, " d_sae"]]:
+        pre_acts = self._pre_acts.detach()
+        l0, fired = [], torch.zeros(pre_acts.shape[1], dtype=torch.int64, device=pre_acts.device)
+        with torch.no_grad():
+            for rows in pre_acts.split(max(1, COUNTED_AT_ONCE // pre_acts.shape[1])):
+                nonzero = self._make(rows) != 0
+                l0.append(nonzero.sum(1))
+                fired += nonzero.sum(0)
+        return torch.cat(l0), fired
+
+    def sparse(self) -> SparseCodes:
+        """The non-zero latents alone, for people and reports."""
+        return DenseCodes(self.dense()).sparse()
+
+
+Codes = SparseCodes | DenseCodes | LazyCodes
+"""The latents of a batch: all of them know `dense`, `sparse`, `l0` and `fired`."""
+
+
 class SAEOutput(NamedTuple):
     """What a head returns: the reconstruction, in the LM's units, and the codes it came from."""
 
     x_hat: Float[Tensor, "tok d_model"]
-    codes: SparseCodes | DenseCodes
+    codes: Codes
     pre_acts: Callable[[Int[Tensor, " some"]], Float[Tensor, "tok some"]] | None = None
     """Pre-activations of some latents (dead ones, say) from the same pass, where that is cheaper
     than another one."""

@@ -9,8 +9,8 @@ from torch.autograd.function import once_differentiable
 
 
 def jump_relu(
-    p: Float[Tensor, "tok n"], theta: Float[Tensor, " n"], bandwidth: float
-) -> Float[Tensor, "tok n"]:
+    p: Float[Tensor, "*rows n"], theta: Float[Tensor, " n"], bandwidth: float
+) -> Float[Tensor, "*rows n"]:
     """z = p 1[p > theta], with straight-through gradients in a window around the threshold.
 
     The true gradient of the jump is zero nearly everywhere, so theta would never learn. With
@@ -42,11 +42,14 @@ class _Jump(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Float[Tensor, "tok n"]) -> tuple[Tensor | None, ...]:
         p, theta = ctx.saved_tensors
-        near = torch.where((p - theta).abs() < ctx.bandwidth / 2, grad, 0.0)
+        # one pass each, without masks: these keep a gradient where lower < value < upper (K), and
+        # where value > lower, and are 0 elsewhere
+        above, half = p - theta, ctx.bandwidth / 2
+        near = torch.ops.aten.hardtanh_backward(grad, above, -half, half)
         slope = theta / ctx.bandwidth
         to_p = to_theta = None
         if ctx.needs_input_grad[0]:
-            to_p = torch.where(p > theta, grad, 0.0).addcmul_(near, slope)
+            to_p = torch.ops.aten.threshold_backward(grad, above, 0.0).addcmul_(near, slope)
         if ctx.needs_input_grad[1]:
-            to_theta = -slope * near.sum(0)
+            to_theta = -slope * near.sum_to_size(theta.shape)
         return to_p, to_theta, None

@@ -1,6 +1,6 @@
 """Selecting the largest activations of a batch, and computing with only those."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -116,6 +116,10 @@ class Pattern:
         """The order that sorts by latent, and the rows in it."""
         order = self.latents.sort(stable=True).indices
         return order, self.rows.index_select(0, order)
+
+    def of_latents(self, vectors: Iterable[Float[Tensor, " d_sae"]]) -> list[Float[Tensor, " nnz"]]:
+        """The entries of vectors that belong to what is kept."""
+        return [vector.index_select(0, self.latents) for vector in vectors]
 
     def sum_latents(
         self, values: Float[Tensor, " nnz"], table: Float[Tensor, "d_sae n"]

@@ -192,8 +192,18 @@ def products(
     """Inputs @ weights, summed over the branches, plus the bias; fp32, of all latents or some."""
     total: Tensor | None = None
     for inputs, weights in branches:
-        part = inputs @ (weights if latents is None else weights.T[latents].T)
-        # in place: each sum would be one more tensor of the batch's size
-        total = part.float() if total is None else total.add_(part)
+        some = weights if latents is None else weights.T[latents].T
+        if total is None:
+            total = (inputs @ some).float()
+        # in place: each sum would be one more tensor of the batch's size, and so would each product
+        elif total.dtype == inputs.dtype == some.dtype and not mixed_precision(inputs):
+            total.addmm_(inputs, some)
+        else:
+            total.add_(inputs @ some)
     assert total is not None, "a head without an encoder"
     return total.add_(bias if latents is None else bias[latents])
+
+
+def mixed_precision(like: Tensor) -> bool:
+    """Whether autocast is on where a tensor is; it leaves operations in place alone."""
+    return torch.is_autocast_enabled(like.device.type)

@@ -1,5 +1,6 @@
 """Gated: one path decides whether a latent fires, another how strongly."""
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from kanllama_lightning.functional.losses import reconstruction
 from kanllama_lightning.heads.penalised import Penalised, start_weight
-from kanllama_lightning.types import DenseCodes, SAEOutput, StepContext
+from kanllama_lightning.types import SAEOutput, StepContext
 
 
 class Gated(Penalised):
@@ -53,35 +54,44 @@ class Gated(Penalised):
         self.r_mag = nn.Parameter(torch.zeros(d_sae))
         self.b_mag = nn.Parameter(torch.zeros(d_sae))
 
-    def activate(self, pre_acts: Float[Tensor, "tok d_sae"]) -> Float[Tensor, "tok d_sae"]:
-        """The magnitude where the gate, pi = pre_acts, is open."""
-        magnitude = (pre_acts - self.b_enc) * self.r_mag.exp() + self.b_mag
-        return magnitude.relu() * (pre_acts > 0)
+    def vectors(self) -> list[Float[Tensor, " d_sae"]]:
+        """exp(r_mag), and what pi exp(r_mag) is less than the magnitude."""
+        gain = self.r_mag.exp()
+        return [gain, self.b_mag - self.b_enc * gain]
 
-    def codes(
-        self, pre_acts: Float[Tensor, "tok d_sae"], z: Float[Tensor, "tok d_sae"]
-    ) -> DenseCodes:
-        """z; in training with pi, which the losses would have to make again."""
-        codes = GatedCodes(z)
-        codes.pi = pre_acts if self.training else None
-        return codes
+    def latents(
+        self, pre_acts: Float[Tensor, "*tok n"], vectors: Sequence[Float[Tensor, " n"]]
+    ) -> Float[Tensor, "*tok n"]:
+        """The magnitude where the gate, pi = pre_acts, is open."""
+        gain, shift = vectors
+        magnitude = torch.addcmul(shift, pre_acts, gain)
+        return torch.where(pre_acts > 0, magnitude.relu(), 0.0)
+
+    def penalties(
+        self,
+        pre_acts: Float[Tensor, "*tok n"],
+        z: Float[Tensor, "*tok n"],
+        vectors: Sequence[Float[Tensor, " n"]],
+    ) -> Float[Tensor, ""]:
+        """Sum of ReLU(pi_j)."""
+        return pre_acts.relu().sum()
+
+    def made(
+        self, pre_acts: Float[Tensor, "*tok n"], *vectors: Float[Tensor, " n"]
+    ) -> tuple[list[Float[Tensor, "*tok n"]], Float[Tensor, ""]]:
+        """z and ReLU(pi) to be decoded, and the sum of the latter."""
+        opened = pre_acts.relu()
+        return [self.latents(pre_acts, vectors), opened], opened.sum()
 
     def losses(
         self, x: Float[Tensor, "tok d_model"], out: SAEOutput, ctx: StepContext
     ) -> dict[str, Float[Tensor, ""]]:
         """`mse`, `l1` of the open gates, `gate_aux` and, while latents are dead, `auxk`."""
-        pi = getattr(out.codes, "pi", None)
-        opened = (self.pre_acts(x) if pi is None else pi).relu()
+        known = self.by_products(x, out)
         # so that the gate's path can learn to reconstruct, but not to change the dictionary
-        by_gate = (opened @ self.W_dec.detach()).float() + self.b_dec.detach()
+        by_gate = known.decoded[0] + self.b_dec.detach()
         return {
             **super().losses(x, out, ctx),
-            "l1": self.sparsity_coefficient() * opened.sum(1).mean(),
+            "l1": self.sparsity_coefficient() * known.penalty,
             "gate_aux": reconstruction(x.float() * self.scale, by_gate),
         }
-
-
-class GatedCodes(DenseCodes):
-    """Latents, with the gate's pre-activations they were made with."""
-
-    pi: Tensor | None = None

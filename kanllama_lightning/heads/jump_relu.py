@@ -1,5 +1,6 @@
 """JumpReLU: a learned threshold per latent, and a penalty that counts latents."""
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -109,15 +110,35 @@ class JumpReLU(FreeNorms):
         self.set_encoder_(best * self.W_dec.T)
         self.b_enc.copy_(self.theta - best * quantile)
 
-    def activate(self, pre_acts: Float[Tensor, "tok d_sae"]) -> Float[Tensor, "tok d_sae"]:
+    def vectors(self) -> list[Float[Tensor, " d_sae"]]:
+        """||w_j|| and theta."""
+        return [self.row_norms(), self.theta.clone()]
+
+    def levels(self) -> list[Float[Tensor, " d_sae"] | float]:
+        """The lower end of the window, a little lowered (it is found by rounding), and theta."""
+        theta = self.theta.detach()
+        return [theta - 0.5 * self.bandwidth - 1e-6 * (theta + self.bandwidth), theta]
+
+    def latents(
+        self, pre_acts: Float[Tensor, "*tok n"], vectors: Sequence[Float[Tensor, " n"]]
+    ) -> Float[Tensor, "*tok n"]:
         """p above the threshold, else 0."""
-        return jump_relu(pre_acts, self.theta, self.bandwidth)
+        return jump_relu(pre_acts, vectors[1], self.bandwidth)
+
+    def penalties(
+        self,
+        pre_acts: Float[Tensor, "*tok n"],
+        z: Float[Tensor, "*tok n"],
+        vectors: Sequence[Float[Tensor, " n"]],
+    ) -> Float[Tensor, ""]:
+        """Sum of tanh(4 z_j ||w_j||)."""
+        return torch.tanh(z * (SHARPNESS * vectors[0])).sum()
 
     def losses(
         self, x: Float[Tensor, "tok d_model"], out: SAEOutput, ctx: StepContext
     ) -> dict[str, Float[Tensor, ""]]:
         """`mse`, `tanh` (the penalty) and, while latents are dead, `pre_act` (and `auxk`)."""
-        counted = torch.tanh(SHARPNESS * out.codes.dense()).sum(1).mean()
+        counted = self.by_products(x, out).penalty
         terms = super().losses(x, out, ctx) | {"tanh": self.sparsity_coefficient() * counted}
         if self.pre_act_coefficient and len(ctx.dead):
             short = (self.theta[ctx.dead] - self.pre_acts(x, ctx.dead)).relu()

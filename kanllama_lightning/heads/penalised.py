@@ -2,14 +2,26 @@
 
 import logging
 from abc import abstractmethod
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from kanllama_lightning.functional.controller import SparsityController
-from kanllama_lightning.heads.dictionary import Dictionary
-from kanllama_lightning.types import DenseCodes, InputError, SAEOutput, StepContext
+from kanllama_lightning.functional.row_blocks import Kept, decode_in_blocks, few_above
+from kanllama_lightning.functional.sparse import Pattern, kept_products, sparse_decode
+from kanllama_lightning.heads.dictionary import Branch, Dictionary, products
+from kanllama_lightning.types import (
+    Codes,
+    InputError,
+    LazyCodes,
+    SAEOutput,
+    SparseCodes,
+    StepContext,
+)
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +59,33 @@ def start_weight(name: str, given: float, d_model: int, power: int) -> float:
             "that gives target_l0 begins"
         )
     return float(given * (d_model / REFERENCE_WIDTH) ** (power / 2))
+
+
+Made = tuple[Codes, Float[Tensor, ""], list[Float[Tensor, "tok d_model"]]]
+"""Codes, the penalty summed over latents and tokens, and what has been decoded, without b_dec."""
+
+
+class Source(NamedTuple):
+    """What the latents of a batch are made of."""
+
+    branches: list[Branch]
+    bias: Float[Tensor, " d_sae"]
+    vectors: list[Float[Tensor, " d_sae"]]
+
+
+class PenalisedOutput(SAEOutput):
+    """An output with what the losses would have to make again; a copy (`_replace`) is without."""
+
+    by_products: "ByProducts | None" = None
+
+
+class ByProducts(NamedTuple):
+    """What else is known once latents are."""
+
+    penalty: Float[Tensor, ""]
+    """Mean over tokens, without its coefficient."""
+    decoded: list[Float[Tensor, "tok d_model"]]
+    """Of what else is decoded beside z; without b_dec."""
 
 
 class Penalised(Dictionary):
@@ -96,25 +135,122 @@ class Penalised(Dictionary):
         self.x_variance.copy_(std.square().sum())
 
     @abstractmethod
+    def vectors(self) -> list[Float[Tensor, " d_sae"]]:
+        """What latents and penalty are made with, one number per latent; new tensors."""
+
+    @abstractmethod
+    def latents(
+        self, pre_acts: Float[Tensor, "*tok n"], vectors: Sequence[Float[Tensor, " n"]]
+    ) -> Float[Tensor, "*tok n"]:
+        """z, elementwise: of rows, or of single entries with the vectors' entries."""
+
+    @abstractmethod
+    def penalties(
+        self,
+        pre_acts: Float[Tensor, "*tok n"],
+        z: Float[Tensor, "*tok n"],
+        vectors: Sequence[Float[Tensor, " n"]],
+    ) -> Float[Tensor, ""]:
+        """The penalty, summed over latents and tokens."""
+
+    def levels(self) -> list[Float[Tensor, " d_sae"] | float]:
+        """Pre-activations up to the first level have no effect and no gradient.
+
+        Up to the last they are latents of value 0, though in between they may have a gradient.
+        """
+        return [0.0]
+
+    def reported(
+        self, z: Float[Tensor, "*tok n"], vectors: Sequence[Float[Tensor, " n"]]
+    ) -> Float[Tensor, "*tok n"]:
+        """Latents in the units in which they are reported."""
+        return z
+
+    def made(
+        self, pre_acts: Float[Tensor, "*tok n"], *vectors: Float[Tensor, " n"]
+    ) -> tuple[list[Float[Tensor, "*tok n"]], Float[Tensor, ""]]:
+        """What is decoded (z, and what else a subclass has decoded), and the summed penalty."""
+        z = self.latents(pre_acts, vectors)
+        return [z], self.penalties(pre_acts, z, vectors)
+
     def activate(self, pre_acts: Float[Tensor, "tok d_sae"]) -> Float[Tensor, "tok d_sae"]:
         """z of pre-activations."""
-
-    def codes(
-        self, pre_acts: Float[Tensor, "tok d_sae"], z: Float[Tensor, "tok d_sae"]
-    ) -> DenseCodes:
-        """The latents as they are reported."""
-        return DenseCodes(z)
+        return self.latents(pre_acts, self.vectors())
 
     def reconstruct(self, pre_acts: Float[Tensor, "tok d_sae"]) -> Float[Tensor, "tok d_model"]:
         """What the dictionary makes of pre-activations, without b_dec."""
         return (self.activate(pre_acts) @ self.W_dec).float()
 
-    def forward(self, x: Float[Tensor, "tok d_model"]) -> SAEOutput:
-        """Reconstruction and latents of raw activations; training and inference are the same."""
-        pre_acts = self.pre_acts(x)
-        z = self.activate(pre_acts)
-        x_hat = ((z @ self.W_dec).float() + self.b_dec) / self.scale
-        return SAEOutput(x_hat, self.codes(pre_acts, z))
+    def forward(self, x: Float[Tensor, "tok d_model"]) -> "PenalisedOutput":
+        """Reconstruction and latents of raw activations; training and inference are the same.
+
+        On the CPU, where few latents have a value or a gradient, only those are computed with;
+        else nothing of shape [tok d_sae] is held but the pre-activations.
+        """
+        source = Source(self.branches(x), self.bias(), self.vectors())
+        with torch.no_grad():
+            pre = products(source.branches, source.bias)
+        pattern = few_above(pre, self.levels()[0])
+        if pattern is not None:
+            codes, penalty, decoded = self._from_few(pre, pattern, source)
+        else:
+            codes, penalty, decoded = self._in_blocks(pre, source)
+        x_hat = (decoded[0] + self.b_dec) / self.scale
+        out = PenalisedOutput(x_hat, codes, partial(products, source.branches, source.bias))
+        out.by_products = ByProducts(penalty / len(x), decoded[1:])
+        return out
+
+    def _from_few(
+        self, pre: Float[Tensor, "tok d_sae"], pattern: Pattern, source: "Source"
+    ) -> Made:
+        values = pre.reshape(-1).index_select(0, pattern.flat)
+        values = kept_products(values, pattern, source.bias, source.branches)
+        with torch.autocast(pre.device.type, enabled=False):
+            entries = pattern.of_latents(source.vectors)
+            latents, penalty = self.made(values, *entries)
+            # only z trains the dictionary, as in `decode_in_blocks`
+            dictionaries = [self.W_dec] + [self.W_dec.detach()] * (len(latents) - 1)
+            decoded = [
+                sparse_decode(z, pattern, dictionary)
+                for z, dictionary in zip(latents, dictionaries, strict=True)
+            ]
+            z = self.reported(latents[0], entries)
+        fires = z.detach().nonzero().squeeze(1)
+        z, rows, at = (t.index_select(0, fires) for t in (z, pattern.rows, pattern.latents))
+        return SparseCodes(z, rows, at, *pre.shape), penalty, decoded
+
+    def _in_blocks(self, pre: Float[Tensor, "tok d_sae"], source: "Source") -> Made:
+        branches, bias, vectors = source
+        kept = None
+        if len(self.levels()) > 1:
+            kept = self._fired(pre, vectors)
+        pre, penalty, decoded = decode_in_blocks(
+            self.made, pre, bias, branches, self.W_dec, vectors, kept
+        )
+
+        def reported(rows: Float[Tensor, "some d_sae"]) -> Float[Tensor, "some d_sae"]:
+            return self.reported(self.latents(rows, vectors), vectors)
+
+        return LazyCodes(pre, reported), penalty, decoded
+
+    @torch.no_grad()
+    def _fired(
+        self, pre: Float[Tensor, "tok d_sae"], vectors: Sequence[Float[Tensor, " d_sae"]]
+    ) -> Kept | None:
+        pattern = few_above(pre, self.levels()[-1])
+        if pattern is None:
+            return None
+        values = pre.reshape(-1).index_select(0, pattern.flat)
+        (z,), penalty = self.made(values, *pattern.of_latents(vectors))
+        return Kept(pattern, z, penalty)
+
+    def by_products(self, x: Float[Tensor, "tok d_model"], out: SAEOutput) -> ByProducts:
+        """Those of `out`, or of another forward pass where it has none."""
+        found = out.by_products if isinstance(out, PenalisedOutput) else None
+        if found is None:
+            found = self(x).by_products
+        assert found is not None
+        return found
 
     def sparsity_coefficient(self) -> Float[Tensor, ""]:
         """The penalty's weight now; a copy, as autograd keeps it while the controller goes on."""
@@ -124,7 +260,7 @@ class Penalised(Dictionary):
     def observe_(self, out: SAEOutput, ctx: StepContext) -> None:
         """Steer the penalty's weight by the batch's L0; warn once where it is at its bound."""
         n_tokens = max(1, len(out.x_hat))
-        l0 = torch.count_nonzero(out.codes.dense()) / n_tokens
+        l0 = out.codes.l0().sum() / n_tokens
         # 1 where a head was never started and the activations' variance is not known
         variance = (out.x_hat * self.scale).var(0, correction=0).sum()
         kept = (variance / self.x_variance).nan_to_num(1.0)
@@ -198,11 +334,11 @@ class FreeNorms(Penalised):
         """||w_j||."""
         return self.W_dec.norm(dim=1)
 
-    def codes(
-        self, pre_acts: Float[Tensor, "tok d_sae"], z: Float[Tensor, "tok d_sae"]
-    ) -> DenseCodes:
-        """z_j ||w_j||."""
-        return DenseCodes(z * self.row_norms())
+    def reported(
+        self, z: Float[Tensor, "*tok n"], vectors: Sequence[Float[Tensor, " n"]]
+    ) -> Float[Tensor, "*tok n"]:
+        """z_j ||w_j||; the norms are the first of the vectors."""
+        return z * vectors[0]
 
     def decode(self, latents: Float[Tensor, "tok d_sae"]) -> Float[Tensor, "tok d_model"]:
         """Reconstruction, in the LM's units, of dense latents z_j ||w_j||."""

@@ -1,5 +1,7 @@
 """Standard: ReLU and an L1 penalty."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -63,13 +65,28 @@ class Standard(FreeNorms):
         """b_enc alone, as b_dec is not at the input."""
         return self.b_enc
 
-    def activate(self, pre_acts: Float[Tensor, "tok d_sae"]) -> Float[Tensor, "tok d_sae"]:
+    def vectors(self) -> list[Float[Tensor, " d_sae"]]:
+        """||w_j||."""
+        return [self.row_norms()]
+
+    def latents(
+        self, pre_acts: Float[Tensor, "*tok n"], vectors: Sequence[Float[Tensor, " n"]]
+    ) -> Float[Tensor, "*tok n"]:
         """ReLU."""
         return pre_acts.relu()
+
+    def penalties(
+        self,
+        pre_acts: Float[Tensor, "*tok n"],
+        z: Float[Tensor, "*tok n"],
+        vectors: Sequence[Float[Tensor, " n"]],
+    ) -> Float[Tensor, ""]:
+        """Sum of z_j ||w_j||."""
+        return (z @ vectors[0]).sum()
 
     def losses(
         self, x: Float[Tensor, "tok d_model"], out: SAEOutput, ctx: StepContext
     ) -> dict[str, Float[Tensor, ""]]:
         """`mse`, `l1` (lambda times the mean sum of z_j ||w_j||), `auxk` while latents are dead."""
-        l1 = out.codes.dense().sum(1).mean()
-        return {**super().losses(x, out, ctx), "l1": self.sparsity_coefficient() * l1}
+        l1 = self.sparsity_coefficient() * self.by_products(x, out).penalty
+        return {**super().losses(x, out, ctx), "l1": l1}

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kanllama_lightning.functional import ranks
 from kanllama_lightning.functional.controller import SparsityController
 from kanllama_lightning.functional.row_blocks import Kept, decode_in_blocks, few_above
 from kanllama_lightning.functional.sparse import Pattern, kept_products, sparse_decode
@@ -259,10 +260,10 @@ class Penalised(Dictionary):
     @torch.no_grad()
     def observe_(self, out: SAEOutput, ctx: StepContext) -> None:
         """Steer the penalty's weight by the batch's L0; warn once where it is at its bound."""
-        n_tokens = max(1, len(out.x_hat))
-        l0 = out.codes.l0().sum() / n_tokens
+        n_tokens = max(1, len(out.x_hat)) * ranks.world()
+        l0 = ranks.total(out.codes.l0().sum()) / n_tokens
         # 1 where a head was never started and the activations' variance is not known
-        variance = (out.x_hat * self.scale).var(0, correction=0).sum()
+        variance = ranks.summed_squares(out.x_hat * self.scale) / n_tokens
         kept = (variance / self.x_variance).nan_to_num(1.0)
         self.controller.update_(l0, kept, ctx.progress, ctx.rate)
         self._steps += 1

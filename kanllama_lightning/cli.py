@@ -18,6 +18,7 @@ from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from kanllama_lightning import heads
+from kanllama_lightning.cache.filling import fill_
 from kanllama_lightning.lm import FrozenLM
 from kanllama_lightning.module import SAEModule, check_precision
 from kanllama_lightning.preflight import check_room
@@ -149,6 +150,10 @@ class KanllamaCLI(LightningCLI):
         check_room(
             self.model.head, rows * lm.d_model * buffer.dtype.itemsize, lm_bytes, self.run_folder
         )
+        if self.datamodule.cache is not None:
+            held = max(self.model.start_tokens, buffer.capacity_tokens)
+            needed = self.trainer.world_size * self.model.schedule.rows_read(held)
+            fill_(lm, self.datamodule, needed, self.trainer.strategy.root_device)
 
     def after_fit(self) -> None:
         """Calibrate, validate and save, in that order."""

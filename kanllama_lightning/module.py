@@ -18,7 +18,13 @@ from kanllama_lightning.heads.base import SAEHead
 from kanllama_lightning.lm import FrozenLM
 from kanllama_lightning.preflight import preflight
 from kanllama_lightning.schedule import Schedule
-from kanllama_lightning.types import InputError, StepContext, TokenBatch, ValidationBatch
+from kanllama_lightning.types import (
+    ActivationBatch,
+    InputError,
+    StepContext,
+    TokenBatch,
+    ValidationBatch,
+)
 from kanllama_lightning.view import regular, view
 
 log = logging.getLogger(__name__)
@@ -139,18 +145,17 @@ class SAEModule(L.LightningModule):
 
     # ---------------------------------------------------------------- training
 
-    def rows(self, tokens: TokenBatch) -> Float[Tensor, "tok d_model"]:
-        """Kept activations of a token batch; counts what is dropped as a sink."""
-        acts = self.lm.acts(tokens.ids)
-        rows = acts[tokens.keep]
+    def rows(self, batch: TokenBatch | ActivationBatch) -> Float[Tensor, "tok d_model"]:
+        """Kept activations of a batch; counts what is dropped as a sink."""
+        rows = batch.activations(self.lm.acts)
         kept = rows[regular(rows, self.head.norm_limit)]
         self.seen += torch.tensor([len(rows), len(rows) - len(kept)], device=self.seen.device)
         return kept
 
-    def _next_tokens(self, batches: Iterator[Any]) -> TokenBatch:
-        tokens: TokenBatch = next(batches)[0]
-        self.data_position = tokens.position.clone()
-        return tokens.to(self.device)
+    def _next_tokens(self, batches: Iterator[Any]) -> TokenBatch | ActivationBatch:
+        batch: TokenBatch | ActivationBatch = next(batches)[0]
+        self.data_position = batch.position.clone()
+        return batch.to(self.device)
 
     @torch.no_grad()
     def start_(self, batches: Iterator[Any]) -> None:
@@ -162,7 +167,7 @@ class SAEModule(L.LightningModule):
         filled = 0
         while filled < len(x):
             tokens = self._next_tokens(batches)
-            rows = self.lm.acts(tokens.ids)[tokens.keep][: len(x) - filled]
+            rows = tokens.activations(self.lm.acts)[: len(x) - filled]
             x[filled : filled + len(rows)] = rows.to(x.dtype)
             filled += len(rows)
         sizes = norms(x)

@@ -145,7 +145,7 @@ class KanllamaCLI(LightningCLI):
         """Refuse unusable data, and what cannot fit into memory or onto the disk."""
         self.datamodule.setup("fit")
         lm, buffer = self.model.lm, self.model.buffer
-        lm_bytes = _lm_parameters(lm) * lm.dtype.itemsize
+        lm_bytes = lm.n_parameters * lm.dtype.itemsize
         rows = buffer.capacity_tokens + self.model.schedule.batch
         check_room(
             self.model.head, rows * lm.d_model * buffer.dtype.itemsize, lm_bytes, self.run_folder
@@ -160,16 +160,6 @@ class KanllamaCLI(LightningCLI):
         if self.trainer.fast_dev_run:
             return
         self.trainer.validate(self.model, self.datamodule, verbose=False)
-
-
-def _lm_parameters(lm: FrozenLM) -> int:
-    """Number of weights of a Llama with this configuration, from its shapes alone."""
-    c = lm.config
-    heads_dim = c.hidden_size // c.num_attention_heads
-    kv = getattr(c, "num_key_value_heads", c.num_attention_heads) * heads_dim
-    block = c.hidden_size * (2 * c.hidden_size + 2 * kv + 3 * c.intermediate_size)
-    embeddings = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)
-    return int(c.num_hidden_layers * block + embeddings)
 
 
 def _logger_id(folder: Path) -> str:
@@ -256,8 +246,13 @@ def main(args: Sequence[str] | None = None, **kwargs: Any) -> int:
     sys.argv = sys.argv[:1]  # LightningCLI warns when it sees both
     KanllamaCLI.made = None
     try:
+        kind = KanllamaCLI
+        if given[:1] == ["plan"]:
+            from kanllama_lightning.plan.cli import PlanCLI
+
+            kind, given = PlanCLI, ["fit", *given[1:]]
         _refuse_linked(given)
-        KanllamaCLI(
+        kind(
             SAEModule,
             TokenData,
             save_config_kwargs={"overwrite": True, "save_to_log_dir": False},

@@ -1,0 +1,89 @@
+"""The plan as a table for a terminal."""
+
+from rich.table import Table
+
+from kanllama_lightning.plan.estimate import DISK_RATE, FEW_PERCENT, Estimate
+from kanllama_lightning.preflight import GIB
+
+RUNS = 10
+
+
+def table(estimate: Estimate, hook_point: str, device: str, free: int) -> Table:
+    """What a run takes, a line each, and how each figure was come by.
+
+    Args:
+        estimate: The figures.
+        hook_point: Where activations are read.
+        device: Where the run would be.
+        free: Bytes of memory that are free there.
+    """
+    e, made = estimate, Table(title=f"Plan of a run on {device}; nothing was started or written")
+    made.add_column("what")
+    made.add_column("figure", justify="right")
+    made.add_column("how")
+    for name, cost in e.costs.items():
+        made.add_row(f"{name}: parameters", f"{cost.parameters:,}", "counted")
+        made.add_row(
+            f"{name}: forward and backward",
+            f"{cost.flops_per_token / 1e6:,.2f} MFLOP/token",
+            "counted on small batches: products and sparse sums",
+        )
+    made.add_row(
+        "LM up to the hook point",
+        f"{e.lm_flops / 1e6:,.2f} MFLOP/token",
+        f"{hook_point}, from the LM's configuration",
+    )
+    made.add_section()
+    made.add_row("heads: weights", size(e.head_weights), "fp32")
+    made.add_row("heads: gradients, Adam", size(3 * e.head_weights), "three times the weights")
+    made.add_row("buffer and queue", size(e.buffer), "")
+    made.add_row("LM", size(e.lm_weights), "its weights")
+    made.add_row("a step", size(e.step_memory), "saved for backward, and the pre-activations")
+    made.add_row("memory", size(e.memory), f"{size(free)} free here")
+    made.add_section()
+    made.add_row("disk: run folder", size(e.run_disk), "three checkpoints and the head, at most")
+    if e.cached:
+        made.add_row("disk: cache", size(e.cache_disk), f"{e.cache_rows:,} activations, bf16")
+    made.add_section()
+    made.add_row(
+        "rates here",
+        f"{e.rates.head / 1e9:,.0f}, {e.rates.lm / 1e9:,.0f} GFLOP/s",
+        f"products as in head and LM, measured now; copies {e.rates.memory / 1e9:,.1f} GB/s",
+    )
+    made.add_row("training", f"{1 / e.token_seconds:,.0f} tokens/s", "operations / rate")
+    made.add_row("LM's share of a step", f"{e.lm_share:.0%}", "without a cache")
+    made.add_row(
+        f"time of {e.tokens:,} tokens",
+        duration(e.seconds(1, e.cached)),
+        "an estimate, at best: work element by element and validation come on top",
+    )
+    made.add_section()
+    made.add_row("activation cache", size(e.cache_disk), verdict(e, hook_point))
+    return made
+
+
+def verdict(e: Estimate, hook_point: str) -> str:
+    """Whether to cache activations, and why."""
+    pays = e.runs_to_pay
+    disk = f"at {DISK_RATE / 1e9:.0f} GB/s of disk, assumed"
+    if e.lm_share < FEW_PERCENT:
+        return f"not worth it at {hook_point}: the LM pass is {e.lm_share:.0%} of a step"
+    if pays is None:
+        return f"not worth it at {hook_point}: reading takes as long as the LM pass, {disk}"
+    live, cached = (duration(e.seconds(RUNS, c)) for c in (False, True))
+    return (
+        f"pays from {pays} runs on: {RUNS} runs take {cached} instead of {live}, {disk}; add "
+        "--data.cache FOLDER"
+    )
+
+
+def size(n_bytes: float) -> str:
+    """Bytes for people."""
+    return f"{n_bytes / GIB:,.2f} GiB" if n_bytes >= GIB / 10 else f"{n_bytes / 2**20:,.1f} MiB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"

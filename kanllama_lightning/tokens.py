@@ -177,7 +177,11 @@ class TokenData(LightningDataModule):
             return self.loader(
                 CachedStream(self.cached, rows, self.seed, rank, world, self.position)
             )
-        assert self.cache is None, "the cache is filled before training"
+        if self.cache is not None:
+            raise InputError(
+                f"data.cache={self.cache!r}: nothing was written there for this data yet; "
+                "`train.py fit` does it, or call kanllama_lightning.cache.filling.fill_"
+            )
         return self.loader(self.stream(self.seed, rank, world, self.position))
 
     def stream(self, seed: int, rank: int, world: int, position: Int[Tensor, " 3"]) -> TokenStream:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
@@ -174,6 +175,35 @@ def test_holds_the_kept_activations_of_the_text_in_order(target) -> None:
     assert isinstance(batch, ActivationBatch)
     assert batch.rows.shape == (4 * 32, 16)
     assert not list(cache.folder.glob("*.tmp"))
+
+
+def test_a_worker_gives_the_same_batches(target) -> None:
+    made = []
+    for workers in (0, 1):
+        lm, data = target(workers=workers)
+        with pytest.raises(InputError, match="nothing was written there for this data yet"):
+            data.train_dataloader()
+        fill(lm, data)
+        made.append(list(islice(data.train_dataloader(), 20)))
+    for a, b in zip(*made, strict=True):
+        assert torch.equal(a.rows, b.rows)
+        assert torch.equal(a.position, b.position)
+
+
+def test_other_processes_of_a_launcher_wait(target, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(filling, "POLL_SECONDS", 0.01)
+    (lm, data), (other_lm, other) = target(), target()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(
+            filling._wait, Path(str(other.cache)), cache_key(other_lm, other), 1000
+        )
+        fill(lm, data, 900)
+        assert not waiting.done()
+        fill(lm, data, 1000)
+        assert waiting.result(timeout=20).rows == 1000
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert fill(other_lm, other).rows == 1000
+    assert other_lm._model is None
 
 
 def test_continues_behind_the_last_whole_shard(target) -> None:

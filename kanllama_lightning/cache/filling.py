@@ -114,7 +114,7 @@ def _write_(cache: Cache, wanted: int, lm: FrozenLM, data: TokenData, device: to
     to_write = n_new * size + sum(cache.shards[i].rows for i in torn)
     needed, free = cache.n_bytes(to_write), shutil.disk_usage(cache.folder).free
     log.info(
-        "cache %s: writing %s activations to the %s there: %.2f GiB of disk (%.1f free)",
+        "cache %s: writing %s activations, %s are there already: %.2f GiB of disk (%.1f free)",
         cache.folder,
         f"{to_write:,}",
         f"{cache.rows:,}",

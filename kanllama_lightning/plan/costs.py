@@ -80,8 +80,8 @@ def _count(head: SAEHead, n: int, autocast: bool) -> tuple[int, int]:
 class _Counter(TorchDispatchMode):
     """Adds up the operations of whatever runs.
 
-    (torch's FlopCounterMode also follows modules, and fails where an input of one is a leaf that
-    is both used and detached, as in KAN layers.)
+    (torch's FlopCounterMode also follows modules; in some KAN heads that ends in "Expected gradient
+    function to be set".)
     """
 
     def __init__(self) -> None:

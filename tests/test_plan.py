@@ -136,13 +136,18 @@ def test_runs_to_pay_is_the_first_number_that_saves_time(lm: float, pays: int) -
 
 def test_verdicts() -> None:
     assert made(lm_flops=0.03, rates=Rates(1e9, 2e6, 1e12)).runs_to_pay is None
-    cheap = verdict(made(lm_flops=100.0), "model.layers.0")
+    cheap = verdict(made(lm_flops=100.0), "model.layers.0", 10**9)
     assert cheap == "not worth it at model.layers.0: the LM pass is 3 % of a step".replace(
         " %", "%"
     )
-    assert verdict(made(), "h").startswith("pays from 2 runs on: 10 runs take 19 s instead of 40 s")
+    paying = verdict(made(), "h", 10**9)
+    assert paying.startswith("pays from 2 runs on: 10 runs take 19 s instead of 40 s")
+    assert "--data.cache FOLDER" in paying
+    crowded = verdict(made(), "h", made().cache_disk // 2)
+    assert crowded.startswith("would pay from 2 runs on, but")
+    assert crowded.endswith("--data.cache_tokens 540")
     slow_disk = made(lm_flops=0.03, rates=Rates(1e12, 2e6, 1e15))
-    assert verdict(slow_disk, "h").startswith("not worth it at h: reading takes as long")
+    assert verdict(slow_disk, "h", 10**9).startswith("not worth it at h: reading takes as long")
 
 
 def test_sizes_and_durations() -> None:

@@ -1,5 +1,6 @@
 """`python train.py plan ...`: the arguments of `fit`; nothing is loaded, started or written."""
 
+import shutil
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from rich.console import Console
 from kanllama_lightning.cli import KanllamaCLI
 from kanllama_lightning.module import check_precision
 from kanllama_lightning.plan.estimate import Estimate
-from kanllama_lightning.plan.page import table
+from kanllama_lightning.plan.page import Free, table
 from kanllama_lightning.preflight import free_memory
 
 
@@ -35,5 +36,6 @@ class PlanCLI(KanllamaCLI):
         autocast = str(trainer.precision) == "bf16-mixed"
         self.estimate = Estimate.of(module.lm, heads, module, data, device, autocast)
         name = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
-        shown = table(self.estimate, module.lm.hook_point, name, free_memory())
+        free = Free(free_memory(), shutil.disk_usage(".").free)
+        shown = table(self.estimate, module.lm.hook_point, name, free)
         Console().print(shown)

@@ -1,5 +1,7 @@
 """The plan as a table for a terminal."""
 
+from typing import NamedTuple
+
 from rich.table import Table
 
 from kanllama_lightning.plan.estimate import DISK_RATE, FEW_PERCENT, Estimate
@@ -8,14 +10,21 @@ from kanllama_lightning.preflight import GIB
 RUNS = 10
 
 
-def table(estimate: Estimate, hook_point: str, device: str, free: int) -> Table:
+class Free(NamedTuple):
+    """Bytes that are free."""
+
+    memory: int
+    disk: int
+
+
+def table(estimate: Estimate, hook_point: str, device: str, free: Free) -> Table:
     """What a run takes, a line each, and how each figure was come by.
 
     Args:
         estimate: The figures.
         hook_point: Where activations are read.
         device: Where the run would be.
-        free: Bytes of memory that are free there.
+        free: Memory free there, and disk free here.
     """
     e, made = estimate, Table(title=f"Plan of a run on {device}; nothing was started or written")
     made.add_column("what")
@@ -39,9 +48,13 @@ def table(estimate: Estimate, hook_point: str, device: str, free: int) -> Table:
     made.add_row("buffer and queue", size(e.buffer), "")
     made.add_row("LM", size(e.lm_weights), "its weights")
     made.add_row("a step", size(e.step_memory), "saved for backward, and the pre-activations")
-    made.add_row("memory", size(e.memory), f"{size(free)} free here")
+    made.add_row("memory", size(e.memory), f"{size(free.memory)} free here")
     made.add_section()
-    made.add_row("disk: run folder", size(e.run_disk), "three checkpoints and the head, at most")
+    made.add_row(
+        "disk: run folder",
+        size(e.run_disk),
+        f"checkpoints and the head, at most; {size(free.disk)} free here",
+    )
     if e.cached:
         made.add_row("disk: cache", size(e.cache_disk), f"{e.cache_rows:,} activations, bf16")
     made.add_section()
@@ -58,11 +71,11 @@ def table(estimate: Estimate, hook_point: str, device: str, free: int) -> Table:
         "an estimate, at best: work element by element and validation come on top",
     )
     made.add_section()
-    made.add_row("activation cache", size(e.cache_disk), verdict(e, hook_point))
+    made.add_row("activation cache", size(e.cache_disk), verdict(e, hook_point, free.disk))
     return made
 
 
-def verdict(e: Estimate, hook_point: str) -> str:
+def verdict(e: Estimate, hook_point: str, free_disk: int) -> str:
     """Whether to cache activations, and why."""
     pays = e.runs_to_pay
     disk = f"at {DISK_RATE / 1e9:.0f} GB/s of disk, assumed"
@@ -70,6 +83,12 @@ def verdict(e: Estimate, hook_point: str) -> str:
         return f"not worth it at {hook_point}: the LM pass is {e.lm_share:.0%} of a step"
     if pays is None:
         return f"not worth it at {hook_point}: reading takes as long as the LM pass, {disk}"
+    if e.cache_disk > free_disk:
+        fit = int(0.9 * free_disk / e.cache_disk * e.cache_rows)
+        return (
+            f"would pay from {pays} runs on, but {size(free_disk)} are free here; fewer "
+            f"activations fit, which then repeat: --data.cache_tokens {fit}"
+        )
     live, cached = (duration(e.seconds(RUNS, c)) for c in (False, True))
     return (
         f"pays from {pays} runs on: {RUNS} runs take {cached} instead of {live}, {disk}; add "

@@ -6,8 +6,9 @@ from collections.abc import Callable
 import torch
 
 BUDGET_S = 0.25
-CPU_FLOPS, GPU_FLOPS = 1 << 30, 1 << 36
-"""About the size of one product: larger ones would take too long on a slow format."""
+CPU_SIDE, GPU_SIDE = 512, 8192
+"""Longest side of a measured product: enough for the full rate, and milliseconds in all formats,
+so that the fastest of some is not one that other work on the machine has interrupted."""
 COPIED = 1 << 26
 
 
@@ -19,12 +20,12 @@ def product_rate(
     Args:
         device: Where.
         dtype: Number format.
-        rows: Rows of a batch; fewer are taken where those would take long.
+        rows: Rows of a batch.
         n_in: Columns of the batch.
         n_out: Columns of the product.
     """
-    limit = GPU_FLOPS if device.type == "cuda" else CPU_FLOPS
-    rows = max(16, min(rows, limit // (2 * n_in * n_out)))
+    side = GPU_SIDE if device.type == "cuda" else CPU_SIDE
+    rows, n_in, n_out = min(rows, side), min(n_in, side), min(n_out, side)
     a = torch.randn(rows, n_in, device=device, dtype=dtype)
     b = torch.randn(n_in, n_out, device=device, dtype=dtype)
     out = a @ b

@@ -19,6 +19,7 @@ from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from kanllama_lightning import heads
+from kanllama_lightning.cache.filling import fill_
 from kanllama_lightning.lm import FrozenLM
 from kanllama_lightning.module import SAEModule, check_precision
 from kanllama_lightning.preflight import check_room
@@ -165,11 +166,15 @@ class KanllamaCLI(LightningCLI):
         """Refuse unusable data, and what cannot fit into memory or onto the disk."""
         self.datamodule.setup("fit")
         lm, buffer = self.model.lm, self.model.buffer
-        lm_bytes = _lm_parameters(lm) * lm.dtype.itemsize
+        lm_bytes = lm.n_parameters * lm.dtype.itemsize
         rows = buffer.capacity_tokens + self.model.schedule.batch
         check_room(
             self.model.head, rows * lm.d_model * buffer.dtype.itemsize, lm_bytes, self.run_folder
         )
+        if self.datamodule.cache is not None:
+            held = max(self.model.start_tokens, buffer.capacity_tokens)
+            needed = self.model.schedule.rows_read(held)
+            fill_(lm, self.datamodule, needed, self.trainer.strategy.root_device)
 
     def after_fit(self) -> None:
         """Calibrate, validate and save, in that order."""
@@ -187,16 +192,6 @@ def is_first() -> bool:
 def _started_with_others() -> bool:
     """Whether something else than Lightning (torchrun, say) started several processes."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "TORCHELASTIC_RUN_ID" in os.environ
-
-
-def _lm_parameters(lm: FrozenLM) -> int:
-    """Number of weights of a Llama with this configuration, from its shapes alone."""
-    c = lm.config
-    heads_dim = c.hidden_size // c.num_attention_heads
-    kv = getattr(c, "num_key_value_heads", c.num_attention_heads) * heads_dim
-    block = c.hidden_size * (2 * c.hidden_size + 2 * kv + 3 * c.intermediate_size)
-    embeddings = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)
-    return int(c.num_hidden_layers * block + embeddings)
 
 
 def _logger_id(folder: Path) -> str:
@@ -285,8 +280,13 @@ def main(args: Sequence[str] | None = None, **kwargs: Any) -> int:
     sys.argv = own if args is None else [str(ROOT / "train.py"), *given]
     KanllamaCLI.made = None
     try:
+        kind = KanllamaCLI
+        if given[:1] == ["plan"]:
+            from kanllama_lightning.plan.cli import PlanCLI
+
+            kind, given = PlanCLI, ["fit", *given[1:]]
         _refuse_linked(given)
-        KanllamaCLI(
+        kind(
             SAEModule,
             TokenData,
             save_config_kwargs={"overwrite": True, "save_to_log_dir": False},

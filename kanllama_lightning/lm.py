@@ -102,6 +102,23 @@ class FrozenLM:
         return int(self.config.vocab_size)
 
     @property
+    def attention_shape(self) -> tuple[int, int, int]:
+        """Width of the stream, width of an attention head, and number of key-value heads."""
+        c = self.config
+        head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        kv = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+        return int(c.hidden_size), int(head_dim), int(kv)
+
+    @property
+    def n_parameters(self) -> int:
+        """Number of weights of a Llama with this configuration, norms and biases left out."""
+        c = self.config
+        width, head_dim, kv = self.attention_shape
+        block = width * (head_dim * (2 * c.num_attention_heads + 2 * kv) + 3 * c.intermediate_size)
+        embeddings = c.vocab_size * width * (1 if c.tie_word_embeddings else 2)
+        return int(c.num_hidden_layers * block + embeddings)
+
+    @property
     def model(self) -> Any:
         """The loaded transformers model."""
         if self._model is None:

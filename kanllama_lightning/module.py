@@ -21,7 +21,7 @@ from kanllama_lightning.preflight import preflight
 from kanllama_lightning.schedule import Schedule
 from kanllama_lightning.side_by_side import SideBySide
 from kanllama_lightning.trainee import Trainee
-from kanllama_lightning.types import InputError, TokenBatch, ValidationBatch
+from kanllama_lightning.types import ActivationBatch, InputError, TokenBatch, ValidationBatch
 from kanllama_lightning.view import regular, views
 
 log = logging.getLogger(__name__)
@@ -173,20 +173,19 @@ class SAEModule(L.LightningModule):
 
     # ---------------------------------------------------------------- training
 
-    def rows(self, tokens: TokenBatch) -> Float[Tensor, "tok d_model"]:
-        """Kept activations of a token batch; counts what is dropped as a sink."""
-        acts = self.lm.acts(tokens.ids)
-        rows = acts[tokens.keep]
+    def rows(self, batch: TokenBatch | ActivationBatch) -> Float[Tensor, "tok d_model"]:
+        """Kept activations of a batch; counts what is dropped as a sink."""
+        rows = batch.activations(self.lm.acts)
         kept = rows[regular(rows, self.head.norm_limit)]
         self.seen += torch.tensor([len(rows), len(rows) - len(kept)])
         return kept
 
-    def _next_tokens(self, batches: Iterator[Any]) -> TokenBatch:
-        tokens: TokenBatch = next(batches)[0]
-        self.data_position = tokens.position.clone()
-        tokens = tokens.to(self.device)
+    def _next_batch(self, batches: Iterator[Any]) -> TokenBatch | ActivationBatch:
+        batch: TokenBatch | ActivationBatch = next(batches)[0]
+        self.data_position = batch.position.clone()
+        batch = batch.to(self.device)
         self.clock.mark("data")
-        return tokens
+        return batch
 
     @torch.no_grad()
     def start_(self, batches: Iterator[Any]) -> None:
@@ -207,7 +206,7 @@ class SAEModule(L.LightningModule):
         del everyone
         self.buffer.push_(x[: self.buffer.capacity])
         while self.buffer.filled < self.buffer.capacity:
-            self.buffer.push_(self.rows(self._next_tokens(batches)))
+            self.buffer.push_(self.rows(self._next_batch(batches)))
         self.started.fill_(True)
         self.trainer.strategy.barrier()
         log.info("statistics and buffer ready after %.1f s", time.perf_counter() - began)
@@ -216,8 +215,7 @@ class SAEModule(L.LightningModule):
         x = torch.empty(n, self.lm.d_model, dtype=self.buffer.dtype, device=self.device)
         filled = 0
         while filled < n:
-            tokens = self._next_tokens(batches)
-            rows = self.lm.acts(tokens.ids)[tokens.keep][: n - filled]
+            rows = self._next_batch(batches).activations(self.lm.acts)[: n - filled]
             x[filled : filled + len(rows)] = rows.to(x.dtype)
             filled += len(rows)
         return x
@@ -226,7 +224,7 @@ class SAEModule(L.LightningModule):
         """One shuffled batch of activations, running the LM as often as needed."""
         n = self.batch_rows
         while self.buffer.wants(n):
-            rows = self.rows(self._next_tokens(batches))
+            rows = self.rows(self._next_batch(batches))
             self.clock.mark("lm")
             self.buffer.push_(rows)
             self.clock.mark("buffer")

@@ -139,17 +139,13 @@ def check_room(head: nn.Module, buffer_bytes: int, lm_bytes: int, folder: Path) 
     """
     weights = sum(p.numel() * p.element_size() for p in head.parameters())
     memory = 4 * weights + buffer_bytes + lm_bytes
-    disk = 3 * (3 * weights + buffer_bytes) + 2 * weights
-    free_disk = shutil.disk_usage(folder).free
-    if torch.cuda.is_available():
-        free_memory = torch.cuda.mem_get_info()[0]
-    else:
-        free_memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    disk = disk_bytes(weights, buffer_bytes)
+    free_disk, free = shutil.disk_usage(folder).free, free_memory()
     log.info(
         "needs about %.2f GiB of memory before batches (%.1f free) and %.2f GiB of disk (%.1f "
         "free)",
         memory / GIB,
-        free_memory / GIB,
+        free / GIB,
         disk / GIB,
         free_disk / GIB,
     )
@@ -158,8 +154,20 @@ def check_room(head: nn.Module, buffer_bytes: int, lm_bytes: int, folder: Path) 
             f"run folder {str(folder)!r}: the run needs {disk / GIB:.1f} GiB, "
             f"{free_disk / GIB:.1f} are free; choose another --runs_dir or a smaller buffer"
         )
-    if memory > max(free_memory, 1) * 1.5:
+    if memory > max(free, 1) * 1.5:
         raise InputError(
-            f"memory: the run needs about {memory / GIB:.1f} GiB, {free_memory / GIB:.1f} are "
+            f"memory: the run needs about {memory / GIB:.1f} GiB, {free / GIB:.1f} are "
             "free; lower model.buffer.capacity_tokens, model.head.d_sae or use lm.dtype=bfloat16"
         )
+
+
+def disk_bytes(weights: int, buffer_bytes: int) -> int:
+    """Disk of a run: two checkpoints and one being written, and the head (all in bytes)."""
+    return 3 * (3 * weights + buffer_bytes) + 2 * weights
+
+
+def free_memory() -> int:
+    """Bytes of memory that are free: the GPU's, where there is one."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -51,6 +51,14 @@ class Schedule(NamedTuple):
         """Rows the start statistics are taken of: 65,536 or 1 %, at most a million."""
         return min(max(65_536, self.tokens // 100), 1_000_000)
 
+    def rows_read(self, held: int) -> int:
+        """Rows that all processes take from their data: `held` to begin with, then one for each trained on.
+
+        Args:
+            held: Rows that the start statistics and the buffer take.
+        """
+        return held + self.steps * self.batch
+
     def lr_factor(self, step: int) -> float:
         """Multiplier of the learning rate: rise, hold, linear fall to 0 over the last 20 %."""
         rise = min(1.0, (step + 1) / (self.warmup_steps + 1))

@@ -9,9 +9,11 @@ import torch
 from jaxtyping import Int
 from lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from transformers import PreTrainedTokenizerBase
 
+from kanllama_lightning.cache.reading import CachedStream
+from kanllama_lightning.cache.shards import Cache
 from kanllama_lightning.corpus import Corpus, Document, resolve
 from kanllama_lightning.packing import Rows
 from kanllama_lightning.stream import TokenStream
@@ -49,6 +51,12 @@ class TokenData(LightningDataModule):
         append_eos: Whether each document ends with the tokenizer's EOS token.
         seed: Seed of the order of the training rows.
         workers: Background processes that read and tokenise: 0 or 1.
+        cache: Folder to write the LM's activations into once, for this run and others with the
+            same LM, hook point and text: they read them instead of running the LM. Left out,
+            the LM runs in every run.
+        cache_tokens: Activations to write; left out, as many as the run needs. A run that needs
+            more than there are reads them again, in another order; a larger number than there
+            are adds the rest.
     """
 
     def __init__(
@@ -64,6 +72,8 @@ class TokenData(LightningDataModule):
         append_eos: bool = True,
         seed: int = 0,
         workers: int = 0,
+        cache: str | None = None,
+        cache_tokens: int | None = None,
     ) -> None:
         super().__init__()
         _require(0 <= val_fraction <= 0.5, "val_fraction", val_fraction, "shares from 0 to 0.5")
@@ -75,6 +85,13 @@ class TokenData(LightningDataModule):
         _require(val_batch_seqs >= 1, "val_batch_seqs", val_batch_seqs, "whole numbers from 1 up")
         _require(seed >= 0, "seed", seed, "whole numbers from 0 up")
         _require(workers in (0, 1), "workers", workers, "0 and 1: one keeps up, more would repeat")
+        rule = "whole numbers from 1 up, beside a folder in `cache`"
+        _require(
+            cache_tokens is None or (cache is not None and cache_tokens >= 1),
+            "cache_tokens",
+            cache_tokens,
+            rule,
+        )
         if val_fraction == 0 and not val:
             raise InputError(
                 "val_fraction=0 and no `val`: nothing would be validated. Hold out a share of "
@@ -90,6 +107,8 @@ class TokenData(LightningDataModule):
         self.val_batch_seqs = val_batch_seqs
         self.seed = seed
         self.workers = workers
+        self.cache, self.cache_tokens = cache, cache_tokens
+        self.cached: Cache | None = None
         self.position: Int[Tensor, " 3"] = torch.zeros(3, dtype=torch.int64)
         self._val: dict[str, Rows] = {}
 
@@ -152,20 +171,37 @@ class TokenData(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Batches without end, from `position` on."""
-        if self.workers:
-            # a process that has tokenised on several threads must not be forked
-            os.environ["TOKENIZERS_PARALLELISM"] = "false"
         rank, world = self._place()
-        stream = TokenStream(
+        if self.cached is not None:
+            rows = self.lm_batch_seqs * self.ctx_len
+            return self.loader(
+                CachedStream(self.cached, rows, self.seed, rank, world, self.position)
+            )
+        if self.cache is not None:
+            raise InputError(
+                f"data.cache={self.cache!r}: nothing was written there for this data yet; "
+                "`train.py fit` does it, or call kanllama_lightning.cache.filling.fill_"
+            )
+        return self.loader(self.stream(self.seed, rank, world, self.position))
+
+    def stream(self, seed: int, rank: int, world: int, position: Int[Tensor, " 3"]) -> TokenStream:
+        """The training text in the order of a seed, for one of several processes."""
+        return TokenStream(
             self.train_corpus,
             self.encoder,
             self.val_fraction,
             self.lm_batch_seqs,
-            self.seed,
+            seed,
             rank,
             world,
-            self.position,
+            position,
         )
+
+    def loader(self, stream: IterableDataset) -> DataLoader:
+        """The stream, read in the background if there are `workers`."""
+        if self.workers:
+            # a process that has tokenised on several threads must not be forked
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
         return DataLoader(
             stream,
             batch_size=None,

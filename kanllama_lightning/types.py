@@ -40,6 +40,31 @@ class TokenBatch(NamedTuple):
         ids, keep, doc = (t.to(device, non_blocking=True) for t in self[:3])
         return TokenBatch(ids, keep, doc, self.position)
 
+    def activations(self, acts: "Acts") -> Float[Tensor, "tok d_model"]:
+        """What to train on, sinks included: the kept tokens' activations, by running the LM."""
+        return acts(self.ids)[self.keep]
+
+
+class ActivationBatch(NamedTuple):
+    """Activations that were made earlier: what a cache yields in the place of tokens."""
+
+    rows: Float[Tensor, "tok d_model"]
+    """Of kept tokens, in the cache's dtype, sinks included, from many documents."""
+    position: Int[Tensor, " 3"]
+    """int64 (epoch, shard, row) of the row *after* this batch: where to go on from."""
+
+    def to(self, device: torch.device) -> "ActivationBatch":
+        """The same batch with its rows on `device` (the position stays on the CPU)."""
+        return ActivationBatch(self.rows.to(device, non_blocking=True), self.position)
+
+    def activations(self, acts: "Acts") -> Float[Tensor, "tok d_model"]:
+        """What to train on: these rows; the LM (`acts`) is left alone."""
+        return self.rows
+
+
+Acts = Callable[[Int[Tensor, "batch pos"]], Float[Tensor, "batch pos d_model"]]
+"""Token ids to the activations at the hook point: `FrozenLM.acts`."""
+
 
 class SparseCodes(NamedTuple):
     """The kept activations of a batch: nothing of shape [tok d_sae] is held."""

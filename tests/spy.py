@@ -21,14 +21,14 @@ class Spy(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Listen to what the LM is run on in training."""
-        original = pl_module._next_tokens
+        original = pl_module._next_batch
 
         def listening(batches: Any) -> Any:
             tokens = original(batches)
             self.rows += tokens.ids.tolist()
             return tokens
 
-        pl_module._next_tokens = listening
+        pl_module._next_batch = listening
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Write."""

@@ -84,6 +84,14 @@ def test_arrows(file: Path) -> None:
         assert "callbacks" not in packages(file), (
             "YAML and train.py name callbacks, the library does not"
         )
+    if ".plan." not in name and name != "kanllama_lightning.cli":
+        assert not any("lightning.plan." in u for u in used), (
+            "only the command line names the planner"
+        )
+    if name in ("kanllama_lightning.cache.reading", "kanllama_lightning.cache.shards"):
+        assert used <= {"kanllama_lightning.cache.shards", "kanllama_lightning.types"}, (
+            "reading a cache needs neither LM nor text"
+        )
     if ".reports." not in name:
         assert not any(".reports" in u for u in used), "only evaluate.py names reports"
     if name.startswith("callbacks."):

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -62,6 +62,12 @@ class Corpus(ABC):
     def once(self) -> Iterator[Document]:
         """Every document of the source once, even where `documents` never ends."""
         return self.documents()
+
+    def description(self) -> dict[str, Any]:
+        """What tells it from another corpus, as plain values; known after `open()`."""
+        arguments = {name: value for name, value in vars(self).items() if name[0] != "_"}
+        arguments.pop("vocabularies", None)
+        return {"class": type(self).__name__, **arguments}
 
 
 def document(number: int, value: object) -> Document | None:

@@ -5,11 +5,13 @@ import logging
 from collections.abc import Generator, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 
 from kanllama_lightning.corpus.base import Corpus, Document, document, require_vocabulary
+from kanllama_lightning.fingerprint import fingerprint
 from kanllama_lightning.types import InputError
 
 logger = logging.getLogger(__name__)
@@ -89,6 +91,12 @@ class LocalCorpus(Corpus):
                 skipped += 1
         if skipped:
             logger.info("%s: %d malformed records skipped", self.name, skipped)
+
+    def description(self) -> dict[str, Any]:
+        """Its arguments, with what is in the files instead of where they are."""
+        arguments = super().description()
+        del arguments["path"]
+        return arguments | {"files": fingerprint(self._files())}
 
     def _files(self) -> list[Path]:
         if not self.path.exists():

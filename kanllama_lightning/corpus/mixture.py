@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import repeat
+from typing import Any
 
 import numpy as np
 
@@ -84,6 +85,15 @@ class Mixture(Corpus):
                 continue
             yield found._replace(number=number)
             number += 1
+
+    def description(self) -> dict[str, Any]:
+        """Its shares and those of its corpora, each with its number in front."""
+        parts = {
+            f"{number}.{name}": value
+            for number, corpus in enumerate(self.corpora)
+            for name, value in corpus.description().items()
+        }
+        return {"class": "Mixture", "seed": self.seed, "edges": self._edges.tolist(), **parts}
 
     def _chunk(self, chunk: int) -> np.ndarray:
         """Which corpus gives each of the documents of one chunk of numbers."""

@@ -1,0 +1,219 @@
+"""The one LM pass over the training text that a cache is made of."""
+
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import BFloat16
+from torch import Tensor
+from tqdm import tqdm
+
+from kanllama_lightning.cache.key import cache_key
+from kanllama_lightning.cache.shards import ROW_DTYPE, Cache, Key, Place
+from kanllama_lightning.lm import FrozenLM
+from kanllama_lightning.preflight import GIB, preflight
+from kanllama_lightning.run import make_folder
+from kanllama_lightning.stream import EPOCH_STRIDE
+from kanllama_lightning.tokens import TokenData
+from kanllama_lightning.types import Acts, InputError, TokenBatch
+
+log = logging.getLogger(__name__)
+
+SHARD_ROWS = 65_536
+SMALLEST_SHARD_ROWS = 1_024
+SHARDS_AT_LEAST = 8
+"""A small cache is cut into as many, so that a killed writer loses little."""
+STREAM_SEED = 0
+"""Of the order the text is written in: the same whatever the run's seed, so that runs of all
+seeds share, and extend, one cache. Reading shuffles by the run's own."""
+LINES = 20
+POLL_SECONDS = 0.5
+
+
+class Chunk(NamedTuple):
+    """Rows for one shard."""
+
+    rows: BFloat16[Tensor, "tok d_model"]
+    start: Place
+    end: Place
+    last: bool
+    """Whether the text ends with them."""
+
+
+def fill_(lm: FrozenLM, data: TokenData, rows: int, device: torch.device) -> None:
+    """Make `data` read from its cache folder; whatever is missing there is written first.
+
+    One process writes, others that want the same folder wait for it.
+
+    Args:
+        lm: Loaded onto `device` if the LM has to run.
+        data: Set up for `fit`, with a folder in `cache`.
+        rows: Activations that the run needs.
+        device: Where the LM runs.
+
+    Raises:
+        InputError: The folder holds other activations, or the disk has no room.
+    """
+    folder, wanted = Path(str(data.cache)), data.cache_tokens or rows
+    key = cache_key(lm, data)
+    if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+        cache = _wait(folder, key, wanted)
+    else:
+        make_folder(folder)
+        with _alone(folder):
+            cache = Cache.open(folder, key)
+            if not _complete(cache, wanted):
+                _write_(cache, wanted, lm, data, device)
+    data.cached = cache.upto(wanted)
+    log.info(
+        "cache %s: training reads %s activations (%.2f GiB); the LM runs in validation only%s",
+        folder,
+        f"{data.cached.rows:,}",
+        cache.n_bytes(data.cached.rows) / GIB,
+        f"; the run needs about {rows:,}, so they repeat" if data.cached.rows < rows else "",
+    )
+
+
+def _complete(cache: Cache, wanted: int) -> bool:
+    return (cache.rows >= wanted or cache.whole) and not cache.torn()
+
+
+def _wait(folder: Path, key: Key, wanted: int) -> Cache:
+    """The cache, as soon as the first process of this machine has written it."""
+    while not _complete(cache := Cache.open(folder, key), wanted):
+        time.sleep(POLL_SECONDS)
+    return cache
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock; it is free again when this process ends, however it ends."""
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("cache %s: another run is writing it; waiting", folder)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _write_(cache: Cache, wanted: int, lm: FrozenLM, data: TokenData, device: torch.device) -> None:
+    missing = 0 if cache.whole else max(0, wanted - cache.rows)
+    size = min(SHARD_ROWS, max(SMALLEST_SHARD_ROWS, -(-wanted // SHARDS_AT_LEAST)))
+    n_new = -(-missing // size)
+    torn = cache.torn()
+    to_write = n_new * size + sum(cache.shards[i].rows for i in torn)
+    needed, free = cache.n_bytes(to_write), shutil.disk_usage(cache.folder).free
+    log.info(
+        "cache %s: writing %s activations, %s are there already: %.2f GiB of disk (%.1f free)",
+        cache.folder,
+        f"{to_write:,}",
+        f"{cache.rows:,}",
+        needed / GIB,
+        free / GIB,
+    )
+    if needed > free:
+        raise InputError(
+            f"data.cache={str(cache.folder)!r}: {to_write:,} activations need {needed / GIB:.1f} "
+            f"GiB, {free / GIB:.1f} are free; give a folder on another disk, or fewer with "
+            f"--data.cache_tokens (at most {free // cache.n_bytes(1):,} would fit)"
+        )
+    lm.load_(device)
+    preflight(lm, next(iter(data.val_dataloader()[0])).to(device))
+
+    def batches(place: Place) -> Iterator[TokenBatch]:
+        stream = data.stream(STREAM_SEED, 0, 1, torch.tensor(place[:3]))
+        return (batch.to(device) for batch in data.loader(stream))
+
+    with contextlib.closing(_Progress(to_write)) as progress:
+        for i in torn:
+            log.info("cache %s: shard %s is torn: written anew", cache.folder, cache.shards[i].name)
+            chunk = next(chunks(batches, lm.acts, cache.shards[i].start, cache.shards[i].rows))
+            cache.write_(chunk.rows, chunk.start, chunk.end, i)
+            progress.add(len(chunk.rows))
+        for chunk in islice(chunks(batches, lm.acts, cache.end, size), n_new):
+            cache.whole = chunk.last
+            if len(chunk.rows):
+                cache.write_(chunk.rows, chunk.start, chunk.end, len(cache.shards))
+            progress.add(len(chunk.rows))
+    if cache.whole and missing:
+        cache.list_()
+        log.info("cache: the text ends after %s activations", f"{cache.rows:,}")
+
+
+def chunks(
+    batches: Callable[[Place], Iterator[TokenBatch]], acts: Acts, start: Place, size: int
+) -> Iterator[Chunk]:
+    """Activations of the text from a place on, in chunks of `size`, until the text ends.
+
+    Args:
+        batches: The token batches from a place on.
+        acts: Runs the LM.
+        start: Where the first chunk begins.
+        size: Rows per chunk; the last may have fewer, or none.
+    """
+    before, skip, begun = start, start.skip, start
+    parts: list[Tensor] = []
+    filled = 0
+    for batch in batches(start):
+        batch = batch._replace(keep=batch.keep & (batch.doc < EPOCH_STRIDE))
+        rows = batch.activations(acts)
+        used = min(skip, len(rows))
+        skip -= used
+        while used < len(rows):
+            some = rows[used : used + size - filled]
+            parts.append(some.to("cpu", ROW_DTYPE))
+            used, filled = used + len(some), filled + len(some)
+            if filled == size:
+                end = before._replace(skip=used)
+                yield Chunk(torch.cat(parts), begun, end, last=False)
+                parts, filled, begun = [], 0, end
+        epoch, block, row = batch.position.tolist()
+        before = Place(epoch, block, row, 0)
+        if epoch > 0:
+            empty = rows[:0].to("cpu", ROW_DTYPE)
+            yield Chunk(torch.cat([empty, *parts]), begun, before, last=True)
+            return
+
+
+class _Progress:
+    """A bar at a terminal, some lines elsewhere."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self.began = total, 0, time.perf_counter()
+        self.bar = tqdm(
+            total=total,
+            unit="act",
+            unit_scale=True,
+            dynamic_ncols=True,
+            desc="caching",
+            disable=not sys.stderr.isatty(),
+        )
+
+    def add(self, rows: int) -> None:
+        """So many more are written."""
+        before, self.done = self.done, self.done + rows
+        self.bar.update(rows)
+        passed = self.done * LINES // self.total > before * LINES // self.total
+        if self.bar.disable and passed:
+            rate = self.done / (time.perf_counter() - self.began)
+            log.info(
+                "caching: %s of %s activations, %.0f per second, %.0f s left",
+                f"{self.done:,}",
+                f"{self.total:,}",
+                rate,
+                (self.total - self.done) / rate,
+            )
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self.bar.close()

@@ -1,0 +1,44 @@
+"""What cached activations depend on, so that no run trains on those of something else."""
+
+from pathlib import Path
+
+from kanllama_lightning.cache.shards import Key
+from kanllama_lightning.fingerprint import fingerprint
+from kanllama_lightning.lm import FrozenLM
+from kanllama_lightning.tokens import TokenData
+from kanllama_lightning.vocabulary import vocab_hash
+
+FORMAT = 1
+WEIGHTS = (".safetensors", ".bin")
+
+
+def cache_key(lm: FrozenLM, data: TokenData) -> Key:
+    """LM, hook point and text; no head, budget or seed: those may differ between runs.
+
+    Args:
+        lm: Its weights need not be loaded.
+        data: Set up for `fit`: the share held out is known then.
+    """
+    encoder = data.encoder
+    return {
+        "format": FORMAT,
+        "lm": _weights(lm),
+        "lm.dtype": str(lm.dtype).removeprefix("torch."),
+        "lm.hook_point": lm.hook.name,
+        "d_model": lm.d_model,
+        "tokenizer": vocab_hash(encoder.tokenizer),
+        "special tokens": [encoder.bos, encoder.eos, *encoder.special],
+        "data.ctx_len": data.ctx_len,
+        "data.append_eos": encoder.eos is not None,
+        "held out": data.val_fraction,
+        **{f"data.train.{k}": v for k, v in data.train_corpus.description().items()},
+    }
+
+
+def _weights(lm: FrozenLM) -> str:
+    """Hub name and commit, or a fingerprint of the files of a local folder."""
+    folder = Path(lm.path)
+    if not folder.is_dir():
+        return f"{lm.path}@{getattr(lm.config, '_commit_hash', None) or lm.revision}"
+    files = [f for f in sorted(folder.iterdir()) if f.suffix in WEIGHTS]
+    return fingerprint([folder / "config.json", *files])

@@ -1,0 +1,41 @@
+"""`python train.py plan ...`: the arguments of `fit`; nothing is loaded, started or written."""
+
+import shutil
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from kanllama_lightning.cli import KanllamaCLI
+from kanllama_lightning.module import check_precision
+from kanllama_lightning.plan.estimate import Estimate
+from kanllama_lightning.plan.page import Free, table
+from kanllama_lightning.preflight import free_memory
+
+
+class PlanCLI(KanllamaCLI):
+    """Parses and checks what `fit` does, and builds the parts, but says what they would take."""
+
+    estimate: Estimate
+
+    def before_instantiate_classes(self) -> None:
+        """No run folder; no logger and no callbacks, which might start something."""
+        trainer = self.config[self.subcommand].trainer
+        check_precision(str(trainer.precision))
+        trainer.logger, trainer.callbacks = False, None
+
+    def instantiate_trainer(self, **kwargs: Any) -> None:
+        """None is needed."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        trainer = self.config[subcommand].trainer
+        cuda = torch.cuda.is_available() and trainer.accelerator in ("auto", "gpu", "cuda")
+        device = torch.device("cuda" if cuda else "cpu")
+        module, data = self.model, self.datamodule
+        heads = {name or type(head).__name__: head for name, head in module.heads().items()}
+        autocast = str(trainer.precision) == "bf16-mixed"
+        self.estimate = Estimate.of(module.lm, heads, module, data, device, autocast)
+        name = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
+        free = Free(free_memory(), shutil.disk_usage(".").free)
+        shown = table(self.estimate, module.lm.hook_point, name, free)
+        Console().print(shown)

@@ -1,0 +1,205 @@
+"""Memory, disk and time of a run, and whether an activation cache would pay."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from kanllama_lightning.cache.shards import ROW_DTYPE
+from kanllama_lightning.heads import SAEHead
+from kanllama_lightning.lm import FrozenLM
+from kanllama_lightning.module import SAEModule
+from kanllama_lightning.plan.costs import HeadCost, head_cost, lm_flops
+from kanllama_lightning.plan.rates import memory_rate, product_rate
+from kanllama_lightning.preflight import disk_bytes
+from kanllama_lightning.tokens import TokenData
+
+STEP_BYTES_PER_WEIGHT = 40
+"""Read and written per weight and step: Adam (weight, gradient, two moments: 28) and clipping
+the gradient (12), fp32."""
+DISK_RATE = 1e9
+"""Bytes per second of reading or writing a disk, taken for granted: an ordinary SSD."""
+FEW_PERCENT = 0.1
+"""Of a step's time: a smaller share of the LM is not worth a cache."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What this machine does per second."""
+
+    head: float
+    """Operations of products in the format and of the shape of the widest head."""
+    lm: float
+    """Operations of products in the format and of the shape of the LM's MLP."""
+    memory: float
+    """Bytes read and written."""
+
+    @classmethod
+    def measured(
+        cls, lm: FrozenLM, heads: dict[str, SAEHead], rows: tuple[int, int], device: torch.device,
+        autocast: bool,
+    ) -> "Rates":  # fmt: skip
+        """Measure them, in about a second.
+
+        Args:
+            lm: Gives shape and number format of its products.
+            heads: Give the shape of theirs.
+            rows: Rows per step of the heads, and per pass of the LM.
+            device: Where the run would be.
+            autocast: Whether heads train in bf16-mixed.
+        """
+        dtype = torch.bfloat16 if autocast else torch.float32
+        widest = max(head.d_sae for head in heads.values())
+        return cls(
+            product_rate(device, dtype, rows[0], lm.d_model, widest),
+            product_rate(device, lm.dtype, rows[1], lm.d_model, lm.config.intermediate_size),
+            memory_rate(device),
+        )
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run takes. Bytes, seconds, and operations (one multiply-add is 2).
+
+    Args:
+        costs: Of each head.
+        lm_flops: Per position, up to the hook point.
+        rates: Of this machine.
+        tokens: Budget.
+        batch: Rows per step.
+        filling: Rows that go into statistics and buffer before the first step.
+        d_model: Width of a row.
+        head_weights: Bytes of all heads' weights.
+        lm_weights: Bytes of the LM's.
+        buffer: Bytes of the buffer and its queue.
+        planes: Latents of all heads: a step holds one number for each, for every row.
+        cached: Whether the run reads a cache.
+        cache_rows: Rows that a cache of this run holds.
+    """
+
+    costs: dict[str, HeadCost]
+    lm_flops: float
+    rates: Rates
+    tokens: int
+    batch: int
+    filling: int
+    d_model: int
+    head_weights: int
+    lm_weights: int
+    buffer: int
+    planes: int
+    cached: bool
+    cache_rows: int
+
+    @classmethod
+    def of(
+        cls, lm: FrozenLM, heads: dict[str, SAEHead], module: SAEModule, data: TokenData,
+        device: torch.device, autocast: bool,
+    ) -> "Estimate":  # fmt: skip
+        """Estimate a run whose parts are built, but neither loaded nor set up.
+
+        Args:
+            lm: The LM, without weights.
+            heads: The heads to train side by side, by name, on the CPU.
+            module: Gives the schedule and the buffer.
+            data: Gives the shape of token batches.
+            device: Where the run would be.
+            autocast: Whether heads train in bf16-mixed.
+        """
+        schedule, buffer = module.schedule, module.buffer
+        lm_rows = data.lm_batch_seqs * data.ctx_len
+        filling = max(module.start_tokens, buffer.capacity_tokens)
+        parameters = [p for head in heads.values() for p in head.parameters()]
+        held = buffer.capacity_tokens + schedule.batch + lm_rows
+        return cls(
+            costs={name: head_cost(head, autocast) for name, head in heads.items()},
+            lm_flops=lm_flops(lm, data.ctx_len),
+            rates=Rates.measured(lm, heads, (schedule.batch, lm_rows), device, autocast),
+            tokens=schedule.steps * schedule.batch,
+            batch=schedule.batch,
+            filling=filling,
+            d_model=lm.d_model,
+            head_weights=sum(p.numel() * p.element_size() for p in parameters),
+            lm_weights=lm.n_parameters * lm.dtype.itemsize,
+            buffer=held * lm.d_model * buffer.dtype.itemsize,
+            planes=sum(head.d_sae for head in heads.values()),
+            cached=data.cache is not None,
+            cache_rows=data.cache_tokens or schedule.rows_read(filling),
+        )
+
+    # ------------------------------------------------------------------ memory and disk
+
+    @property
+    def step_memory(self) -> int:
+        """What a step saves for its backward pass, and one plane of pre-activations."""
+        saved = sum(cost.saved_per_token for cost in self.costs.values())
+        return int(self.batch * (saved + 4 * self.planes))
+
+    @property
+    def memory(self) -> int:
+        """All of it: weights, gradients, two moments of Adam, buffer, LM, a step."""
+        return 4 * self.head_weights + self.buffer + self.lm_weights + self.step_memory
+
+    @property
+    def run_disk(self) -> int:
+        """Checkpoints and the head."""
+        return disk_bytes(self.head_weights, self.buffer)
+
+    @property
+    def cache_disk(self) -> int:
+        """A cache of all the run's activations."""
+        return self.cache_rows * self.d_model * ROW_DTYPE.itemsize
+
+    # --------------------------------------------------------------------------- time
+
+    @property
+    def head_seconds(self) -> float:
+        """Of all heads, per token trained on."""
+        flops = sum(c.flops_per_token + c.flops_per_step / self.batch for c in self.costs.values())
+        weights = sum(cost.parameters for cost in self.costs.values())
+        moved = STEP_BYTES_PER_WEIGHT * weights / self.batch
+        return flops / self.rates.head + moved / self.rates.memory
+
+    @property
+    def lm_seconds(self) -> float:
+        """Of the LM up to the hook point, per token."""
+        return self.lm_flops / self.rates.lm
+
+    @property
+    def disk_seconds(self) -> float:
+        """Of writing or reading a token's activation."""
+        return self.d_model * ROW_DTYPE.itemsize / DISK_RATE
+
+    @property
+    def lm_share(self) -> float:
+        """Part of a step that the LM takes when there is no cache."""
+        return self.lm_seconds / (self.lm_seconds + self.head_seconds)
+
+    @property
+    def token_seconds(self) -> float:
+        """Per token of the budget, once the buffer is full."""
+        return self.head_seconds + (self.disk_seconds if self.cached else self.lm_seconds)
+
+    def seconds(self, runs: int, cached: bool) -> float:
+        """Of several runs one after the other, validation left out.
+
+        Args:
+            runs: How many, of this kind.
+            cached: Whether the first writes a cache, that all read.
+        """
+        rows = self.tokens + self.filling
+        if not cached:
+            return runs * (self.tokens * self.head_seconds + rows * self.lm_seconds)
+        first = self.cache_rows * (self.lm_seconds + self.disk_seconds)
+        return first + runs * (self.tokens * self.head_seconds + rows * self.disk_seconds)
+
+    @property
+    def runs_to_pay(self) -> int | None:
+        """Runs from which on a cache saves time; None where it never does."""
+        saved = self.seconds(1, cached=False) - (
+            self.seconds(2, cached=True) - self.seconds(1, cached=True)
+        )
+        if saved <= 0:
+            return None
+        first = self.cache_rows * (self.lm_seconds + self.disk_seconds)
+        return max(2, math.floor(first / saved) + 1)

@@ -1,0 +1,108 @@
+"""The plan as a table for a terminal."""
+
+from typing import NamedTuple
+
+from rich.table import Table
+
+from kanllama_lightning.plan.estimate import DISK_RATE, FEW_PERCENT, Estimate
+from kanllama_lightning.preflight import GIB
+
+RUNS = 10
+
+
+class Free(NamedTuple):
+    """Bytes that are free."""
+
+    memory: int
+    disk: int
+
+
+def table(estimate: Estimate, hook_point: str, device: str, free: Free) -> Table:
+    """What a run takes, a line each, and how each figure was come by.
+
+    Args:
+        estimate: The figures.
+        hook_point: Where activations are read.
+        device: Where the run would be.
+        free: Memory free there, and disk free here.
+    """
+    e, made = estimate, Table(title=f"Plan of a run on {device}; nothing was started or written")
+    made.add_column("what")
+    made.add_column("figure", justify="right")
+    made.add_column("how")
+    for name, cost in e.costs.items():
+        made.add_row(f"{name}: parameters", f"{cost.parameters:,}", "counted")
+        made.add_row(
+            f"{name}: forward and backward",
+            f"{cost.flops_per_token / 1e6:,.2f} MFLOP/token",
+            "counted on small batches: products and sparse sums",
+        )
+    made.add_row(
+        "LM up to the hook point",
+        f"{e.lm_flops / 1e6:,.2f} MFLOP/token",
+        f"{hook_point}, from the LM's configuration",
+    )
+    made.add_section()
+    made.add_row("heads: weights", size(e.head_weights), "fp32")
+    made.add_row("heads: gradients, Adam", size(3 * e.head_weights), "three times the weights")
+    made.add_row("buffer and queue", size(e.buffer), "")
+    made.add_row("LM", size(e.lm_weights), "its weights")
+    made.add_row("a step", size(e.step_memory), "saved for backward, and the pre-activations")
+    made.add_row("memory", size(e.memory), f"{size(free.memory)} free here")
+    made.add_section()
+    made.add_row(
+        "disk: run folder",
+        size(e.run_disk),
+        f"checkpoints and the head, at most; {size(free.disk)} free here",
+    )
+    if e.cached:
+        made.add_row("disk: cache", size(e.cache_disk), f"{e.cache_rows:,} activations, bf16")
+    made.add_section()
+    made.add_row(
+        "rates here",
+        f"{e.rates.head / 1e9:,.0f}, {e.rates.lm / 1e9:,.0f} GFLOP/s",
+        f"products as in head and LM, measured now; copies {e.rates.memory / 1e9:,.1f} GB/s",
+    )
+    made.add_row("training", f"{1 / e.token_seconds:,.0f} tokens/s", "operations / rate")
+    made.add_row("LM's share of a step", f"{e.lm_share:.0%}", "without a cache")
+    made.add_row(
+        f"time of {e.tokens:,} tokens",
+        duration(e.seconds(1, e.cached)),
+        "an estimate, at best: work element by element and validation come on top",
+    )
+    made.add_section()
+    made.add_row("activation cache", size(e.cache_disk), verdict(e, hook_point, free.disk))
+    return made
+
+
+def verdict(e: Estimate, hook_point: str, free_disk: int) -> str:
+    """Whether to cache activations, and why."""
+    pays = e.runs_to_pay
+    disk = f"at {DISK_RATE / 1e9:.0f} GB/s of disk, assumed"
+    if e.lm_share < FEW_PERCENT:
+        return f"not worth it at {hook_point}: the LM pass is {e.lm_share:.0%} of a step"
+    if pays is None:
+        return f"not worth it at {hook_point}: reading takes as long as the LM pass, {disk}"
+    if e.cache_disk > free_disk:
+        fit = int(0.9 * free_disk / e.cache_disk * e.cache_rows)
+        return (
+            f"would pay from {pays} runs on, but {size(free_disk)} are free here; fewer "
+            f"activations fit, which then repeat: --data.cache_tokens {fit}"
+        )
+    live, cached = (duration(e.seconds(RUNS, c)) for c in (False, True))
+    return (
+        f"pays from {pays} runs on: {RUNS} runs take {cached} instead of {live}, {disk}; add "
+        "--data.cache FOLDER"
+    )
+
+
+def size(n_bytes: float) -> str:
+    """Bytes for people."""
+    return f"{n_bytes / GIB:,.2f} GiB" if n_bytes >= GIB / 10 else f"{n_bytes / 2**20:,.1f} MiB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"

@@ -1,0 +1,249 @@
+"""The planner: figures by hand, what it says, and that it starts, loads and writes nothing."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from kanllama_lightning.heads import BatchTopK, SAEHead, Standard, TopK
+from kanllama_lightning.lm import FrozenLM
+from kanllama_lightning.plan import rates
+from kanllama_lightning.plan.cli import PlanCLI
+from kanllama_lightning.plan.costs import HeadCost, _Counter, head_cost, lm_flops
+from kanllama_lightning.plan.estimate import Estimate, Rates
+from kanllama_lightning.plan.page import duration, size, verdict
+from kanllama_lightning.plan.rates import memory_rate, product_rate
+from tests.conftest import SMALL
+from tests.test_configs import HEAD_CONFIGS, ROOT
+from train import main
+
+CPU = torch.device("cpu")
+
+
+# ---------------------------------------------------------------------------- costs by hand
+
+
+def test_a_dense_linear_head_by_hand() -> None:
+    """Two products forward; backward the gradients of both weights and of the latents."""
+    cost = head_cost(Standard(4, 8, target_l0=2), autocast=False)
+    assert cost.parameters == 4 * 8 + 8 * 4 + 8 + 4
+    assert cost.flops_per_token == 5 * (2 * 4 * 8)
+    assert cost.flops_per_step == 0
+    assert cost.saved_per_token == 4 * (4 + 8 + 4), "x - b_dec, latents, error"
+
+
+def test_topk_by_hand() -> None:
+    """One product; then decoding and three gradients touch the k kept latents only."""
+    cost = head_cost(TopK(16, 64, target_l0=3), autocast=False)
+    assert cost.flops_per_token == 2 * 16 * 64 + 4 * (2 * 3 * 16)
+    assert cost.flops_per_step == 2 * (2 * 16 * 64), "b_dec through the encoder, both ways"
+
+
+def test_counting_leaves_the_head_as_it_was() -> None:
+    head = BatchTopK(4, 8, target_l0=2)
+    before = {name: value.clone() for name, value in head.state_dict().items()}
+    head_cost(head, autocast=True)
+    for name, value in head.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
+    assert all(p.grad is None for p in head.parameters())
+
+
+HOOKS = ["blocks.1.hook_resid_pre", "model.layers.1.self_attn", "blocks.1.hook_resid_mid"]
+HOOKS += ["model.layers.0.mlp", "model.layers.2"]
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_lm_operations_are_those_of_a_real_pass(
+    make_lm: Callable[..., FrozenLM], hook: str
+) -> None:
+    lm = make_lm(hook)
+    ids = torch.zeros(3, 10, dtype=torch.int64)
+    with _Counter() as counter:
+        lm.acts(ids)
+    attentions = lm.hook.layer + (lm.hook.kind != "resid_pre")
+    scores = attentions * 4 * 16 * (10 + 1) / 2  # torch has no formula for these on a CPU
+    assert 30 * (lm_flops(lm, 10) - scores) == counter.flops
+
+
+def test_lm_parameters(make_lm: Callable[..., FrozenLM]) -> None:
+    lm = make_lm()
+    matrices = [p for p in lm.model.parameters() if p.dim() == 2]
+    assert lm.n_parameters == sum(p.numel() for p in matrices)
+
+
+def test_rates_are_those_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rates, "BUDGET_S", 0.01)
+    assert 1e7 < product_rate(CPU, torch.float32, 10**9, 64, 64) < 1e14
+    assert 1e7 < memory_rate(CPU) < 1e13
+
+
+# ------------------------------------------------------------------------ estimates by hand
+
+
+def made(**changed: Any) -> Estimate:
+    given: dict[str, Any] = {
+        "costs": {"A": HeadCost(100, 1000.0, 500.0, 16.0), "B": HeadCost(50, 500.0, 0.0, 0.0)},
+        "lm_flops": 4000.0,
+        "rates": Rates(head=1e6, lm=2e6, memory=1e7),
+        "tokens": 1000,
+        "batch": 10,
+        "filling": 200,
+        "d_model": 8,
+        "head_weights": 600,
+        "lm_weights": 7000,
+        "buffer": 300,
+        "planes": 40,
+        "cached": False,
+        "cache_rows": 1200,
+    }
+    return Estimate(**given | changed)
+
+
+def test_memory_and_disk_by_hand() -> None:
+    e = made()
+    assert e.step_memory == 10 * (16 + 4 * 40)
+    assert e.memory == 4 * 600 + 300 + 7000 + 1760
+    assert e.run_disk == 3 * (3 * 600 + 300) + 2 * 600
+    assert e.cache_disk == 1200 * 8 * 2
+
+
+def test_time_by_hand() -> None:
+    e = made()
+    head = (1000 + 500 / 10 + 500) / 1e6 + 40 * 150 / 10 / 1e7
+    assert e.head_seconds == pytest.approx(head)
+    assert e.lm_seconds == pytest.approx(0.002)
+    assert e.lm_share == pytest.approx(0.002 / (0.002 + head))
+    assert e.seconds(2, cached=False) == pytest.approx(2 * (1000 * head + 1200 * 0.002))
+    disk = 16 / 1e9
+    want = 1200 * (0.002 + disk) + 3 * (1000 * head + 1200 * disk)
+    assert e.seconds(3, cached=True) == pytest.approx(want)
+    assert made(cached=True).token_seconds == pytest.approx(head + disk)
+
+
+@pytest.mark.parametrize(("lm", "pays"), [(4000.0, 2), (0.2, 2), (0.07, 3), (0.05, 5), (0.045, 6)])
+def test_runs_to_pay_is_the_first_number_that_saves_time(lm: float, pays: int) -> None:
+    e = made(lm_flops=lm)
+    assert e.runs_to_pay == pays
+    assert e.seconds(pays, cached=True) < e.seconds(pays, cached=False)
+    if pays > 2:
+        assert e.seconds(pays - 1, cached=True) >= e.seconds(pays - 1, cached=False)
+
+
+def test_verdicts() -> None:
+    assert made(lm_flops=0.03, rates=Rates(1e9, 2e6, 1e12)).runs_to_pay is None
+    cheap = verdict(made(lm_flops=100.0), "model.layers.0", 10**9)
+    assert cheap == "not worth it at model.layers.0: the LM pass is 3 % of a step".replace(
+        " %", "%"
+    )
+    paying = verdict(made(), "h", 10**9)
+    assert paying.startswith("pays from 2 runs on: 10 runs take 19 s instead of 40 s")
+    assert "--data.cache FOLDER" in paying
+    crowded = verdict(made(), "h", made().cache_disk // 2)
+    assert crowded.startswith("would pay from 2 runs on, but")
+    assert crowded.endswith("--data.cache_tokens 540")
+    slow_disk = made(lm_flops=0.03, rates=Rates(1e12, 2e6, 1e15))
+    assert verdict(slow_disk, "h", 10**9).startswith("not worth it at h: reading takes as long")
+
+
+def test_sizes_and_durations() -> None:
+    assert [size(2**20), size(3 * 2**30)] == ["1.0 MiB", "3.00 GiB"]
+    assert [duration(s) for s in (90, 600, 7200)] == ["90 s", "10 min", "2.0 h"]
+
+
+# ------------------------------------------------------------------------------ command line
+
+
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., PlanCLI]:
+    """Runs `plan` in an empty folder; what would load or start something fails."""
+    seen: list[PlanCLI] = []
+    run = PlanCLI._run_subcommand
+
+    def keep(self: PlanCLI, subcommand: str) -> None:
+        seen.append(self)
+        run(self, subcommand)
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("plan loads and starts nothing")
+
+    monkeypatch.setattr(PlanCLI, "_run_subcommand", keep)
+    monkeypatch.setattr(FrozenLM, "load_", never)
+    monkeypatch.setattr("wandb.init", never)
+    monkeypatch.setattr(rates, "BUDGET_S", 0.001)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    def plan(*args: str) -> PlanCLI:
+        assert main(["plan", *args]) == 0
+        assert not list((tmp_path / "here").iterdir())
+        assert seen[-1].trainer is None
+        return seen[-1]
+
+    return plan
+
+
+@pytest.mark.parametrize("config", HEAD_CONFIGS, ids=lambda c: c.stem)
+def test_plans_every_config(
+    config: Path, planned: Callable[..., PlanCLI], capsys: pytest.CaptureFixture
+) -> None:
+    overlay = str(ROOT / "configs" / "embedded.yaml")
+    cli = planned("--config", str(config), "--config", overlay)
+    head: SAEHead = cli.model.head
+    (cost,) = cli.estimate.costs.values()
+    assert cost.parameters == head.n_parameters()
+    assert cost.parameters == sum(p.numel() for p in head.parameters() if p.requires_grad)
+    dense = 2 * head.d_model * head.d_sae
+    assert cost.flops_per_token >= dense, "at least the encoder"
+    said = capsys.readouterr().out
+    assert f"{head.n_parameters():,}" in said
+    assert "activation cache" in said
+
+
+def test_the_real_target_needs_no_weights(
+    tiny_lm_dir: Path, tmp_path: Path, planned: Callable[..., PlanCLI]
+) -> None:
+    """The shape of Llama 3.2 1B; its folder holds a configuration and a tokenizer."""
+    folder = tmp_path / "lm"
+    shutil.copytree(tiny_lm_dir, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    shape = LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        tie_word_embeddings=True,
+    )
+    (folder / "config.json").write_text(json.dumps(shape.to_dict() | {"model_type": "llama"}))
+    args = ["--lm.name", str(folder), "--lm.revision", "null", "--data.cache", "cache"]
+    # bf16 without instructions for it takes seconds per product
+    args += ["--lm.dtype", "float32", "--trainer.precision", "32-true"]
+    e = planned("--config", str(ROOT / "configs" / "topk.yaml"), *args).estimate
+    assert e.lm_weights == pytest.approx(4 * 1.2358e9, rel=1e-3), "1.24 billion parameters"
+    block = 2048 * (2 * 2048 + 2 * 512 + 3 * 8192)  # weights of block 0
+    assert e.lm_flops == 2 * block + 4 * 2048 * (512 + 1) / 2
+    assert e.costs["TopK"].flops_per_token == 2 * 2048 * 16384 + 4 * (2 * 64 * 2048)
+    assert e.head_weights == 4 * (2 * 2048 * 16384 + 16384 + 2048)
+    assert e.buffer == (262144 + 4096 + 8 * 512) * 2048 * 2
+    assert e.tokens == 300_003_328
+    assert e.cache_rows == 300_003_328 + 3_000_000 // 3
+    assert e.cached
+
+
+def test_mistakes_are_those_of_fit(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    given = [f"--{k}={v}" for k, v in SMALL.items()] + ["--lm.name=embedded"]
+    for wrong, named in (
+        ("--model.head=KANEncodr", "Did you mean KANEncoder"),
+        ("--model.tokns=5", "model.tokns"),
+        ("--trainer.precision=16-mixed", "bf16-mixed"),
+        ("--model.head.d_model=8", "lm.name"),
+    ):
+        assert main(["plan", *given, f"--data.train={tmp_path}/x.jsonl", wrong]) == 2
+        assert named in capsys.readouterr().err
+    assert main(["plan", *given, f"--data.train={tmp_path}/x.jsonl"]) == 2
+    assert "x.jsonl" in capsys.readouterr().err

@@ -22,7 +22,7 @@ STORIES, SEED = 2000, 7
 WORD = re.compile(r"\w+|[^\w\s]")
 STRETCHES = 1500
 """Random stretches of text from which the judge knows how common something is."""
-BAR = 0.85
+BAR = 0.9
 """Balanced accuracy an explanation must reach on windows it was not made from."""
 NOTHING = "I cannot tell"
 
@@ -172,7 +172,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_a_judge_that_knows_the_facts(run: Path, tmp_path: Path) -> None:
-    """A trained head is far above random directions and exchanged explanations, near chance."""
+    """A trained head is far above random directions and exchanged explanations, both near chance.
+
+    Without a bar random directions are not: something always fits a few words better than nothing.
+    """
     told = [story(SEED, i) for i in range(STORIES)]
     text = tmp_path / "stories.jsonl"
     text.write_text("\n".join(json.dumps({"text": s.text}) for s in told))
@@ -188,14 +191,14 @@ def test_a_judge_that_knows_the_facts(run: Path, tmp_path: Path) -> None:
     assert (table["status"] == "ok").all()
     found = json.loads((run / "eval/summary.json").read_text())
     figures = {k.removeprefix("interpretability/"): v for k, v in found.items()}
-    controls, chance = ("random_directions", "shuffled_explanations"), 0.5
-    for control in controls:
-        assert abs(figures[f"{control}/detection"] - chance) < 0.06
+    chance = 0.5
+    for control in ("random_directions", "shuffled_explanations"):
+        assert abs(figures[f"{control}/detection"] - chance) < 0.04
         assert figures["detection_low"] > figures[f"{control}/detection_high"]
-        assert figures[f"over_{control}/detection_low"] > 0.04
-    assert figures["detection"] - chance > 0.12
+        assert figures[f"over_{control}/detection_low"] > 0.1
+    assert figures["detection"] > 0.65
     of_head = table[table["subject"] == "head"]
     explained = of_head[of_head["category"] != "undiscernible"]
-    assert len(explained) > 0.2 * len(of_head)
-    assert explained["detection"].mean() > 0.85
+    assert len(explained) > 0.3 * len(of_head)
+    assert explained["detection"].mean() > 0.9
     assert (of_head.drop(explained.index)["detection"] == chance).all()

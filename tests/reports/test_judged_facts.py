@@ -3,19 +3,44 @@
 import json
 import random
 import re
-from collections import Counter
+from bisect import bisect_right
+from collections import defaultdict
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import pytest
 
-from kanllama_lightning.embedded import story
+from kanllama_lightning.embedded import Story, story
 from kanllama_lightning.reports.cli import main
 from tests.judge_server import Body, JudgeServer, is_explain
 from tests.test_configs import ROOT
 from train import main as train
 
 STORIES, SEED = 2000, 7
+WORD = re.compile(r"\w+|[^\w\s]")
+STRETCHES = 1500
+"""Random stretches of text from which the judge knows how common something is."""
+BAR = 0.9
+"""Balanced accuracy an explanation must reach on windows it was not made from."""
+NOTHING = "I cannot tell"
+
+
+class Window(NamedTuple):
+    """What the judge sees in a window, word by word."""
+
+    said: list[set[str]]
+    """What can be said of each word: the facts that hold on it, and which word it is."""
+    marked: list[bool]
+
+    def anywhere(self) -> set[str]:
+        """What can be said of any word."""
+        return set().union(*self.said)
+
+    def where_marked(self) -> set[str]:
+        """What can be said of a marked word."""
+        return set().union(*(s for s, m in zip(self.said, self.marked, strict=True) if m))
 
 
 def read(line: str) -> tuple[str, list[bool]]:
@@ -33,65 +58,111 @@ def read(line: str) -> tuple[str, list[bool]]:
 
 
 class KnowsFacts:
-    """Explains by the fact that best tells marked letters from others, and detects that fact."""
+    """Explains by one fact or word if the evidence for it holds up, else says it cannot tell.
 
-    def __init__(self, stories: int, seed: int) -> None:
-        told = [story(seed, index) for index in range(stories)]
+    It takes what is found on marked words more often, over what is found anyway in a stretch of
+    text of that length, than anything else. An explanation made from every other window is tried
+    on the rest, and the other way round: if it would tell them from random stretches with a
+    balanced accuracy below `bar`, the judge says that there is no pattern, and sees none in any
+    window, which is chance. It does not learn whose latent it is asked about.
+
+    Args:
+        told: All stories that windows are of.
+        bar: Balanced accuracy below which it does not explain; 0: it always does.
+    """
+
+    def __init__(self, told: list[Story], bar: float) -> None:
+        self.told, self.bar = told, bar
         self.text = "\0".join(s.text for s in told)
-        self.facts: list[tuple[int, list[tuple[str, int, int]]]] = []
-        begin = 0
+        ends = [0]
         for s in told:
-            self.facts.append((begin, [(f.name, f.start, f.end) for f in s.facts]))
-            begin += len(s.text) + 1
+            ends.append(ends[-1] + len(s.text) + 1)
+        self.begins = ends[:-1]
         self.lost = 0
-        self.known: dict[int, dict[str, float]] = {}
+        self.said = cache(self._said)
+        self.common = cache(self._common)
 
-    def letters(self, text: str) -> dict[str, set[int]]:
-        """Which letters of a window each fact holds on."""
+    def _said(self, text: str) -> list[tuple[int, int, set[str]]]:
+        """Begin, end, and what can be said, of each word."""
         at = self.text.find(text)
-        if at < 0 or not text:
-            self.lost += at < 0
-            return {}
-        number = self.text.count("\0", 0, at)
-        begin, facts = self.facts[number]
-        found: dict[str, set[int]] = {}
-        for name, start, end in facts:
-            first, last = max(begin + start, at), min(begin + end, at + len(text))
-            if first < last:
-                found.setdefault(name, set()).update(range(first - at, last - at))
+        self.lost += at < 0
+        number = bisect_right(self.begins, at) - 1
+        words = [(m.start(), m.end(), {f"word:{m[0].lower()}"}) for m in WORD.finditer(text)]
+        for fact in self.told[number].facts:
+            first, last = (self.begins[number] + end - at for end in (fact.start, fact.end))
+            if last <= 0 or first >= len(text):
+                continue
+            for begin, end, found in words:
+                if first < end and begin < last:
+                    found.add(fact.name)
+        return words
+
+    def _common(self, length: int) -> dict[str, float]:
+        """How often each thing can be said somewhere in a stretch of so many letters."""
+        draw, found, n = random.Random(0), defaultdict[str, float](float), 0
+        while n < STRETCHES:
+            at = draw.randrange(len(self.text) - length)
+            text = self.text[at : at + length]
+            if "\0" in text:
+                continue
+            n += 1
+            for name in self.window(text, [False] * length).anywhere():
+                found[name] += 1 / STRETCHES
         return found
 
-    def common(self, length: int) -> dict[str, float]:
-        """How often each fact holds somewhere in a stretch of text of so many letters."""
-        draw, found, n = random.Random(0), Counter[str](), 1000
-        if length not in self.known:
-            for at in (draw.randrange(len(self.text) - length) for _ in range(n)):
-                found.update(self.letters(self.text[at : at + length].split("\0")[0]).keys())
-            self.known[length] = Counter({name: count / n for name, count in found.items()})
-        return self.known[length]
+    def window(self, text: str, marks: list[bool]) -> Window:
+        """A window as the judge sees it."""
+        words = self.said(text)
+        return Window([found for _, _, found in words], [any(marks[a:b]) for a, b, _ in words])
+
+    def best(self, windows: list[Window], common: dict[str, float]) -> str:
+        """What sets the marked words apart."""
+        found = defaultdict[str, int](int)
+        for window in windows:
+            for name in window.where_marked():
+                found[name] += 1
+
+        def lift(name: str) -> float:
+            return found[name] / len(windows) - common.get(name, 0.0)
+
+        return max(sorted(found), key=lift, default=NOTHING)
+
+    def explain(self, windows: list[Window], length: int) -> str:
+        """One thing that can be said of words, or NOTHING."""
+        common = self.common(max(5, 5 * round(length / 5)))
+        halves = windows[::2], windows[1::2]
+        reached = 0.0
+        for seen, rest in (halves, halves[::-1]):
+            name = self.best(seen, common)
+            recall = sum(name in w.where_marked() for w in rest) / len(rest)
+            reached += (recall + 1 - common.get(name, 0.0)) / 4
+        return self.best(windows, common) if reached >= self.bar else NOTHING
 
     def __call__(self, body: Body) -> str:
         lines = body["messages"][1]["content"].splitlines()
-        windows = [read(line) for line in lines if re.match(r"\d+\. ", line)]
+        shown = [read(line) for line in lines if re.match(r"\d+\. ", line)]
+        windows = [self.window(text, marks) for text, marks in shown]
         if is_explain(body):
-            hits = Counter[str]()
-            for text, marks in windows:
-                wanted = {i for i, mark in enumerate(marks) if mark}
-                hits.update(name for name, at in self.letters(text).items() if at & wanted)
-            common = self.common(sum(len(text) for text, _ in windows) // len(windows))
-            best = max(sorted(hits), key=lambda name: hits[name] / len(windows) - common[name])
-            return json.dumps({"category": "low_level", "score": 3, "explanation": best})
+            text = self.explain(windows, sum(len(t) for t, _ in shown) // len(shown))
+            category, score = ("undiscernible", 1) if text == NOTHING else ("low_level", 5)
+            return json.dumps({"category": category, "score": score, "explanation": text})
         name = read(lines[0])[0]
-        return json.dumps({"labels": [int(name in self.letters(t)) for t, _ in windows]})
+        return json.dumps({"labels": [int(name in w.anywhere()) for w in windows]})
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A head on the residual stream in the middle of a block, where no token is much the largest.
+
+    Elsewhere (MLP outputs, the end of the third block) a few words have several times the norm of
+    others, and with one threshold for all latents random directions fire on these: on words, too.
+    """
     folder = tmp_path_factory.mktemp("facts") / "run"
     given = {
-        "model.tokens": 600_000, "model.head.d_sae": 512, "model.head.target_l0": 4,
-        "model.sae_batch_tokens": 1024, "model.buffer.capacity_tokens": 16384,
-        "data.val_tokens": 8192, "trainer.val_check_interval": 5000, "trainer.accelerator": "cpu",
+        "lm.hook_point": "blocks.2.hook_resid_mid", "model.head.d_sae": 1024,
+        "model.head.target_l0": 2, "model.tokens": 600_000, "model.sae_batch_tokens": 1024,
+        "model.buffer.capacity_tokens": 16384, "data.val_tokens": 8192, "seed_everything": 1,
+        "trainer.val_check_interval": 5000, "trainer.accelerator": "cpu",
     }  # fmt: skip
     args = [f"--config={ROOT / 'configs' / n}.yaml" for n in ("batch_topk", "embedded")]
     args += [f"--{k}={v}" for k, v in given.items()]
@@ -101,17 +172,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_a_judge_that_knows_the_facts(run: Path, tmp_path: Path) -> None:
-    """What it says of latents is far above chance, and at chance with explanations exchanged.
+    """A trained head is far above random directions and exchanged explanations, both near chance.
 
-    Random directions are not at chance, for a reason that was not looked for: one fact for each
-    latent tells those of this small head (mean detection 0.63) hardly better than those of random
-    directions (0.62). That training helps is not shown here (LOG.md).
+    Without a bar random directions are not: something always fits a few words better than nothing.
     """
+    told = [story(SEED, i) for i in range(STORIES)]
     text = tmp_path / "stories.jsonl"
-    lines = [json.dumps({"text": story(SEED, i).text}) for i in range(STORIES)]
-    text.write_text("\n".join(lines))
-    judge = KnowsFacts(STORIES, SEED)
-    given = {"latents": 100, "controls": 100, "width": 8, "max_cost": 1000}
+    text.write_text("\n".join(json.dumps({"text": s.text}) for s in told))
+    judge = KnowsFacts(told, BAR)
+    given = {"latents": 150, "controls": 150, "width": 8, "max_cost": 1000}
     with JudgeServer(judge) as server:
         args = ["report", run, "--reports", "interpretability", "--text", text, "--wandb", "false"]
         args += ["--documents", STORIES, "--interpretability.base_url", server.url]
@@ -122,12 +191,14 @@ def test_a_judge_that_knows_the_facts(run: Path, tmp_path: Path) -> None:
     assert (table["status"] == "ok").all()
     found = json.loads((run / "eval/summary.json").read_text())
     figures = {k.removeprefix("interpretability/"): v for k, v in found.items()}
-    shuffled, chance = "shuffled_explanations/detection", 0.5
-    assert abs(figures[shuffled] - chance) < 0.05
-    assert figures["detection"] - figures[shuffled] > 0.1
-    assert figures["detection_low"] > figures[f"{shuffled}_high"]
-    assert figures["over_shuffled_explanations/detection_low"] > 0.05
-    assert (table[table["subject"] == "head"]["detection"] > 0.8).sum() >= 5
-    assert (
-        0 < figures["random_directions/detection"] - chance < figures["detection"] - chance + 0.05
-    )
+    chance = 0.5
+    for control in ("random_directions", "shuffled_explanations"):
+        assert abs(figures[f"{control}/detection"] - chance) < 0.04
+        assert figures["detection_low"] > figures[f"{control}/detection_high"]
+        assert figures[f"over_{control}/detection_low"] > 0.1
+    assert figures["detection"] > 0.65
+    of_head = table[table["subject"] == "head"]
+    explained = of_head[of_head["category"] != "undiscernible"]
+    assert len(explained) > 0.3 * len(of_head)
+    assert explained["detection"].mean() > 0.9
+    assert (of_head.drop(explained.index)["detection"] == chance).all()

@@ -42,6 +42,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import job as jobs  # noqa: E402
 from benchmarks import peers  # noqa: E402
+from benchmarks.about import about  # noqa: E402
 
 NAMES = {"ours": None, "saelens": "sae_lens", "sparsify": "sparsify"}
 """Runners, and the module that each needs."""
@@ -133,17 +134,15 @@ def main() -> None:
         "--out", type=Path, default=ROOT / "runs" / "end_to_end", help="folder the job is kept in"
     )
     args = parser.parse_args()
-    say = sys.stderr.write
-    say(__doc__.split("\n\n")[0] + "\n" + shlex.join(sys.argv) + "\n")
     job = jobs.Job(args.tokens // jobs.Job(0).batch_tokens * jobs.Job(0).batch_tokens)
     if job.steps < 2:
         raise SystemExit(f"--tokens {args.tokens}: two steps of {job.batch_tokens} are the least")
     there = peers.ensure() if set(args.only) - {"ours"} else peers.Peers(None, {}, [])
     names = [n for n in args.only if NAMES[n] is None or NAMES[n] in there.versions]
-    for note in there.notes:
-        say(note + "\n")
     if not names:
-        raise SystemExit("none of the runners asked for is there")
+        raise SystemExit(f"none of the runners asked for is there: {there.notes}")
+    measures = "tokens/s from the end of the first optimizer step to the end of the last one"
+    head = about("end_to_end", measures, args.threads, there)
     folder = jobs.build(job, args.out.resolve())
     rounds: list[dict[str, Run]] = []
     for i in range(args.repeats):
@@ -153,18 +152,10 @@ def main() -> None:
         for name in turned:
             python = there.python if NAMES[name] else sys.executable
             found[name] = run(name, str(python), folder, job.tokens, args.threads)
-            say(f"round {i + 1}, {name}: {found[name]['tokens_per_second']:.0f} tokens/s\n")
+            rate = found[name]["tokens_per_second"]
+            sys.stderr.write(f"round {i + 1}, {name}: {rate:.0f} tokens/s\n")
         rounds.append({name: found[name] for name in names})
-    about = {
-        "benchmark": "end_to_end",
-        "measures": "tokens/s from the end of the first optimizer step to the end of the last",
-        "command": shlex.join(["python", *sys.argv]),
-        "threads": args.threads,
-        "job": job._asdict(),
-        "peers": there.versions,
-        "notes": there.notes,
-    }
-    sys.stdout.write(json.dumps(about | result(rounds)) + "\n")
+    sys.stdout.write(json.dumps(head | {"job": job._asdict()} | result(rounds)) + "\n")
 
 
 if __name__ == "__main__":

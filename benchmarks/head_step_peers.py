@@ -21,7 +21,6 @@ gradients (counted whole): what is measured is the same for all. One JSON object
 import argparse
 import json
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -33,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from benchmarks import peers  # noqa: E402
+from benchmarks.about import about  # noqa: E402
 from benchmarks.head_step import MIB, spread, step_peak  # noqa: E402
 from benchmarks.peer_steps import KINDS, Contestant, is_penalised, settle  # noqa: E402
 
@@ -114,21 +114,14 @@ def main() -> None:
     args = parser.parse_args()
     there = peers.ensure()
     peers.enter(there)
-    sys.stderr.write(__doc__.split("\n\n")[0] + "\n" + shlex.join(sys.argv) + "\n")
     torch.set_num_threads(args.threads)
     now = time.process_time if args.cpu_time else time.perf_counter
-    about = {
-        "benchmark": "head_step_peers",
-        "measures": f"{'CPU' if args.cpu_time else 'wall'} time of a training step over ours",
-        "command": shlex.join(["python", *sys.argv]),
-        "threads": args.threads,
-        "peers": there.versions,
-        "notes": there.notes,
-    }
+    measures = f"{'CPU' if args.cpu_time else 'wall'} time of a training step over ours"
+    head = about("head_step_peers", measures, args.threads, there)
     for kind in args.head or KINDS:
         load = round(os.getloadavg()[0], 1)
         found = measure(kind, tuple(args.shape), args.repeats, args.settled, there, now)
-        sys.stdout.write(json.dumps(about | {"load_before": load} | found) + "\n")
+        sys.stdout.write(json.dumps(head | {"load_before": load} | found) + "\n")
         sys.stdout.flush()
 
 

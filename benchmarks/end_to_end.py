@@ -21,8 +21,11 @@ through the LM as they train on. Ours drops BOS, the others train on it: one in 
 that of the process up to the last step. `tokens_per_second_with_start` (ours only) is what
 summary.json says: it also counts the start statistics and the filling of the buffer.
 
-`ours_over` is the ratio of two rates of one round, median and range over rounds. `our_shares` says
-where our counted time goes: LM, head (forward to projection), and `outside` both.
+`ours_over` is the ratio of two rates of one round, median and range over rounds. Runs of a round
+follow each other: where the load of the machine changes, `ours_over_per_cpu_second`, the same with
+CPU time of the process in the place of that of the wall, says more (with --threads 1, as threads
+that wait for each other take CPU time as well). `our_shares` says where our counted time goes: LM,
+head (forward to projection), and `outside` both.
 """
 
 import argparse
@@ -77,24 +80,28 @@ def result(rounds: Sequence[dict[str, Run]]) -> dict[str, Any]:
     def over(name: str, key: str) -> list[float]:
         return [r[name][key] for r in rounds]
 
-    rates = {name: over(name, "tokens_per_second") for name in names}
-    ours = rates.get("ours", [])
+    def compared(key: str) -> dict[str, dict[str, float]]:
+        if "ours" not in names:
+            return {}
+        return {
+            name: spread([a / b for a, b in zip(over("ours", key), over(name, key), strict=True)])
+            for name in names
+            if name != "ours"
+        }
+
     found: dict[str, Any] = {
         "n": len(rounds),
         "steps": rounds[0][names[0]]["steps"],
-        "tokens_per_second": {name: spread(values) for name, values in rates.items()},
-        "ours_over": {
-            name: spread([a / b for a, b in zip(ours, values, strict=True)])
-            for name, values in rates.items()
-            if ours and name != "ours"
-        },
+        "tokens_per_second": {name: spread(over(name, "tokens_per_second")) for name in names},
+        "ours_over": compared("tokens_per_second"),
+        "ours_over_per_cpu_second": compared("tokens_per_cpu_second"),
         "peak_rss_mib": {name: round(max(over(name, "peak_rss_mib"))) for name in names},
         "lm_tokens_per_token": {
             name: round(statistics.median(over(name, "lm_tokens_per_token")), 3) for name in names
         },
         "load_before": {name: over(name, "load_before") for name in names},
     }
-    if ours:
+    if "ours" in names:
         split = [shares(r["ours"]) for r in rounds]
         found["our_shares"] = {part: spread([s[part] for s in split]) for part in split[0]}
         found["tokens_per_second_with_start"] = spread(
@@ -103,7 +110,7 @@ def result(rounds: Sequence[dict[str, Run]]) -> dict[str, Any]:
     return found
 
 
-def run(name: str, python: str, folder: Path, tokens: int, threads: int) -> Run:
+def run(name: str, python: str, job: jobs.Job, folder: Path, threads: int) -> Run:
     """One run of one runner; its output is shown only if it fails."""
     load = os.getloadavg()[0]
     environment = os.environ | {
@@ -114,8 +121,9 @@ def run(name: str, python: str, folder: Path, tokens: int, threads: int) -> Run:
     }
     with tempfile.TemporaryDirectory() as scratch:
         found = Path(scratch) / "result.json"
-        arguments = [str(folder), scratch, str(found), f"--tokens={tokens}", f"--threads={threads}"]
-        command = [python, str(ROOT / "benchmarks" / "runners.py"), name, *arguments]
+        arguments = [json.dumps(job._asdict()), str(folder), scratch, str(found)]
+        script = str(ROOT / "benchmarks" / "runners.py")
+        command = [python, script, name, *arguments, f"--threads={threads}"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{name} failed: {shlex.join(command)}\n{done.stderr[-4000:]}")
@@ -129,12 +137,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=TOKENS, help="rounded down to whole steps")
     parser.add_argument("--repeats", type=int, default=5, help="rounds of one run each")
     parser.add_argument("--threads", type=int, default=2, help="threads torch may use")
+    parser.add_argument("--buffer", type=int, default=65_536, help="activations that are shuffled")
     parser.add_argument("--only", nargs="+", choices=list(NAMES), default=list(NAMES))
     parser.add_argument(
         "--out", type=Path, default=ROOT / "runs" / "end_to_end", help="folder the job is kept in"
     )
     args = parser.parse_args()
-    job = jobs.Job(args.tokens // jobs.Job(0).batch_tokens * jobs.Job(0).batch_tokens)
+    job = jobs.Job(args.tokens, buffer_tokens=args.buffer)
+    job = job._replace(tokens=job.steps * job.batch_tokens)
     if job.steps < 2:
         raise SystemExit(f"--tokens {args.tokens}: two steps of {job.batch_tokens} are the least")
     there = peers.ensure() if set(args.only) - {"ours"} else peers.Peers(None, {}, [])
@@ -151,7 +161,7 @@ def main() -> None:
         found: dict[str, Run] = {}
         for name in turned:
             python = there.python if NAMES[name] else sys.executable
-            found[name] = run(name, str(python), folder, job.tokens, args.threads)
+            found[name] = run(name, str(python), job, folder, args.threads)
             rate = found[name]["tokens_per_second"]
             sys.stderr.write(f"round {i + 1}, {name}: {rate:.0f} tokens/s\n")
         rounds.append({name: found[name] for name in names})

@@ -1,6 +1,6 @@
 """Trains a TopK head in one process: ours, SAELens or sparsify; started by end_to_end.py.
 
-    python benchmarks/runners.py NAME JOB_FOLDER SCRATCH_FOLDER RESULT.json --tokens 397312
+    python benchmarks/runners.py NAME '{"tokens": 397312}' JOB_FOLDER SCRATCH_FOLDER RESULT.json
 
 Each is the project's own entry point with its own defaults; what is set is what the job says (LM,
 text, hook point, head, batch, budget), and that no peer sends anything to W&B. One clock serves
@@ -35,6 +35,7 @@ class Clock:
 
     def __init__(self) -> None:
         self.ends: list[float] = []
+        self.cpu: list[float] = []
         self.lm_tokens: list[int] = []
         self.parts: list[dict[str, float]] = []
         self.peak_kib = 0
@@ -50,6 +51,7 @@ class Clock:
 
     def _step_ended(self, *_: object) -> None:
         self.ends.append(time.perf_counter())
+        self.cpu.append(time.process_time())
         self.lm_tokens.append(self._embedded)
         self.parts.append(dict(PARTS))
         # not getrusage, whose peak a child takes over from its parent
@@ -64,6 +66,7 @@ class Clock:
             "steps": len(self.ends),
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
+            "tokens_per_cpu_second": tokens / (self.cpu[-1] - self.cpu[0]),
             "lm_tokens_per_token": (self.lm_tokens[-1] - self.lm_tokens[0]) / tokens,
             "peak_rss_mib": self.peak_kib / 1024,
             "part_seconds": {n: s - self.parts[0].get(n, 0.0) for n, s in self.parts[-1].items()},
@@ -104,6 +107,7 @@ def our_arguments(job: Job, folder: Path, run: Path) -> list[str]:
         "model.head.target_l0": job.k,
         "model.tokens": job.tokens,
         "model.sae_batch_tokens": job.batch_tokens,
+        "model.start_tokens": job.buffer_tokens,
         "model.buffer.capacity_tokens": job.buffer_tokens,
         "model.buffer.dtype": "float32",
         "data.train": json.dumps(corpus),
@@ -209,16 +213,16 @@ def main() -> None:
     """Run one and write what the clock found."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=list(RUNNERS))
+    parser.add_argument("job", type=json.loads, help="fields of Job")
     parser.add_argument("folder", type=Path)
     parser.add_argument("scratch", type=Path)
     parser.add_argument("result", type=Path)
-    parser.add_argument("--tokens", type=int, required=True)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     os.chdir(ROOT)
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore", module="sae_lens")
-    job = Job(args.tokens)
+    job = Job(**args.job)
     clock = Clock()
     found = RUNNERS[args.name](job, args.folder, args.scratch)
     args.result.write_text(json.dumps(clock.found(job.batch_tokens) | found) + "\n")

@@ -70,14 +70,17 @@ def end_to_end(rows: Sequence[Row]) -> str:
             [
                 TITLES[name],
                 ranged(rate, "{:,.0f}"),
-                ranged(row["ours_over"][name]) if name in row["ours_over"] else "",
+                *(
+                    ranged(row[key][name]) if name in row[key] else ""
+                    for key in ("ours_over", "ours_over_per_cpu_second")
+                ),
                 f"{row['peak_rss_mib'][name]:,}",
                 f"{row['lm_tokens_per_token'][name]:.2f}",
             ]
             for name, rate in row["tokens_per_second"].items()
         ]
-        header = ["", "tokens/s", "ours is so many times as fast", "peak RSS, MiB", "LM tokens"]
-        parts += [caption([row]), grid(header, lines)]
+        header = ["", "tokens/s", "ours over it", "the same per CPU second", "peak RSS, MiB"]
+        parts += [caption([row]), grid([*header, "LM tokens per token"], lines)]
         if "our_shares" in row:
             shares = (f"{k} {ranged(v, '{:.1%}')}" for k, v in row["our_shares"].items())
             parts.append(f"Our counted time: {', '.join(shares)}.")

@@ -26,6 +26,7 @@ def run(rate: float, **others: Any) -> dict[str, Any]:
         "steps": 97,
         "seconds": 10.0,
         "tokens_per_second": rate,
+        "tokens_per_cpu_second": rate / (2 if rate > 5000 else 1),
         "lm_tokens_per_token": 1.0,
         "peak_rss_mib": rate / 10,
         "load_before": 0.5,
@@ -90,7 +91,7 @@ def test_the_page_has_figures_ranges_and_their_command(tmp_path: Path) -> None:
     row = end_to_end_row() | step | {"load_before": 1.5}
     (tmp_path / "b.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({"other": 1}) + "\n")
     text = table.page(table.load(tmp_path))
-    assert "| SAELens | 3,000 (1,500-4,000) | 3 (2-4) | 400 | 1.00 |" in text
+    assert "| SAELens | 3,000 (1,500-4,000) | 3 (2-4) | 1.5 (1-2) | 400 | 1.00 |" in text
     standard = "| Standard (settled) | 300 (290-350) | 2.5 (2-3) | 32 / 32 | 130.5 / 384 |"
     assert standard in text
     assert text.count("`python benchmarks/end_to_end.py`") == 2
@@ -155,7 +156,8 @@ def test_our_step_trains_and_settles(kind: str) -> None:
 @pytest.mark.slow
 def test_end_to_end_times_our_own_command(tmp_path: Path) -> None:
     script = str(ROOT / "benchmarks" / "end_to_end.py")
-    options = ["--only", "ours", "--tokens", "16384", "--repeats", "1", "--out", str(tmp_path)]
+    options = ["--only", "ours", "--tokens", "16384", "--repeats", "1", "--buffer", "8192"]
+    options += ["--out", str(tmp_path)]
     done = subprocess.run(
         [sys.executable, script, *options], capture_output=True, text=True, check=True
     )

@@ -1,6 +1,6 @@
 """From tokens to a trained TopK head: the whole of ours against the whole of SAELens and sparsify.
 
-    .venv/bin/python benchmarks/end_to_end.py > results/end_to_end.jsonl
+    .venv/bin/python benchmarks/end_to_end.py > runs/benchmarks/end_to_end.jsonl
     .venv/bin/python benchmarks/end_to_end.py --only ours --tokens 40960 --repeats 1   # no peers
 
 The job (`job.py`): a random Llama (hidden 256, 4 blocks, vocabulary 4,096) reads rows of 128 random

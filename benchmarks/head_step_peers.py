@@ -1,6 +1,6 @@
 """What one training step of a head costs in SAELens, dictionary_learning and sparsify, over ours.
 
-    .venv/bin/python benchmarks/head_step_peers.py > results/head_step_peers.jsonl
+    .venv/bin/python benchmarks/head_step_peers.py > runs/benchmarks/head_step_peers.jsonl
     .venv/bin/python benchmarks/head_step_peers.py --settled --head Standard --repeats 15
 
 A step is each project's own (`peer_steps.py`): forward, losses, statistics, backward, clipping,

@@ -1,8 +1,9 @@
 """Tables of what the benchmarks found, from the JSON lines in a folder.
 
-    .venv/bin/python benchmarks/table.py results/                              # to the terminal
-    .venv/bin/python benchmarks/table.py results/ --write docs/performance.md  # between its marks
+    .venv/bin/python benchmarks/table.py runs/benchmarks
+    .venv/bin/python benchmarks/table.py runs/benchmarks --write docs/performance.md
 
+Prints them, or puts them between the marks of a page.
 Takes every `*.jsonl` of the folder, in the order of names: results of end_to_end.py,
 head_step_peers.py and head_step.py; other lines are left alone. Nothing is computed here.
 """

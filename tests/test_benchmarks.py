@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import end_to_end, peers, table
+from benchmarks.head_step_peers import measure
 from benchmarks.job import Job, build, lm_folder, rows_file
 from benchmarks.peer_steps import Ours, is_penalised, settle
 from kanllama_lightning.corpus import LocalCorpus
@@ -151,6 +153,17 @@ def test_our_step_trains_and_settles(kind: str) -> None:
     contestant.step()
     assert any((a != b).any() for a, b in zip(before, contestant.parameters, strict=True))
     assert contestant.grad_norm_mean > 0
+
+
+def test_a_missing_peer_is_left_out() -> None:
+    nobody = peers.Peers(None, {}, ["sae-lens left out: no such wheel"])
+    row = measure("TopK", (64, 16, 32, 4), 1, False, nobody, time.perf_counter)
+    assert row["over_ours"] == {}
+    assert row["l0"] == {"ours": 4.0}
+    assert list(row["above_state_mib"]) == ["ours"]
+    assert "exit" in peers.run([sys.executable, "-c", "raise SystemExit(3)"])
+    assert "No module named" in peers.run([sys.executable, "-c", "import sae_lens_of_nobody"])
+    assert peers.run([sys.executable, "-c", "pass"]) == ""
 
 
 @pytest.mark.slow

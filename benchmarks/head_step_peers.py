@@ -19,6 +19,7 @@ gradients (counted whole): what is measured is the same for all. One JSON object
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -120,7 +121,8 @@ def main() -> None:
     head = about("head_step_peers", measures, args.threads, there)
     for kind in args.head or KINDS:
         load = round(os.getloadavg()[0], 1)
-        found = measure(kind, tuple(args.shape), args.repeats, args.settled, there, now)
+        with contextlib.redirect_stdout(sys.stderr):  # a peer prints when it is imported
+            found = measure(kind, tuple(args.shape), args.repeats, args.settled, there, now)
         sys.stdout.write(json.dumps(head | {"load_before": load} | found) + "\n")
         sys.stdout.flush()
 

@@ -206,8 +206,8 @@ def settle(contestant: Contestant, k: int) -> None:
     What a penalty would have done by the end of training; found by bisection.
     """
     start = [bias.detach().clone() for bias in contestant.biases]
-    low, high = -1e3, 1e3
-    for _ in range(40):
+    low, high = -1e2, 1e2
+    for _ in range(24):
         middle = (low + high) / 2
         for bias, value in zip(contestant.biases, start, strict=True):
             bias.copy_(value + middle)

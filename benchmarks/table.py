@@ -55,7 +55,8 @@ def caption(rows: Sequence[Row]) -> str:
         loads += sum(load.values(), []) if isinstance(load, dict) else [load]
     lines = [
         f"`{first['command']}`",
-        f"at `{first['commit']}`, {first['date']}, {first['machine']}, {first['threads']} threads,"
+        f"({first['measures']}) at `{first['commit']}`, {first['date']}, {first['machine']},"
+        f" {first['threads']} thread{'s' if first['threads'] > 1 else ''},"
         f" n = {first['n']}, load of the machine before a run {min(loads):g} to {max(loads):g};"
         f" {peers or 'no peers'}.",
         *first["notes"],
@@ -97,7 +98,7 @@ def head_steps(rows: Sequence[Row]) -> str:
         lines = [
             [
                 f"{row['head']}{' (settled)' if row['settled'] else ''}",
-                ranged(row["ms"]["ours"]),
+                ranged(row["ms"]["ours"], "{:,.0f}"),
                 *(ranged(row["over_ours"][p]) if p in row["over_ours"] else "" for p in peers),
                 slashed(row["l0"], ["ours", *peers]),
                 slashed(row["above_state_mib"], ["ours", *peers]),
@@ -125,7 +126,7 @@ def floors(rows: Sequence[Row]) -> str:
             row["head"],
             " x ".join(map(str, row["tok_model_sae_k"])),
             ranged(row["over_floor"]),
-            ranged(row["ms"]["head"]),
+            ranged(row["ms"]["head"], "{:,.0f}"),
             f"{row['above_state_mib']['head']:g}",
         ]
         for row in rows

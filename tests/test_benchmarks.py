@@ -48,6 +48,7 @@ def end_to_end_row() -> dict[str, Any]:
     ]
     about = {
         "benchmark": "end_to_end",
+        "measures": "tokens/s",
         "command": "python benchmarks/end_to_end.py",
         "commit": "abc1234",
         "date": "2026-11-25",

@@ -1,0 +1,189 @@
+"""The benchmarks against peers: what is run, what is counted, what the tables say."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import end_to_end, peers, table
+from benchmarks.head_step_peers import measure
+from benchmarks.job import Job, build, lm_folder, rows_file
+from benchmarks.peer_steps import Ours, is_penalised, settle
+from kanllama_lightning.corpus import LocalCorpus
+from kanllama_lightning.lm import FrozenLM
+from kanllama_lightning.tokens import TokenData
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = Job(tokens=640, d_model=16, n_layers=2, vocab=64, ctx_len=16, batch_tokens=64)
+
+
+def run(rate: float, **others: Any) -> dict[str, Any]:
+    """What one run of one runner leaves."""
+    return {
+        "steps": 97,
+        "seconds": 10.0,
+        "tokens_per_second": rate,
+        "tokens_per_cpu_second": rate / (2 if rate > 5000 else 1),
+        "lm_tokens_per_token": 1.0,
+        "peak_rss_mib": rate / 10,
+        "load_before": 0.5,
+        **others,
+    }
+
+
+def our_run(rate: float, summary: dict[str, float]) -> dict[str, Any]:
+    summary = {"tokens_per_second": 0.8 * rate, "val/l0": 32.0} | summary
+    return run(rate, part_seconds={"lm": 6.0, "head": 3.0}, summary=summary)
+
+
+def end_to_end_row() -> dict[str, Any]:
+    rounds = [
+        {"ours": our_run(ours, {}), "saelens": run(theirs)}
+        for ours, theirs in ((9000.0, 3000.0), (8000.0, 4000.0), (6000.0, 1500.0))
+    ]
+    about = {
+        "benchmark": "end_to_end",
+        "measures": "tokens/s",
+        "command": "python benchmarks/end_to_end.py",
+        "commit": "abc1234",
+        "date": "2026-11-25",
+        "machine": "a CPU, 2 cores",
+        "threads": 2,
+        "peers": {"sae_lens": "6.54.12"},
+        "notes": ["eai-sparsify==1.3.3 left out: no such wheel"],
+    }
+    return about | end_to_end.result(rounds)
+
+
+def test_ratios_are_those_of_one_round() -> None:
+    row = end_to_end_row()
+    # 3, 2 and 4: the ratio of the medians, 8000 / 3000, would be another number
+    assert row["ours_over"] == {"saelens": {"median": 3.0, "min": 2.0, "max": 4.0}}
+    assert row["tokens_per_second"]["ours"] == {"median": 8000.0, "min": 6000.0, "max": 9000.0}
+    assert row["peak_rss_mib"] == {"ours": 900, "saelens": 400}
+
+
+def test_time_outside_is_what_is_neither_lm_nor_head() -> None:
+    assert end_to_end.shares(our_run(1.0, {})) == pytest.approx(
+        {"lm": 0.6, "head": 0.3, "outside": 0.1}
+    )
+
+
+def test_a_meter_of_the_run_itself_goes_before() -> None:
+    logged = {"time/lm": 0.5, "time/data": 0.25}
+    assert end_to_end.shares(our_run(1.0, logged)) == {"lm": 0.5, "data": 0.25}
+
+
+def test_the_page_has_figures_ranges_and_their_command(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(end_to_end_row()) + "\n")
+    step = {
+        "benchmark": "head_step_peers",
+        "head": "Standard",
+        "tok_model_sae_k": [4096, 256, 4096, 32],
+        "settled": True,
+        "l0": {"ours": 32.0, "sae_lens": 32.0},
+        "over_ours": {"sae_lens": {"median": 2.5, "min": 2.0, "max": 3.0, "of_minima": 2.4}},
+        "ms": {"ours": {"median": 300.0, "min": 290.0, "max": 350.0}},
+        "above_state_mib": {"ours": 130.5, "sae_lens": 384.0},
+    }
+    row = end_to_end_row() | step | {"load_before": 1.5}
+    (tmp_path / "b.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({"other": 1}) + "\n")
+    text = table.page(table.load(tmp_path))
+    assert "| SAELens | 3,000 (1,500-4,000) | 3 (2-4) | 1.5 (1-2) | 400 | 1.00 |" in text
+    standard = "| Standard (settled) | 300 (290-350) | 2.5 (2-3) | 32 / 32 | 130.5 / 384 |"
+    assert standard in text
+    assert text.count("`python benchmarks/end_to_end.py`") == 2
+    assert "eai-sparsify==1.3.3 left out: no such wheel" in text
+    assert "lm 60.0% (60.0%-60.0%)" in text
+
+
+def test_only_what_is_between_the_marks_is_replaced() -> None:
+    page = f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n"
+    once = table.put(page, "new", "page.md")
+    assert once == f"before\n{table.BEGIN}\n\nnew\n\n{table.END}\nafter\n"
+    assert table.put(once, "new", "page.md") == once
+    with pytest.raises(SystemExit, match=r"page\.md: has no place for tables"):
+        table.put("no marks", "new", "page.md")
+
+
+def test_the_committed_page_has_its_marks() -> None:
+    page = (ROOT / "docs" / "performance.md").read_text()
+    assert "new tables" in table.put(page, "new tables", "performance.md")
+
+
+def test_every_shared_package_is_pinned() -> None:
+    pins = peers.pins((ROOT / "constraints.txt").read_text())
+    assert sorted(pin.split("==")[0] for pin in pins) == sorted(peers.SHARED)
+
+
+def test_the_job_gives_whole_rows_of_its_own_vocabulary(tmp_path: Path) -> None:
+    folder = build(SMALL, tmp_path)
+    made = rows_file(folder).stat().st_mtime_ns
+    assert build(SMALL, tmp_path) == folder
+    assert rows_file(folder).stat().st_mtime_ns == made, "built a second time"
+    lm = FrozenLM(str(lm_folder(folder)), "model.layers.1", untrained=True).load_()
+    corpus = LocalCorpus(
+        str(rows_file(folder)), column="input_ids", tokenizer=lm_folder(folder).name
+    )
+    data = TokenData(lm.tokenizer, corpus, ctx_len=16, val_tokens=64, append_eos=False)
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    assert batch.ids.shape == (8, 16)
+    assert batch.keep.sum() == 8 * 15, "all but BOS is text"
+    assert lm.acts(batch.ids).shape == (8, 16, 16)
+
+
+def test_the_job_has_rows_for_one_pass() -> None:
+    job = Job(end_to_end.TOKENS)
+    assert job.steps == 97
+    assert job.rows * (job.ctx_len - 1) > job.tokens + job.buffer_tokens
+
+
+@pytest.mark.parametrize("kind", Ours.kinds)
+def test_our_step_trains_and_settles(kind: str) -> None:
+    torch.manual_seed(0)
+    contestant = Ours(kind, torch.randn(256, 16), 64, 4)
+    settle(contestant, 4) if is_penalised(kind) else None
+    assert contestant.l0() == pytest.approx(4, abs=0.05)
+    before = [p.detach().clone() for p in contestant.parameters]
+    contestant.step()
+    assert any((a != b).any() for a, b in zip(before, contestant.parameters, strict=True))
+    assert contestant.grad_norm_mean > 0
+
+
+def test_a_missing_peer_is_left_out() -> None:
+    nobody = peers.Peers(None, {}, ["sae-lens left out: no such wheel"])
+    row = measure("TopK", (64, 16, 32, 4), 1, False, nobody, time.perf_counter)
+    assert row["over_ours"] == {}
+    assert row["l0"] == {"ours": 4.0}
+    assert list(row["above_state_mib"]) == ["ours"]
+    assert "exit" in peers.run([sys.executable, "-c", "raise SystemExit(3)"])
+    assert "No module named" in peers.run([sys.executable, "-c", "import sae_lens_of_nobody"])
+    assert peers.run([sys.executable, "-c", "pass"]) == ""
+
+
+@pytest.mark.slow
+def test_end_to_end_times_our_own_command(tmp_path: Path) -> None:
+    script = str(ROOT / "benchmarks" / "end_to_end.py")
+    options = ["--only", "ours", "--tokens", "16384", "--repeats", "1", "--buffer", "8192"]
+    options += ["--out", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, script, *options], capture_output=True, text=True, check=True
+    )
+    row = json.loads(done.stdout)
+    assert row["steps"] == 4
+    assert row["tokens_per_second"]["ours"]["median"] > 0
+    # nothing but the training batches: the buffer was filled before the clock started
+    assert row["lm_tokens_per_token"]["ours"] == pytest.approx(1.0, abs=0.35)
+    assert (
+        row["tokens_per_second_with_start"]["median"] < row["tokens_per_second"]["ours"]["median"]
+    )
+    shares = {part: share["median"] for part, share in row["our_shares"].items()}
+    assert sum(shares.values()) == pytest.approx(1.0, abs=0.01)
+    assert 0 < shares["outside"] < 0.5
+    assert table.page([row]).startswith("## Training, end to end")

@@ -169,7 +169,10 @@ class KanllamaCLI(LightningCLI):
         lm_bytes = lm.n_parameters * lm.dtype.itemsize
         rows = buffer.capacity_tokens + self.model.schedule.batch
         check_room(
-            self.model.head, rows * lm.d_model * buffer.dtype.itemsize, lm_bytes, self.run_folder
+            self.model.trainees,
+            rows * lm.d_model * buffer.dtype.itemsize,
+            lm_bytes,
+            self.run_folder,
         )
         if self.datamodule.cache is not None:
             held = max(self.model.start_tokens, buffer.capacity_tokens)

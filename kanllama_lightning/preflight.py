@@ -128,16 +128,16 @@ def _check_hook(lm: FrozenLM, tokens: TokenBatch) -> None:
             )
 
 
-def check_room(head: nn.Module, buffer_bytes: int, lm_bytes: int, folder: Path) -> None:
+def check_room(heads: nn.Module, buffer_bytes: int, lm_bytes: int, folder: Path) -> None:
     """Estimate memory and disk of a run, log them, and refuse what cannot fit.
 
     Args:
-        head: The head to train: weights, gradients and two Adam moments.
+        heads: The heads to train: weights, gradients and two Adam moments.
         buffer_bytes: Size of the activation buffer and its queue.
         lm_bytes: Size of the LM's weights in its dtype.
         folder: Where the run is written: two checkpoints and one being written, and the head.
     """
-    weights = sum(p.numel() * p.element_size() for p in head.parameters())
+    weights = sum(p.numel() * p.element_size() for p in heads.parameters())
     memory = 4 * weights + buffer_bytes + lm_bytes
     disk = disk_bytes(weights, buffer_bytes)
     free_disk, free = shutil.disk_usage(folder).free, free_memory()

@@ -52,7 +52,7 @@ class Schedule(NamedTuple):
         return min(max(65_536, self.tokens // 100), 1_000_000)
 
     def rows_read(self, held: int) -> int:
-        """Rows that all processes take from their data: `held` to begin with, then one for each trained on.
+        """Rows that processes take from their data: `held` to begin with, then those trained on.
 
         Args:
             held: Rows that the start statistics and the buffer take.

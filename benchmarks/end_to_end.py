@@ -63,14 +63,11 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def shares(run: Run) -> dict[str, float]:
     """Where the counted time of one of our runs went, as shares of it.
 
-    Taken from the `time/<part>` shares of summary.json where the run keeps such a meter, else
-    from the functions timed by `runners.py`.
+    The `time/<part>` shares of summary.json, and `outside`: what is neither LM nor a head's step
+    (forward, backward, projection, clipping, Adam).
     """
-    logged = {k.removeprefix("time/"): v for k, v in run["summary"].items() if k[:5] == "time/"}
-    if logged:
-        return logged
-    found = {part: s / run["seconds"] for part, s in run["part_seconds"].items()}
-    return found | {"outside": 1 - sum(found.values())}
+    found = {k.removeprefix("time/"): v for k, v in run["summary"].items() if k[:5] == "time/"}
+    return found | {"outside": 1 - found["lm"] - found["head"] - found["optimizer"]}
 
 
 def result(rounds: Sequence[dict[str, Run]]) -> dict[str, Any]:

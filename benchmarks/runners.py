@@ -8,7 +8,6 @@ all: it looks at the end of every optimizer step of the process.
 """
 
 import argparse
-import importlib
 import json
 import os
 import sys
@@ -26,9 +25,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook  # noqa: E40
 
 from benchmarks.job import Job, lm_folder, rows_file  # noqa: E402
 
-PARTS: dict[str, float] = {}
-"""Seconds that `timed` functions have taken so far."""
-
 
 class Clock:
     """Time, tokens the LM was given, and peak memory, at the end of every optimizer step."""
@@ -37,7 +33,6 @@ class Clock:
         self.ends: list[float] = []
         self.cpu: list[float] = []
         self.lm_tokens: list[int] = []
-        self.parts: list[dict[str, float]] = []
         self.peak_kib = 0
         self._embedded = 0
         register_optimizer_step_post_hook(self._step_ended)
@@ -53,7 +48,6 @@ class Clock:
         self.ends.append(time.perf_counter())
         self.cpu.append(time.process_time())
         self.lm_tokens.append(self._embedded)
-        self.parts.append(dict(PARTS))
         # not getrusage, whose peak a child takes over from its parent
         status = Path("/proc/self/status").read_text()
         self.peak_kib = int(status.split("VmHWM:")[1].split()[0])
@@ -69,22 +63,7 @@ class Clock:
             "tokens_per_cpu_second": tokens / (self.cpu[-1] - self.cpu[0]),
             "lm_tokens_per_token": (self.lm_tokens[-1] - self.lm_tokens[0]) / tokens,
             "peak_rss_mib": self.peak_kib / 1024,
-            "part_seconds": {n: s - self.parts[0].get(n, 0.0) for n, s in self.parts[-1].items()},
         }
-
-
-def timed(owner: Any, name: str, part: str) -> None:
-    """Let a function add the time it takes to a part; it must not call another timed one."""
-    function = getattr(owner, name)
-
-    def measured(*args: Any, **kwargs: Any) -> Any:
-        began = time.perf_counter()
-        try:
-            return function(*args, **kwargs)
-        finally:
-            PARTS[part] = PARTS.get(part, 0.0) + time.perf_counter() - began
-
-    setattr(owner, name, measured)
 
 
 def our_arguments(job: Job, folder: Path, run: Path) -> list[str]:
@@ -127,17 +106,8 @@ def our_arguments(job: Job, folder: Path, run: Path) -> list[str]:
 
 def ours(job: Job, folder: Path, scratch: Path) -> dict[str, Any]:
     """`train.py fit`: Lightning, offline W&B, every callback, clipping, AuxK."""
-    import kanllama_lightning.heads as heads
-    from kanllama_lightning.lm import FrozenLM
-    from kanllama_lightning.module import SAEModule
     from train import main
 
-    timed(FrozenLM, "acts", "lm")
-    for name in ("forward", "losses", "project_grad_", "project_"):
-        timed(heads.TopK, name, "head")
-    timed(SAEModule, "backward", "head")
-    timed(SAEModule, "configure_gradient_clipping", "head")
-    timed(importlib.import_module("torch.optim.adam"), "adam", "head")  # without its closure
     run = scratch / "ours"
     code = main(our_arguments(job, folder, run))
     if code:

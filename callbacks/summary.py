@@ -69,6 +69,7 @@ class Summary(L.Callback):
             "finished": pl_module.tokens_seen >= pl_module.schedule.tokens,
             "seconds": round(self.seconds, 3),
             "tokens_per_second": pl_module.tokens_seen / max(self.seconds, 1e-9),
+            **{f"time/{part}": share for part, share in pl_module.clock.overall().items()},
         }
         baselines = self._baselines(trainer)
         found = {

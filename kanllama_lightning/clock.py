@@ -22,6 +22,7 @@ class StepClock:
     def __init__(self, cuda: bool = False) -> None:
         self.cuda = cuda
         self._seconds = dict.fromkeys(PARTS, 0.0)
+        self._before = dict.fromkeys(PARTS, 0.0)
         self._last: float | None = None
         self._events: list[tuple[str, torch.cuda.Event]] = []
 
@@ -46,7 +47,7 @@ class StepClock:
     def reset(self) -> None:
         """Forget everything: the time before the first step is not that of steps."""
         self.restart()
-        self._seconds = dict.fromkeys(PARTS, 0.0)
+        self._seconds, self._before = (dict.fromkeys(PARTS, 0.0) for _ in range(2))
 
     def _read(self) -> None:
         """Turn events into seconds; the last one stays, as the next part begins there."""
@@ -60,7 +61,17 @@ class StepClock:
     def shares(self) -> dict[str, float]:
         """Share of each part in the time since the last call, 0 to 1; empty where there is none."""
         self._read()
-        whole = sum(self._seconds.values())
-        found = {part: seconds / whole for part, seconds in self._seconds.items()} if whole else {}
+        found = _shares(self._seconds)
+        self._before = {part: s + self._seconds[part] for part, s in self._before.items()}
         self._seconds = dict.fromkeys(PARTS, 0.0)
         return found
+
+    def overall(self) -> dict[str, float]:
+        """Share of each part in the time of all steps so far."""
+        self._read()
+        return _shares({part: s + self._seconds[part] for part, s in self._before.items()})
+
+
+def _shares(seconds: dict[str, float]) -> dict[str, float]:
+    whole = sum(seconds.values())
+    return {part: s / whole for part, s in seconds.items()} if whole else {}

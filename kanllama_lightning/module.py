@@ -137,7 +137,8 @@ class SAEModule(L.LightningModule):
                 f"model.sae_batch_tokens={self.schedule.batch}: cannot be dealt out evenly to "
                 f"{world} processes; choose a multiple of {world}"
             )
-        self.clock = StepClock(cuda=device.type == "cuda")
+        if stage == "fit":
+            self.clock = StepClock(cuda=device.type == "cuda")
         self.lm.load_(device)
         if stage == "fit" and not self.buffer.allocated:
             data: Any = self.trainer.datamodule

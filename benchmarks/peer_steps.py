@@ -14,7 +14,8 @@ from torch import Tensor
 from kanllama_lightning import heads
 from kanllama_lightning.heads.penalised import Penalised
 from kanllama_lightning.optim import Adam
-from kanllama_lightning.types import StepContext
+from kanllama_lightning.schedule import Schedule
+from kanllama_lightning.trainee import Trainee
 
 LR = 1e-7
 LATE = 10_000
@@ -31,10 +32,9 @@ class Ours:
         self.head: Any = getattr(heads, kind)(d_model=x.shape[1], d_sae=d_sae, target_l0=k)
         self.head.start_(x)
         self.x, self.parameters = x, list(self.head.parameters())
+        schedule = Schedule(300_000_000, len(x))
+        self.trainee = Trainee("", self.head, schedule, clip_ratio=5.0)
         self.optimizer = Adam(self.parameters, lr=LR, fused=True)
-        self.context = StepContext(torch.zeros(0, dtype=torch.int64), 0.5, 1e-3)
-        self.silent_tokens = torch.zeros(d_sae, dtype=torch.int64)
-        self.grad_norm_mean = torch.zeros(())
         self.biases = [self.head.b_enc]
         if kind == "Gated":
             self.biases.append(self.head.b_mag)
@@ -42,28 +42,14 @@ class Ours:
     def step(self) -> None:
         """One step, without Lightning around it."""
         self.optimizer.zero_grad()
-        out = self.head(self.x)
-        loss = torch.stack(list(self.head.losses(self.x, out, self.context).values())).sum()
-        with torch.no_grad():
-            self.head.observe_(out, self.context)
-            fired = out.codes.fired()
-            self.silent_tokens = (self.silent_tokens + len(self.x)).masked_fill(fired > 0, 0)
-        del out
+        losses, out = self.trainee.step(self.x, step=1, progress=0.5)
+        loss = torch.stack(list(losses.values())).sum()
+        del out, losses
         loss.backward()
         self.head.project_grad_()
-        self._clip()
+        self.trainee.clip_(None, "norm")
         self.optimizer.step()
         self.head.project_()
-
-    def _clip(self) -> None:
-        """As SAEModule.configure_gradient_clipping, which needs Lightning."""
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        limit = torch.where(self.grad_norm_mean > 0, 5 * self.grad_norm_mean, norm)
-        torch._foreach_mul_(gradients, (limit / norm.clamp_min(1e-30)).clamp_max(1.0))
-        used = torch.minimum(norm, limit)
-        mean = torch.where(self.grad_norm_mean > 0, self.grad_norm_mean, used)
-        self.grad_norm_mean = mean.lerp(used, 0.01)
 
     @torch.no_grad()
     def l0(self) -> float:

@@ -312,10 +312,11 @@ def main(args: Sequence[str] | None = None, **kwargs: Any) -> int:
         sys.stderr.write(f"error: {_explain(str(e))}\n")
         return 2
     except RunStopped as e:
-        sys.stderr.write(
-            f"stopped at step {e.step}, everything is saved; the same command with "
-            "`--ckpt_path last` goes on from here\n"
-        )
+        if is_first():
+            sys.stderr.write(
+                f"stopped at step {e.step}, everything is saved; the same command with "
+                "`--ckpt_path last` goes on from here\n"
+            )
         return 128 + e.signal_number
     finally:
         sys.argv = own

@@ -9,7 +9,7 @@ import torch
 
 
 class Spy(L.Callback):
-    """Writes the rows a process ran the LM on, and its final weights, into a folder.
+    """Writes the token rows (or cached activations) a process read, and its final weights.
 
     Args:
         folder: Where to; a file per process and session.
@@ -17,16 +17,16 @@ class Spy(L.Callback):
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
-        self.rows: list[list[int]] = []
+        self.rows: list[list[float]] = []
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Listen to what the LM is run on in training."""
         original = pl_module._next_batch
 
         def listening(batches: Any) -> Any:
-            tokens = original(batches)
-            self.rows += tokens.ids.tolist()
-            return tokens
+            batch = original(batches)
+            self.rows += (batch.ids if hasattr(batch, "ids") else batch.rows).tolist()
+            return batch
 
         pl_module._next_batch = listening
 

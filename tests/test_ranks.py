@@ -197,6 +197,21 @@ def test_two_processes_are_one_on_the_union(
         assert tokens[0] == tokens[1] > 0
 
 
+@pytest.mark.slow
+def test_processes_share_a_cache(tiny_lm_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    """The first writes it, both read it: no row twice, and they end alike."""
+    run, seen = tmp_path / "run", tmp_path / "seen"
+    spy = ["--trainer.callbacks+=tests.spy.Spy", f"--trainer.callbacks.folder={seen}"]
+    common = {"lm.name": tiny_lm_dir, "data.train": text_file, "model.tokens": 1280}
+    process = train(run, 2, *spy, **common, data__cache=tmp_path / "cache")
+    assert process.wait(300) == 0
+    states = [torch.load(seen / f"2-processes-{rank}.pt") for rank in range(2)]
+    assert all(torch.equal(states[1][key], value) for key, value in states[0].items())
+    read = [row for rows in read_by(seen, 2) for row in rows]
+    assert len(read) >= 1280
+    assert len({tuple(row) for row in read}) > 0.9 * len(read)  # the first words of rows repeat
+
+
 def read_by(folder: Path, processes: int) -> list[list[tuple[int, ...]]]:
     """The rows each process ran the LM on, in order."""
     files = [folder / f"{processes}-processes-{rank}.json" for rank in range(processes)]

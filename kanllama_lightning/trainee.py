@@ -32,6 +32,7 @@ class Trainee(nn.Module):
     def __init__(self, name: str, head: SAEHead, schedule: Schedule, clip_ratio: float) -> None:
         super().__init__()
         self.name, self.head, self.schedule, self.clip_ratio = name, head, schedule, clip_ratio
+        self._dead: Tensor | None = None
         self.register_buffer("silent_tokens", torch.zeros(head.d_sae, dtype=torch.int64))
         self.register_buffer("dead_mask", torch.zeros(head.d_sae, dtype=torch.bool))
         self.register_buffer("grad_norm_mean", torch.zeros(()))
@@ -53,8 +54,10 @@ class Trainee(nn.Module):
         """
         if step % DEAD_REFRESH_STEPS == 0:
             self.dead_mask = self.silent_tokens >= self.schedule.dead_after_tokens
-        dead = self.dead_mask.nonzero().squeeze(1)
-        ctx = StepContext(dead, progress, self.schedule.threshold_rate)
+            self._dead = None
+        if self._dead is None:  # listing them waits for a GPU
+            self._dead = self.dead_mask.nonzero().squeeze(1)
+        ctx = StepContext(self._dead, progress, self.schedule.threshold_rate)
         out = self.head(x)
         losses = self.head.losses(x, out, ctx)
         with torch.no_grad():

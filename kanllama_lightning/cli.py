@@ -4,6 +4,7 @@ import difflib
 import logging
 import os
 import re
+import signal
 import sys
 import time
 import uuid
@@ -27,7 +28,7 @@ from kanllama_lightning.resume import find_checkpoint
 from kanllama_lightning.run import CHECKPOINTS, LOGGER_ID, make_folder, remove_unused
 from kanllama_lightning.schedule import Schedule
 from kanllama_lightning.tokens import TokenData
-from kanllama_lightning.types import InputError, RunStopped
+from kanllama_lightning.types import CacheStopped, InputError, RunStopped
 
 log = logging.getLogger(__name__)
 
@@ -311,6 +312,13 @@ def main(args: Sequence[str] | None = None, **kwargs: Any) -> int:
     except ArgumentError as e:
         sys.stderr.write(f"error: {_explain(str(e))}\n")
         return 2
+    except CacheStopped as e:
+        _discard_unused()
+        sys.stderr.write(
+            f"stopped; cache {e.folder} holds {e.rows:,} activations, the same command goes on "
+            "from its last whole shard\n"
+        )
+        return 128 + signal.SIGINT
     except RunStopped as e:
         if is_first():
             sys.stderr.write(
@@ -327,7 +335,7 @@ def main(args: Sequence[str] | None = None, **kwargs: Any) -> int:
 
 
 def _discard_unused() -> None:
-    """Leave no empty run behind a mistake."""
+    """Leave no empty run behind a mistake, or behind Ctrl-C before the first step."""
     if KanllamaCLI.made is not None:
         remove_unused(KanllamaCLI.made)
 

@@ -1,6 +1,7 @@
 """The frozen LM: run up to the hook point, and on from there with other activations."""
 
 import contextlib
+import copy
 import logging
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from kanllama_lightning.hook_points import parse_hook_point
+from kanllama_lightning.hook_points import HookPoint, parse_hook_point
 from kanllama_lightning.types import InputError, Prefix
 
 log = logging.getLogger(__name__)
@@ -152,6 +153,23 @@ class FrozenLM:
                 "long; --lm.dtype float32 is faster, at twice the memory of the weights"
             )
         return self
+
+    def one_block(self, device: torch.device) -> "FrozenLM":
+        """A random block of this LM's shape and number format, to see how long one takes.
+
+        Its hook point is the place within the block at which this LM is read.
+        """
+        config = copy.deepcopy(self.config)
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:1]
+        config.num_hidden_layers, config.vocab_size, config.pad_token_id = 1, 1, None
+        one = copy.copy(self)
+        one.config, one.hook = config, HookPoint(0, self.hook.kind)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=self.dtype, attn_implementation="sdpa"
+        )
+        one._model = model.requires_grad_(False).eval().to(device)
+        return one
 
     @property
     def device(self) -> torch.device:

@@ -7,6 +7,7 @@ Axes, everywhere: `batch` sequences, `pos` positions in a sequence, `tok` tokens
 
 from collections.abc import Callable
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -250,6 +251,19 @@ class ValidationBatch(NamedTuple):
     """The activations under the mask, fp32, in the LM's units."""
     out: SAEOutput
     """The head's output on x, as at inference."""
+
+
+class CacheStopped(Exception):  # noqa: N818
+    """Writing a cache was interrupted; whole shards are kept.
+
+    Args:
+        folder: Of the cache.
+        rows: Activations in it.
+    """
+
+    def __init__(self, folder: Path, rows: int) -> None:
+        super().__init__(f"stopped; cache {folder} holds {rows:,} activations")
+        self.folder, self.rows = folder, rows
 
 
 class RunStopped(Exception):  # noqa: N818

@@ -10,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -415,6 +416,33 @@ def test_mistakes(fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     assert fit(f"--data.cache={tmp_path / 'file' / 'cache'}") == 2
     assert "file/cache" in capsys.readouterr().err
     assert not list((tmp_path / "runs").iterdir()), "a mistake leaves no empty run behind"
+
+
+def test_interrupted_writing_ends_with_a_line(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Ctrl-C after two shards: they are kept, the run folder is not; the same command goes on."""
+    given = f"--data.cache={tmp_path / 'cache'}"
+    original = Cache.write_
+
+    def interrupted(self: Cache, *args: Any) -> None:
+        if len(self.shards) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        original(self, *args)
+
+    monkeypatch.setattr(Cache, "write_", interrupted)
+    assert fit(given) == 128 + signal.SIGINT == 130
+    said = capsys.readouterr().err.splitlines()[-1]
+    rows = json.loads((tmp_path / "cache" / MANIFEST).read_text())["rows"]
+    assert rows == 2 * filling.SMALLEST_SHARD_ROWS
+    assert said == (
+        f"stopped; cache {tmp_path / 'cache'} holds {rows:,} activations, the same command goes on "
+        "from its last whole shard"
+    )
+    assert not list((tmp_path / "runs").iterdir())
+    monkeypatch.setattr(Cache, "write_", original)
+    assert fit(given) == 0
+    assert summary(only_run(tmp_path))["finished"]
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,16 @@ from transformers import LlamaConfig
 
 from kanllama_lightning.heads import BatchTopK, SAEHead, Standard, TopK
 from kanllama_lightning.lm import FrozenLM
-from kanllama_lightning.plan import rates
+from kanllama_lightning.module import SAEModule
+from kanllama_lightning.plan import timing
 from kanllama_lightning.plan.cli import PlanCLI
 from kanllama_lightning.plan.costs import HeadCost, _Counter, head_cost, lm_flops
-from kanllama_lightning.plan.estimate import Estimate, Rates
+from kanllama_lightning.plan.estimate import Estimate
 from kanllama_lightning.plan.page import duration, size, verdict
-from kanllama_lightning.plan.rates import memory_rate, product_rate
+from kanllama_lightning.plan.timing import HeadTime, head_time, lm_seconds
+from kanllama_lightning.schedule import Schedule
+from kanllama_lightning.trainee import Trainee
+from kanllama_lightning.types import StepContext
 from tests.conftest import SMALL
 from tests.test_configs import HEAD_CONFIGS, ROOT
 from train import main
@@ -76,10 +81,62 @@ def test_lm_parameters(make_lm: Callable[..., FrozenLM]) -> None:
     assert lm.n_parameters == sum(p.numel() for p in matrices)
 
 
-def test_rates_are_those_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rates, "BUDGET_S", 0.01)
-    assert 1e7 < product_rate(CPU, torch.float32, 10**9, 64, 64) < 1e14
-    assert 1e7 < memory_rate(CPU) < 1e13
+# ------------------------------------------------------------------------------- measured
+
+
+def timed(d_sae: int, batch: int = 256) -> HeadTime:
+    trainee = Trainee("", Standard(64, d_sae, target_l0=8), Schedule.of(10**6, batch), 5.0)
+    return head_time(trainee, torch.optim.Adam, CPU, autocast=False)
+
+
+def test_a_wider_head_takes_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "BUDGET_S", 0.2)
+    narrow, wide = timed(512), timed(4 * 512)
+    assert min(narrow) >= 0
+    assert wide.per_token * 256 + wide.per_step > narrow.per_token * 256 + narrow.per_step > 1e-4
+
+
+def test_a_step_is_what_a_bare_loop_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "BUDGET_S", 0.3)
+    time_ = timed(2048)
+    head, x = Standard(64, 2048, target_l0=8), torch.randn(256, 64)
+    head.start_(x)
+    adam, seconds = torch.optim.Adam(head.parameters()), []
+    context = StepContext(torch.empty(0, dtype=torch.int64), 0.5, 0.01)
+    for _ in range(20):
+        began = time.perf_counter()
+        adam.zero_grad()
+        torch.stack(list(head.losses(x, head(x), context).values())).sum().backward()
+        adam.step()
+        seconds.append(time.perf_counter() - began)
+    assert 1 / 3 < (256 * time_.per_token + time_.per_step) / min(seconds) < 4
+
+
+def test_slow_work_is_measured_on_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "BUDGET_S", 0.1)
+    assert timing._affordable(lambda n: time.sleep(n / 256e3), 10**6, CPU) < 256 * 64
+    assert timing._affordable(lambda _: time.sleep(1e-4), 1000, CPU) == 1000
+    assert timing._affordable(lambda _: time.sleep(0.1), 1000, CPU) == 256
+
+
+@pytest.mark.parametrize("hook", ["blocks.0.hook_mlp_out", "blocks.1.hook_mlp_out"])
+def test_one_block_is_of_the_shape_of_the_lms(make_lm: Callable[..., FrozenLM], hook: str) -> None:
+    lm = make_lm(hook)
+    ids = torch.zeros(2, 5, dtype=torch.int64)
+    probe = lm.one_block(CPU)
+    assert probe.acts(ids).shape == lm.acts(ids).shape
+    assert lm.hook.layer == int(hook[7]), "the LM itself is as it was"
+    assert lm.config.num_hidden_layers > 1
+    own, one = (list(m.model.model.layers[0].parameters()) for m in (lm, probe))
+    assert [(p.shape, p.dtype) for p in own] == [(p.shape, p.dtype) for p in one]
+
+
+def test_deeper_hooks_take_longer(
+    make_lm: Callable[..., FrozenLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing, "BUDGET_S", 0.1)
+    first, second = (lm_seconds(make_lm(f"model.layers.{i}"), 4, 64, CPU) for i in (0, 1))
+    assert 1.3 < second / first < 3
 
 
 # ------------------------------------------------------------------------ estimates by hand
@@ -89,7 +146,8 @@ def made(**changed: Any) -> Estimate:
     given: dict[str, Any] = {
         "costs": {"A": HeadCost(100, 1000.0, 500.0, 16.0), "B": HeadCost(50, 500.0, 0.0, 0.0)},
         "lm_flops": 4000.0,
-        "rates": Rates(head=1e6, lm=2e6, memory=1e7),
+        "times": {"A": HeadTime(1e-3, 5e-4), "B": HeadTime(5e-4, 6e-4)},
+        "lm_seconds": 0.002,
         "tokens": 1000,
         "batch": 10,
         "filling": 200,
@@ -114,9 +172,8 @@ def test_memory_and_disk_by_hand() -> None:
 
 def test_time_by_hand() -> None:
     e = made()
-    head = (1000 + 500 / 10 + 500) / 1e6 + 40 * 150 / 10 / 1e7
+    head = 1e-3 + 5e-4 + (5e-4 + 6e-4) / 10
     assert e.head_seconds == pytest.approx(head)
-    assert e.lm_seconds == pytest.approx(0.002)
     assert e.lm_share == pytest.approx(0.002 / (0.002 + head))
     assert e.seconds(2, cached=False) == pytest.approx(2 * (1000 * head + 1200 * 0.002))
     disk = 16 / 1e9
@@ -127,7 +184,7 @@ def test_time_by_hand() -> None:
 
 @pytest.mark.parametrize(("lm", "pays"), [(4000.0, 2), (0.2, 2), (0.07, 3), (0.05, 5), (0.045, 6)])
 def test_runs_to_pay_is_the_first_number_that_saves_time(lm: float, pays: int) -> None:
-    e = made(lm_flops=lm)
+    e = made(lm_seconds=lm / 2e6)
     assert e.runs_to_pay == pays
     assert e.seconds(pays, cached=True) < e.seconds(pays, cached=False)
     if pays > 2:
@@ -135,8 +192,8 @@ def test_runs_to_pay_is_the_first_number_that_saves_time(lm: float, pays: int) -
 
 
 def test_verdicts() -> None:
-    assert made(lm_flops=0.03, rates=Rates(1e9, 2e6, 1e12)).runs_to_pay is None
-    cheap = verdict(made(lm_flops=100.0), "model.layers.0", 10**9)
+    assert made(lm_seconds=1.5e-8).runs_to_pay is None
+    cheap = verdict(made(lm_seconds=5e-5), "model.layers.0", 10**9)
     assert cheap == "not worth it at model.layers.0: the LM pass is 3 % of a step".replace(
         " %", "%"
     )
@@ -146,7 +203,7 @@ def test_verdicts() -> None:
     crowded = verdict(made(), "h", made().cache_disk // 2)
     assert crowded.startswith("would pay from 2 runs on, but")
     assert crowded.endswith("--data.cache_tokens 540")
-    slow_disk = made(lm_flops=0.03, rates=Rates(1e12, 2e6, 1e15))
+    slow_disk = made(lm_seconds=1.5e-8, times={"A": HeadTime(1.5e-9, 0.0)})
     assert verdict(slow_disk, "h", 10**9).startswith("not worth it at h: reading takes as long")
 
 
@@ -174,7 +231,7 @@ def planned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Pl
     monkeypatch.setattr(PlanCLI, "_run_subcommand", keep)
     monkeypatch.setattr(FrozenLM, "load_", never)
     monkeypatch.setattr("wandb.init", never)
-    monkeypatch.setattr(rates, "BUDGET_S", 0.001)
+    monkeypatch.setattr(timing, "BUDGET_S", 0.001)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
 
@@ -193,14 +250,15 @@ def test_plans_every_config(
 ) -> None:
     overlay = str(ROOT / "configs" / "embedded.yaml")
     cli = planned("--config", str(config), "--config", overlay)
-    head: SAEHead = cli.model.head
-    (cost,) = cli.estimate.costs.values()
-    assert cost.parameters == head.n_parameters()
-    assert cost.parameters == sum(p.numel() for p in head.parameters() if p.requires_grad)
-    dense = 2 * head.d_model * head.d_sae
-    assert cost.flops_per_token >= dense, "at least the encoder"
+    heads: dict[str, SAEHead] = cli.model.heads()
+    for head, cost in zip(heads.values(), cli.estimate.costs.values(), strict=True):
+        assert cost.parameters == head.n_parameters()
+        assert cost.parameters == sum(p.numel() for p in head.parameters() if p.requires_grad)
+        assert cost.flops_per_token >= 2 * head.d_model * head.d_sae, "at least the encoder"
+    assert 0 < cli.estimate.token_seconds < 1
     said = capsys.readouterr().out
-    assert f"{head.n_parameters():,}" in said
+    assert all(f"{head.n_parameters():,}" in said for head in heads.values())
+    assert "a step" in said
     assert "activation cache" in said
 
 
@@ -233,6 +291,32 @@ def test_the_real_target_needs_no_weights(
     assert e.tokens == 300_003_328
     assert e.cache_rows == 300_003_328 + 3_000_000 // 3
     assert e.cached
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["topk", "kan"])
+def test_the_plan_is_what_a_run_takes(
+    name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Tokens per second of 100 steps, the first 20 left out, within a factor of 3."""
+    args = ["--config", str(ROOT / "configs" / f"{name}.yaml")]
+    args += ["--config", str(ROOT / "configs" / "embedded.yaml"), "--model.tokens", "204800"]
+    args += ["--trainer.accelerator", "cpu", "--trainer.val_check_interval", "1000"]
+    args += ["--trainer.logger", "false"]
+    ends: list[float] = []
+    original = SAEModule.on_train_batch_end
+
+    def noting(self: SAEModule, *given: Any) -> None:
+        original(self, *given)
+        ends.append(time.perf_counter())
+
+    monkeypatch.setattr(SAEModule, "on_train_batch_end", noting)
+    assert main(["fit", *args, "--run", str(tmp_path / "run")]) == 0
+    real = (len(ends) - 20) * 2048 / (ends[-1] - ends[19])
+    planned = request.getfixturevalue("planned")  # it forbids what `fit` does
+    monkeypatch.setattr(timing, "BUDGET_S", 1.0)
+    plan = 1 / planned(*args).estimate.token_seconds
+    assert 1 / 3 < plan / real < 3
 
 
 def test_mistakes_are_those_of_fit(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -24,7 +24,7 @@ from kanllama_lightning.preflight import GIB, preflight
 from kanllama_lightning.run import make_folder
 from kanllama_lightning.stream import EPOCH_STRIDE
 from kanllama_lightning.tokens import TokenData
-from kanllama_lightning.types import Acts, InputError, TokenBatch
+from kanllama_lightning.types import Acts, CacheStopped, InputError, TokenBatch
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +62,7 @@ def fill_(lm: FrozenLM, data: TokenData, rows: int, device: torch.device) -> Non
 
     Raises:
         InputError: The folder holds other activations, or the disk has no room.
+        CacheStopped: Ctrl-C while this process was writing.
     """
     folder, wanted = Path(str(data.cache)), data.cache_tokens or rows
     key = cache_key(lm, data)
@@ -72,7 +73,10 @@ def fill_(lm: FrozenLM, data: TokenData, rows: int, device: torch.device) -> Non
         with _alone(folder):
             cache = Cache.open(folder, key)
             if not _complete(cache, wanted):
-                _write_(cache, wanted, lm, data, device)
+                try:
+                    _write_(cache, wanted, lm, data, device)
+                except KeyboardInterrupt as e:
+                    raise CacheStopped(folder, Cache.open(folder, key).rows) from e
     data.cached = cache.upto(wanted)
     log.info(
         "cache %s: training reads %s activations (%.2f GiB); the LM runs in validation only%s",

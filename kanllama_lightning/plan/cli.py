@@ -32,9 +32,8 @@ class PlanCLI(KanllamaCLI):
         cuda = torch.cuda.is_available() and trainer.accelerator in ("auto", "gpu", "cuda")
         device = torch.device("cuda" if cuda else "cpu")
         module, data = self.model, self.datamodule
-        heads = {name or type(head).__name__: head for name, head in module.heads().items()}
         autocast = str(trainer.precision) == "bf16-mixed"
-        self.estimate = Estimate.of(module.lm, heads, module, data, device, autocast)
+        self.estimate = Estimate.of(module.lm, module, data, device, autocast)
         name = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
         free = Free(free_memory(), shutil.disk_usage(".").free)
         shown = table(self.estimate, module.lm.hook_point, name, free)

@@ -23,6 +23,12 @@ PICKING = {
 """Sums of rows of a table picked by index, which torch has no formula for: the places of the
 table and of the indices among the arguments."""
 
+IN_PLACE = {
+    torch.ops.aten.addmm_: torch.ops.aten.addmm,
+    torch.ops.aten.baddbmm_: torch.ops.aten.baddbmm,
+}
+"""Products that torch has a formula for under another name only."""
+
 
 class HeadCost(NamedTuple):
     """What training a head takes."""
@@ -92,7 +98,7 @@ class _Counter(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        packet = func._overloadpacket
+        packet = IN_PLACE.get(func._overloadpacket, func._overloadpacket)
         if packet in PICKING:
             table, indices = (args[i] for i in PICKING[packet])
             self.flops += 2 * indices.numel() * table.shape[1]

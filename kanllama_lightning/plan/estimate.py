@@ -6,55 +6,18 @@ from dataclasses import dataclass
 import torch
 
 from kanllama_lightning.cache.shards import ROW_DTYPE
-from kanllama_lightning.heads import SAEHead
 from kanllama_lightning.lm import FrozenLM
 from kanllama_lightning.module import SAEModule
 from kanllama_lightning.plan.costs import HeadCost, head_cost, lm_flops
-from kanllama_lightning.plan.rates import memory_rate, product_rate
+from kanllama_lightning.plan.timing import HeadTime, head_time, lm_seconds
 from kanllama_lightning.preflight import disk_bytes
 from kanllama_lightning.tokens import TokenData
+from kanllama_lightning.trainee import Trainee
 
-STEP_BYTES_PER_WEIGHT = 40
-"""Read and written per weight and step: Adam (weight, gradient, two moments: 28) and clipping
-the gradient (12), fp32."""
 DISK_RATE = 1e9
 """Bytes per second of reading or writing a disk, taken for granted: an ordinary SSD."""
 FEW_PERCENT = 0.1
 """Of a step's time: a smaller share of the LM is not worth a cache."""
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What this machine does per second."""
-
-    head: float
-    """Operations of products in the format and of the shape of the widest head."""
-    lm: float
-    """Operations of products in the format and of the shape of the LM's MLP."""
-    memory: float
-    """Bytes read and written."""
-
-    @classmethod
-    def measured(
-        cls, lm: FrozenLM, heads: dict[str, SAEHead], rows: tuple[int, int], device: torch.device,
-        autocast: bool,
-    ) -> "Rates":  # fmt: skip
-        """Measure them, in about a second.
-
-        Args:
-            lm: Gives shape and number format of its products.
-            heads: Give the shape of theirs.
-            rows: Rows per step of the heads, and per pass of the LM.
-            device: Where the run would be.
-            autocast: Whether heads train in bf16-mixed.
-        """
-        dtype = torch.bfloat16 if autocast else torch.float32
-        widest = max(head.d_sae for head in heads.values())
-        return cls(
-            product_rate(device, dtype, rows[0], lm.d_model, widest),
-            product_rate(device, lm.dtype, rows[1], lm.d_model, lm.config.intermediate_size),
-            memory_rate(device),
-        )
 
 
 @dataclass(frozen=True)
@@ -63,8 +26,9 @@ class Estimate:
 
     Args:
         costs: Of each head.
+        times: Of each head, on this machine.
         lm_flops: Per position, up to the hook point.
-        rates: Of this machine.
+        lm_seconds: The same in seconds, on this machine.
         tokens: Budget.
         batch: Rows per step.
         filling: Rows that go into statistics and buffer before the first step.
@@ -78,8 +42,9 @@ class Estimate:
     """
 
     costs: dict[str, HeadCost]
+    times: dict[str, HeadTime]
     lm_flops: float
-    rates: Rates
+    lm_seconds: float
     tokens: int
     batch: int
     filling: int
@@ -93,15 +58,13 @@ class Estimate:
 
     @classmethod
     def of(
-        cls, lm: FrozenLM, heads: dict[str, SAEHead], module: SAEModule, data: TokenData,
-        device: torch.device, autocast: bool,
-    ) -> "Estimate":  # fmt: skip
+        cls, lm: FrozenLM, module: SAEModule, data: TokenData, device: torch.device, autocast: bool
+    ) -> "Estimate":
         """Estimate a run whose parts are built, but neither loaded nor set up.
 
         Args:
             lm: The LM, without weights.
-            heads: The heads to train side by side, by name, on the CPU.
-            module: Gives the schedule and the buffer.
+            module: Gives heads, optimizer, schedule and buffer; its heads are of no use afterwards.
             data: Gives the shape of token batches.
             device: Where the run would be.
             autocast: Whether heads train in bf16-mixed.
@@ -109,12 +72,18 @@ class Estimate:
         schedule, buffer = module.schedule, module.buffer
         lm_rows = data.lm_batch_seqs * data.ctx_len
         filling = max(module.start_tokens, buffer.capacity_tokens)
-        parameters = [p for head in heads.values() for p in head.parameters()]
+        given: list[Trainee] = list(module.trainees)  # type: ignore[arg-type]
+        trainees = {t.name or type(t.head).__name__: t for t in given}
+        parameters = list(module.trainees.parameters())
         held = buffer.capacity_tokens + schedule.batch + lm_rows
         return cls(
-            costs={name: head_cost(head, autocast) for name, head in heads.items()},
+            costs={name: head_cost(t.head, autocast) for name, t in trainees.items()},
+            times={
+                name: head_time(t, module.optimizer, device, autocast)
+                for name, t in trainees.items()
+            },
             lm_flops=lm_flops(lm, data.ctx_len),
-            rates=Rates.measured(lm, heads, (schedule.batch, lm_rows), device, autocast),
+            lm_seconds=lm_seconds(lm, data.lm_batch_seqs, data.ctx_len, device),
             tokens=schedule.steps * schedule.batch,
             batch=schedule.batch,
             filling=filling,
@@ -122,7 +91,7 @@ class Estimate:
             head_weights=sum(p.numel() * p.element_size() for p in parameters),
             lm_weights=lm.n_parameters * lm.dtype.itemsize,
             buffer=held * lm.d_model * buffer.dtype.itemsize,
-            planes=sum(head.d_sae for head in heads.values()),
+            planes=sum(t.head.d_sae for t in trainees.values()),
             cached=data.cache is not None,
             cache_rows=data.cache_tokens or schedule.rows_read(filling),
         )
@@ -155,15 +124,7 @@ class Estimate:
     @property
     def head_seconds(self) -> float:
         """Of all heads, per token trained on."""
-        flops = sum(c.flops_per_token + c.flops_per_step / self.batch for c in self.costs.values())
-        weights = sum(cost.parameters for cost in self.costs.values())
-        moved = STEP_BYTES_PER_WEIGHT * weights / self.batch
-        return flops / self.rates.head + moved / self.rates.memory
-
-    @property
-    def lm_seconds(self) -> float:
-        """Of the LM up to the hook point, per token."""
-        return self.lm_flops / self.rates.lm
+        return sum(t.per_token + t.per_step / self.batch for t in self.times.values())
 
     @property
     def disk_seconds(self) -> float:
@@ -181,7 +142,7 @@ class Estimate:
         return self.head_seconds + (self.disk_seconds if self.cached else self.lm_seconds)
 
     def seconds(self, runs: int, cached: bool) -> float:
-        """Of several runs one after the other, validation left out.
+        """Of several runs one after the other; reading text and validation left out.
 
         Args:
             runs: How many, of this kind.

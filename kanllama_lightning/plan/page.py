@@ -58,17 +58,23 @@ def table(estimate: Estimate, hook_point: str, device: str, free: Free) -> Table
     if e.cached:
         made.add_row("disk: cache", size(e.cache_disk), f"{e.cache_rows:,} activations, bf16")
     made.add_section()
+    for name, time in e.times.items():
+        made.add_row(
+            f"{name}: a step",
+            f"{1000 * (time.per_token * e.batch + time.per_step):,.1f} ms",
+            "measured here, as at the start, on random rows; then AuxK and fewer latents may come",
+        )
     made.add_row(
-        "rates here",
-        f"{e.rates.head / 1e9:,.0f}, {e.rates.lm / 1e9:,.0f} GFLOP/s",
-        f"products as in head and LM, measured now; copies {e.rates.memory / 1e9:,.1f} GB/s",
+        "LM: as many tokens",
+        f"{1000 * e.lm_seconds * e.batch:,.1f} ms",
+        "measured here, with one random block of its shape",
     )
-    made.add_row("training", f"{1 / e.token_seconds:,.0f} tokens/s", "operations / rate")
+    made.add_row("training", f"{1 / e.token_seconds:,.0f} tokens/s", "once the buffer is full")
     made.add_row("LM's share of a step", f"{e.lm_share:.0%}", "without a cache")
     made.add_row(
         f"time of {e.tokens:,} tokens",
         duration(e.seconds(1, e.cached)),
-        "an estimate, at best: work element by element and validation come on top",
+        "reading text and validation come on top",
     )
     made.add_section()
     made.add_row("activation cache", size(e.cache_disk), verdict(e, hook_point, free.disk))

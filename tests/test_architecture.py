@@ -75,7 +75,7 @@ def test_arrows(file: Path) -> None:
             "warnings",
             "kanllama_lightning",
         }
-        assert all(".functional." in u for u in used)
+        assert all(f"{u}.".startswith("kanllama_lightning.functional.") for u in used)
     if name.startswith(f"{HEADS}.") and file.name != "__init__.py":
         assert not packages(file) & {"lightning", "transformers", "datasets", "wandb"}
         allowed = SHARED_BY_HEADS | {HEADS, "kanllama_lightning.types"}

@@ -193,9 +193,11 @@ def saved(tmp_path):
     for step in (1, 2):
         path = folder / "checkpoints" / f"step={step:09d}.ckpt"
         files = [path, path.with_suffix(".rank0.safetensors")]
+        written = []
         for file in files:
             file.with_name("part").write_bytes(b"some bytes of " + file.name.encode())
-        seal(path, [keep(file.with_name("part"), file) for file in files])
+            written.append(keep(file.with_name("part"), file))
+        seal(path, written)
     return folder
 
 

@@ -157,7 +157,8 @@ class SplineLatent(Thresholded):
     def observe_(self, out: SAEOutput, ctx: StepContext) -> None:
         """Follow the smallest kept pre-activation; and the reach, as long as the splines rest."""
         codes = out.codes.sparse()
-        super().observe_(out._replace(codes=codes._replace(values=self.smallest.reshape(1))), ctx)
+        smallest = self.smallest.reshape(1) if len(codes.values) else codes.values
+        super().observe_(out._replace(codes=codes._replace(values=smallest)), ctx)
         if ctx.progress < self.frozen_share:
             follow_reach_(self.reach, codes.values, codes.latents, ctx.rate)
         else:

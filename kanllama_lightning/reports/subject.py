@@ -64,18 +64,19 @@ def folder_named(name: str, runs_dir: str) -> Path:
     """
     if name != LAST or Path(name).is_dir():
         return Path(name)
-    finished = list(Path(runs_dir).glob(f"*/{SUMMARY}"))
-    finished = [path for path in finished if _has_heads(path.parent)]
-    if not finished:
+    folders = [path for path in Path(runs_dir).glob("*/") if _cards(path)]
+    if not folders:
         raise InputError(
             f"RUN={LAST}: there is no finished run in --runs_dir {runs_dir}; train one "
             "(`make demo`) or name its folder"
         )
-    return max(finished, key=lambda path: path.stat().st_mtime).parent
+    return max(folders, key=lambda path: max(card.stat().st_mtime for card in _cards(path)))
 
 
-def _has_heads(folder: Path) -> bool:
-    return all((one / HEAD / CARD).is_file() for one in members(folder) or [folder])
+def _cards(folder: Path) -> list[Path]:
+    """The saved heads of a run; empty if one is missing."""
+    cards = [one / HEAD / CARD for one in members(folder) or [folder]]
+    return cards if all(card.is_file() for card in cards) else []
 
 
 def folders_named(name: str, runs_dir: str) -> list[Path]:

@@ -11,6 +11,7 @@ reads. `over_parts` is the ratio of a round; median and range over rounds.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -53,7 +54,9 @@ def together(job: jobs.Job, folder: Path) -> float:
             config.write_text(json.dumps({"model": {"head": head}}))
             given = our_arguments(job, folder, Path(scratch) / "run")
             given[2] = str(config)
-            if train([a for a in given if not a.startswith("--model.head.")]):
+            with contextlib.redirect_stdout(sys.stderr):
+                code = train([a for a in given if not a.startswith("--model.head.")])
+            if code:
                 raise SystemExit("the run failed")
     finally:
         handle.remove()

@@ -9,6 +9,7 @@ then every callback has looked once, and what a validation has taken for a momen
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -73,7 +74,9 @@ def main() -> None:
         files = [config, ROOT / "configs" / "embedded.yaml"]
         arguments = ["fit", *(f"--config={file}" for file in files)]
         arguments += [f"--{name}={value}" for name, value in given.items()]
-        if train([*arguments, "--trainer.callbacks+=benchmarks.soak.Resident"]):
+        with contextlib.redirect_stdout(sys.stderr):
+            code = train([*arguments, "--trainer.callbacks+=benchmarks.soak.Resident"])
+        if code:
             raise SystemExit("the run failed")
     seen = sys.modules["benchmarks.soak"].SEEN  # the callback's module, not this script's
     steps = max(step for step, _ in seen)

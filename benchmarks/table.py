@@ -134,9 +134,37 @@ def floors(rows: Sequence[Row]) -> str:
     return grid(["head", "shape", "over the floor", "ms", "MiB beyond state"], lines)
 
 
+def together(rows: Sequence[Row]) -> str:
+    """Heads side by side over their own steps and one LM pass."""
+    parts = []
+    for row in rows:
+        lines = [
+            [name, row["heads"].get(name, ""), ranged(ms, "{:,.0f}")]
+            for name, ms in row["ms"].items()
+            if name != "whole"
+        ]
+        lines.append(["all, `train.py fit`", "", ranged(row["ms"]["whole"], "{:,.0f}")])
+        over = f"Side by side over the sum of its parts: {ranged(row['over_parts'])}."
+        parts += [grid(["what", "head", "ms per step"], lines), f"`{row['command']}`. {over}"]
+    return "\n\n".join(parts)
+
+
+def long_runs(rows: Sequence[Row]) -> str:
+    """Resident memory over the steps of a long run."""
+    parts = []
+    for row in rows:
+        some = list(row["mib"].items())
+        lines = [[f"{int(step):,}", f"{mib:,.0f}"] for step, mib in some[:: max(1, len(some) // 8)]]
+        said = f"`{row['command']}`. Last fifth over second fifth: {row['growth']:.3f}."
+        parts += [grid(["step", "resident, MiB"], lines), said]
+    return "\n\n".join(parts)
+
+
 SECTIONS: list[tuple[str, Callable[[Row], bool], Callable[[Sequence[Row]], str]]] = [
     ("Training, end to end", lambda row: row.get("benchmark") == "end_to_end", end_to_end),
     ("One training step", lambda row: row.get("benchmark") == "head_step_peers", head_steps),
+    ("Heads side by side", lambda row: row.get("benchmark") == "side_by_side", together),
+    ("Memory over a long run", lambda row: row.get("benchmark") == "soak", long_runs),
     ("One training step over its floor", lambda row: "over_floor" in row, floors),
 ]
 """Title, which rows, how they are written."""

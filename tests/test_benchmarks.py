@@ -183,3 +183,25 @@ def test_end_to_end_times_our_own_command(tmp_path: Path) -> None:
     assert sum(shares.values()) - shares["outside"] == pytest.approx(1.0, abs=0.01)
     assert 0 < shares["outside"] < 0.5
     assert table.page([row]).startswith("## Training, end to end")
+
+
+def test_side_by_side_and_long_runs_have_their_tables() -> None:
+    spread = {"median": 200.0, "min": 190.0, "max": 220.0}
+    together = {
+        "benchmark": "side_by_side",
+        "command": "python benchmarks/side_by_side.py",
+        "heads": {"topk": "TopK"},
+        "ms": {"whole": {k: 2 * v for k, v in spread.items()}, "topk": spread, "lm": spread},
+        "over_parts": {"median": 1.05, "min": 0.98, "max": 1.1},
+    }
+    soak = {
+        "benchmark": "soak",
+        "command": "python benchmarks/soak.py",
+        "growth": 1.004,
+        "mib": {"200": 630.0, "20000": 632.5},
+    }
+    made = table.page([together, soak])
+    assert "| topk | TopK | 200 (190-220) |" in made
+    assert "over the sum of its parts: 1.05 (0.98-1.1)." in made
+    assert "| 20,000 | 632 |" in made
+    assert "second fifth: 1.004." in made

@@ -1,5 +1,6 @@
 """`python train.py plan ...`: the arguments of `fit`; nothing is loaded, started or written."""
 
+import os
 import shutil
 from typing import Any
 
@@ -38,3 +39,9 @@ class PlanCLI(KanllamaCLI):
         free = Free(free_memory(), shutil.disk_usage(".").free)
         shown = table(self.estimate, module.lm.hook_point, name, free)
         Console().print(shown)
+        busy, cores = os.getloadavg()[0], os.cpu_count() or 1
+        if busy > cores / 2:
+            Console().print(
+                f"This machine is busy (load {busy:.1f} on {cores} cores): the times above are too "
+                "long for an idle one, perhaps many times; plan again when it is."
+            )

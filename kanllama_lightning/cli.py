@@ -148,7 +148,8 @@ class KanllamaCLI(LightningCLI):
         if told is None:
             raise InputError(
                 "--run: several processes were started from outside and would each choose a folder "
-                "of their own; name one with --run FOLDER"
+                f"of their own; name one with --run FOLDER, or with {RUN_FOLDER}=FOLDER in the "
+                "environment"
             )
         return Path(told)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from kanllama_lightning import cli
+from kanllama_lightning.plan.cli import PlanCLI
 from kanllama_lightning.reports import cli as evaluate
 from train import main
 
@@ -35,7 +36,8 @@ def test_commands_parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         raise Parsed
 
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(cli.KanllamaCLI, "before_instantiate_classes", stop)
+    for kind in (cli.KanllamaCLI, PlanCLI):
+        monkeypatch.setattr(kind, "before_instantiate_classes", stop)
     with pytest.raises(Parsed):
         main(shlex.split(command))
 

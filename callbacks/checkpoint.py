@@ -99,8 +99,15 @@ class RunCheckpoint(L.Callback):
         if trainer.global_step > self._saved_at:
             self.save(trainer, pl_module)
 
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Stop listening: what comes after a stopped run is not this run's to keep."""
+        self._stop_listening()
+
     def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         """Stop listening."""
+        self._stop_listening()
+
+    def _stop_listening(self) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}

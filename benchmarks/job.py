@@ -29,6 +29,8 @@ class Job(NamedTuple):
     buffer_tokens: int = 65_536
     """Activations that are shuffled, where a runner shuffles."""
     seed: int = 0
+    n_heads: int = 4
+    n_kv_heads: int = 4
 
     @property
     def steps(self) -> int:
@@ -88,8 +90,8 @@ def _build_lm(job: Job, folder: Path) -> None:
         hidden_size=job.d_model,
         intermediate_size=4 * job.d_model,
         num_hidden_layers=job.n_layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        num_attention_heads=job.n_heads,
+        num_key_value_heads=job.n_kv_heads,
         max_position_embeddings=2 * job.ctx_len,
         bos_token_id=0,
         eos_token_id=1,

@@ -46,18 +46,13 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import job as jobs  # noqa: E402
 from benchmarks import peers  # noqa: E402
 from benchmarks.about import about  # noqa: E402
+from benchmarks.head_step import spread  # noqa: E402
 
 NAMES = {"ours": None, "saelens": "sae_lens", "sparsify": "sparsify"}
 """Runners, and the module that each needs."""
 TOKENS = 97 * 4096
 
 Run = dict[str, Any]
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and range, to three digits."""
-    numbers = {"median": statistics.median(values), "min": min(values), "max": max(values)}
-    return {name: float(f"{value:.3g}") for name, value in numbers.items()}
 
 
 def shares(run: Run) -> dict[str, float]:

@@ -30,8 +30,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook  # noqa: E40
 from benchmarks import job as jobs  # noqa: E402
 from benchmarks import peers  # noqa: E402
 from benchmarks.about import about  # noqa: E402
-from benchmarks.end_to_end import spread  # noqa: E402
-from benchmarks.head_step import HeadStep  # noqa: E402
+from benchmarks.head_step import HeadStep, spread  # noqa: E402
 from benchmarks.runners import our_arguments  # noqa: E402
 from kanllama_lightning import heads  # noqa: E402
 from kanllama_lightning.lm import FrozenLM  # noqa: E402

@@ -177,8 +177,7 @@ class KanllamaCLI(LightningCLI):
             self.run_folder,
         )
         if self.datamodule.cache is not None:
-            held = max(self.model.start_tokens, buffer.capacity_tokens)
-            needed = self.model.schedule.rows_read(held)
+            needed = self.model.schedule.rows_read(self.model.filling_rows)
             fill_(lm, self.datamodule, needed, self.trainer.strategy.root_device)
 
     def after_fit(self) -> None:

@@ -151,6 +151,11 @@ class SAEModule(L.LightningModule):
             )
 
     @property
+    def filling_rows(self) -> int:
+        """Rows that start statistics and buffer take before the first step, over all processes."""
+        return max(self.start_tokens, self.buffer.capacity_tokens)
+
+    @property
     def batch_rows(self) -> int:
         """Rows of a step that this process works on."""
         return self.schedule.batch // self.trainer.world_size
@@ -194,11 +199,14 @@ class SAEModule(L.LightningModule):
         began = time.perf_counter()
         log.info("collecting %s activations for the start statistics", f"{self.start_tokens:,}")
         x = self._first_rows(batches, -(-self.start_tokens // self.trainer.world_size))
+        sizes = norms(x)
         with ranks.pooled():
-            limit = SINK_RATIO * ranks.rows(norms(x)).median()
+            limit = SINK_RATIO * ranks.rows(sizes).median()
         for head in self.heads().values():
             head.norm_limit.copy_(limit)
-        filled, x = len(x), x[regular(x, limit)]
+        filled, kept = len(x), sizes <= limit
+        if not kept.all():
+            x = x[kept]
         self.seen += torch.tensor([filled, filled - len(x)])
         with ranks.pooled():
             everyone = ranks.rows(x)

@@ -59,13 +59,12 @@ def find_checkpoint(asked: Any, runs_dir: str, config: str, run: str | None, exa
                 "--ckpt_path out to start anew"
             )
         path = found
-    if not path.is_file():
+    elif not path.is_file():
         raise InputError(
             f"ckpt_path={str(asked)!r}: no such file; give a checkpoint file, a run folder, or "
             "`last`"
         )
-    torn = damage(path)
-    if torn:
+    elif torn := damage(path):
         raise InputError(
             f"ckpt_path={str(asked)!r}: this checkpoint is damaged: {torn}; give the run folder "
             f"{path.parent.parent} instead, for the newest one that is whole"

@@ -6,7 +6,7 @@ import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from kanllama_lightning.run import CHECKPOINTS, write_json
 
@@ -25,13 +25,18 @@ class Written(NamedTuple):
 
 def keep(part: Path, path: Path) -> Written:
     """Bring a file that was written beside its place into it: on the disk first, then renamed."""
-    crc, size = 0, 0
     with part.open("rb+") as file:
         os.fsync(file.fileno())
-        while chunk := file.read(CHUNK):
-            crc, size = zlib.crc32(chunk, crc), size + len(chunk)
+        crc = _crc32(file)
     part.replace(path)
-    return Written(path.name, size, crc)
+    return Written(path.name, path.stat().st_size, crc)
+
+
+def _crc32(file: BinaryIO) -> int:
+    crc = 0
+    while chunk := file.read(CHUNK):
+        crc = zlib.crc32(chunk, crc)
+    return crc
 
 
 def seal(checkpoint: Path, files: list[Written]) -> None:
@@ -69,10 +74,8 @@ def damage(checkpoint: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != want["size"]:
             return f"{name} has {path.stat().st_size:,} bytes instead of {want['size']:,}"
-        crc = 0
         with path.open("rb") as file:
-            while chunk := file.read(CHUNK):
-                crc = zlib.crc32(chunk, crc)
+            crc = _crc32(file)
         if crc != want["crc32"]:
             return f"{name} is not what was written (its checksum differs)"
     return None

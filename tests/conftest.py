@@ -1,7 +1,10 @@
 """A random two-block Llama, a word tokenizer and a little text, all made here; no network."""
 
+import csv
 import json
+import os
 import random
+import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -144,6 +148,45 @@ def fit(tiny_lm_dir: Path, text_file: Path, tmp_path: Path) -> Fit:
         return main(["fit", *args, *extra])
 
     return run
+
+
+ALONE = {"model.head": None, "model.head.d_sae": None, "model.head.target_l0": None}
+"""What SMALL says of a head, left out: a config of heads side by side says it."""
+
+
+def side_by_side_config(folder: Path, heads: Any, **more: Any) -> str:
+    """The argument that names a config with these heads side by side.
+
+    `d_sae`, `target_l0` are those of the heads that do not say their own; `trainer` goes beside.
+    """
+    args = {"d_sae": 32, "target_l0": 4, **more, "heads": heads}
+    trainer = args.pop("trainer", {})
+    head = {"class_path": "SideBySide", "init_args": args}
+    tree = {"model": {"head": head}, "trainer": trainer}
+    path = folder / "heads.yaml"
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))
+    return f"--config={path}"
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def terminate_at(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """Let runs of this process get SIGTERM in these steps, one after the other."""
+    from kanllama_lightning.module import SAEModule
+
+    original, stops = SAEModule.on_before_optimizer_step, list(steps)
+
+    def stop_now(self: SAEModule, optimizer: torch.optim.Optimizer) -> None:
+        if stops and self.trainer.global_step == stops[0] - 1:
+            stops.pop(0)
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(self, optimizer)
+
+    monkeypatch.setattr(SAEModule, "on_before_optimizer_step", stop_now)
 
 
 def only_run(tmp_path: Path) -> Path:

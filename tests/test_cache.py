@@ -25,7 +25,7 @@ from kanllama_lightning.heads import SAEHead
 from kanllama_lightning.lm import FrozenLM
 from kanllama_lightning.tokens import TokenData
 from kanllama_lightning.types import ActivationBatch, InputError, TokenBatch
-from tests.conftest import SMALL, Fit, only_run
+from tests.conftest import SMALL, Fit, only_run, terminate_at
 
 ROOT = Path(__file__).resolve().parents[1]
 START = torch.zeros(3, dtype=torch.int64)
@@ -387,18 +387,7 @@ def test_stopped_and_continued_is_the_same_run(
     assert fit(*cache, runs_dir=str(tmp_path / "undisturbed")) == 0
     (undisturbed,) = (tmp_path / "undisturbed").iterdir()
 
-    from kanllama_lightning.module import SAEModule
-
-    original = SAEModule.on_before_optimizer_step
-    stops = [13, 30]
-
-    def stop_now(self: SAEModule, optimizer: torch.optim.Optimizer) -> None:
-        if stops and self.trainer.global_step == stops[0] - 1:
-            stops.pop(0)
-            os.kill(os.getpid(), signal.SIGTERM)
-        original(self, optimizer)
-
-    monkeypatch.setattr(SAEModule, "on_before_optimizer_step", stop_now)
+    terminate_at(monkeypatch, 13, 30)
     assert fit(*cache) == 128 + signal.SIGTERM
     # another run extends the cache meanwhile
     assert fit(*cache[:2], run=str(tmp_path / "other"), trainer__max_steps="1") == 0

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import signal
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from kanllama_lightning.heads import KANEncoder, SAEHead
 from kanllama_lightning.lm import FrozenLM
 from kanllama_lightning.metrics import Reconstruction, Sparsity
 from kanllama_lightning.tokens import TokenData
-from tests.conftest import Fit, only_run, word_tokenizer
+from tests.conftest import Fit, only_run, terminate_at, word_tokenizer
 from tests.wandb_file import history
 from train import main
 
@@ -102,18 +101,7 @@ def test_stopped_and_continued_is_the_same_run(
     assert fit(runs_dir=str(tmp_path / "undisturbed")) == 0
     (undisturbed,) = (tmp_path / "undisturbed").iterdir()
 
-    from kanllama_lightning.module import SAEModule
-
-    original = SAEModule.on_before_optimizer_step
-    stops = [23, 30]
-
-    def stop_now(self: SAEModule, optimizer: torch.optim.Optimizer) -> None:
-        if stops and self.trainer.global_step == stops[0] - 1:
-            stops.pop(0)
-            os.kill(os.getpid(), signal.SIGTERM)
-        original(self, optimizer)
-
-    monkeypatch.setattr(SAEModule, "on_before_optimizer_step", stop_now)
+    terminate_at(monkeypatch, 23, 30)
     assert fit() == 128 + signal.SIGTERM
     assert not (only_run(tmp_path) / "summary.json").exists()
     # stops again, this time right after a validation

@@ -1,6 +1,5 @@
 """Killed with SIGKILL at random steps and continued, a run is the undisturbed one, bit for bit."""
 
-import csv
 import json
 import os
 import random
@@ -16,7 +15,7 @@ import torch
 import yaml
 
 from kanllama_lightning.heads import SAEHead
-from tests.conftest import SMALL
+from tests.conftest import ALONE, SMALL, read_rows, side_by_side_config
 
 ROOT = Path(__file__).resolve().parents[1]
 KILLS = 5
@@ -28,33 +27,21 @@ HEADS = {
 }
 
 
-def command(folder: Path, lm: Path, text: Path, config: Path) -> list[str]:
-    given = SMALL | {
-        "model.head": None, "model.head.d_sae": None, "model.head.target_l0": None,
+def command(folder: Path, lm: Path, text: Path, config: str) -> list[str]:
+    given = SMALL | ALONE | {
         "lm.name": lm, "data.train": text, "run": folder, "model.tokens": STEPS * BATCH,
         "trainer.val_check_interval": 50, "trainer.logger": "false",
     }  # fmt: skip
     args = [f"--{key}={value}" for key, value in given.items() if value is not None]
-    return [sys.executable, "train.py", "fit", f"--config={config}", *args]
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    return [sys.executable, "train.py", "fit", config, *args]
 
 
 @pytest.mark.slow
 def test_killed_at_random_steps(tiny_lm_dir: Path, text_file: Path, tmp_path: Path) -> None:
-    config = tmp_path / "heads.yaml"
-    head = {
-        "class_path": "SideBySide",
-        "init_args": {"d_sae": 32, "target_l0": 4, "heads": HEADS},
-    }
     base = yaml.safe_load((ROOT / "configs" / "base.yaml").read_text())
     callbacks = base["trainer"]["callbacks"]
     callbacks[-1]["init_args"] = {"every_n_steps": 7}
-    tree = {"model": {"head": head}, "trainer": {"callbacks": callbacks}}
-    config.write_text(yaml.safe_dump(tree, sort_keys=False))
+    config = side_by_side_config(tmp_path, HEADS, trainer={"callbacks": callbacks})
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     calm = command(tmp_path / "calm", tiny_lm_dir, text_file, config)
     assert subprocess.run(calm, cwd=ROOT, env=environment, capture_output=True).returncode == 0
@@ -90,8 +77,8 @@ def test_killed_at_random_steps(tiny_lm_dir: Path, text_file: Path, tmp_path: Pa
         for key, value in want_state.items():
             assert torch.equal(got[key], value), (name, key, reached)
         for table in ("l0.csv", "losses.csv", "lens.csv"):
-            calm_rows = rows(tmp_path / "calm" / name / table)
-            assert rows(folder / name / table) == calm_rows, (name, table, reached)
+            calm_rows = read_rows(tmp_path / "calm" / name / table)
+            assert read_rows(folder / name / table) == calm_rows, (name, table, reached)
     assert (folder / "kan" / "curves.csv").read_bytes() == (
         tmp_path / "calm" / "kan" / "curves.csv"
     ).read_bytes()

@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from kanllama_lightning import heads
 from kanllama_lightning.heads import SAEHead
 from kanllama_lightning.types import StepContext
-from tests.conftest import Fit
+from tests.conftest import ALONE, Fit, side_by_side_config
 
 KINDS = {
     "batch_topk": "BatchTopK",
@@ -28,17 +27,13 @@ KINDS = {
 
 def trained(fit: Fit, folder: Path, precision: str) -> dict[str, dict[str, Any]]:
     members = {name: {"class_path": kind} for name, kind in KINDS.items()}
-    args = {"d_sae": 48, "target_l0": 6, "heads": members}
-    config = folder / "heads.yaml"
-    head = {"class_path": "SideBySide", "init_args": args}
-    config.write_text(yaml.safe_dump({"model": {"head": head}}))
+    config = side_by_side_config(folder, members, d_sae=48, target_l0=6)
     run = folder / precision
     changed: dict[str, Any] = {
-        "model.head": None, "model.head.d_sae": None, "model.head.target_l0": None,
         "model.tokens": 12_800, "model.optimizer.lr": 0.003, "trainer.val_check_interval": 200,
         "trainer.precision": precision, "trainer.logger": "false", "run": run,
     }  # fmt: skip
-    assert fit(f"--config={config}", **changed) == 0
+    assert fit(config, **(ALONE | changed)) == 0
     return {name: json.loads((run / name / "summary.json").read_text()) for name in KINDS}
 
 

@@ -1,6 +1,5 @@
 """Several processes on the CPU (gloo): what they do together is what one does with all of it."""
 
-import csv
 import json
 import os
 import random
@@ -11,13 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from kanllama_lightning.functional import ranks
 from kanllama_lightning.functional.losses import auxk
 from kanllama_lightning.functional.sparse import largest_positive
 from kanllama_lightning.heads import SAEHead
-from tests.conftest import SMALL, WORDS
+from tests.conftest import ALONE, SMALL, WORDS, read_rows, side_by_side_config
 
 ROOT = Path(__file__).resolve().parents[1]
 CTX = 32
@@ -143,31 +141,15 @@ def train(folder: Path, processes: int, *extra: str, **changed: Any) -> subproce
     )
 
 
-def heads_config(folder: Path, heads: Any) -> str:
-    path = folder / "heads.yaml"
-    args = {"d_sae": 48, "target_l0": 4, "heads": heads}
-    head = {"class_path": "SideBySide", "init_args": args}
-    path.write_text(yaml.safe_dump({"model": {"head": head}}, sort_keys=False))
-    return f"--config={path}"
-
-
-SEVERAL = {"model.head": None, "model.head.d_sae": None, "model.head.target_l0": None}
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 @pytest.mark.slow
 def test_two_processes_are_one_on_the_union(
     tiny_lm_dir: Path, whole_rows: Path, tmp_path: Path
 ) -> None:
     """Without a buffer each step's batch is the same set of rows, so every number must agree."""
-    config = heads_config(tmp_path, EVERY_KIND)
+    config = side_by_side_config(tmp_path, EVERY_KIND, d_sae=48)
     batch = 8 * (CTX - 1)
     common = {
-        **SEVERAL, "lm.name": tiny_lm_dir, "data.train": whole_rows, "data.append_eos": "false",
+        **ALONE, "lm.name": tiny_lm_dir, "data.train": whole_rows, "data.append_eos": "false",
         "model.sae_batch_tokens": batch, "model.tokens": 24 * batch,
         "model.start_tokens": 4 * batch, "model.buffer.capacity_tokens": 0,
         "data.val_fraction": 0.1, "data.val_tokens": 21 * CTX,
@@ -192,7 +174,7 @@ def test_two_processes_are_one_on_the_union(
         for key in (k for k in known if k.startswith("val/") and "lens" not in k):
             assert got[key] == pytest.approx(known[key], rel=5e-3, abs=1e-3), (name, key)
         # every validation row was measured once, whoever did it
-        tokens = [sum(int(r["n_tokens"]) for r in rows(tmp_path / n / name / "l0.csv"))
+        tokens = [sum(int(r["n_tokens"]) for r in read_rows(tmp_path / n / name / "l0.csv"))
                   for n in ("one", "two")]  # fmt: skip
         assert tokens[0] == tokens[1] > 0
 
@@ -258,5 +240,5 @@ def test_processes_share_the_text_and_end_alike_and_another_number_goes_on(
         states = [torch.load(seen / f"{n}-processes-{rank}.pt") for rank in range(n)]
         for state in states[1:]:
             assert all(torch.equal(state[key], value) for key, value in states[0].items())
-    steps = [int(row["step"]) for row in rows(run / "l0.csv")]
+    steps = [int(row["step"]) for row in read_rows(run / "l0.csv")]
     assert steps == sorted(steps)

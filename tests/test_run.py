@@ -1,6 +1,5 @@
 """A run's folder, and tables that outlive a kill."""
 
-import csv
 import json
 import math
 
@@ -9,17 +8,13 @@ import pytest
 from kanllama_lightning.run import Table, make_folder, write_json
 from kanllama_lightning.saved import checkpoints
 from kanllama_lightning.types import InputError
+from tests.conftest import read_rows
 
 COLUMNS = ("step", "name", "loss")
 
 
-def read(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def steps(path):
-    return [int(row["step"]) for row in read(path)]
+    return [int(row["step"]) for row in read_rows(path)]
 
 
 @pytest.fixture
@@ -31,8 +26,12 @@ def table(tmp_path):
 
 
 def test_rows_read_back_exactly(table):
-    assert read(table.path)[2] == {"step": "2", "name": 'a "b", c', "loss": repr(math.pi * 1e-20)}
-    assert [float(row["loss"]) for row in read(table.path)] == [1 / 3, 2 / 3, math.pi * 1e-20]
+    assert read_rows(table.path)[2] == {
+        "step": "2",
+        "name": 'a "b", c',
+        "loss": repr(math.pi * 1e-20),
+    }
+    assert [float(row["loss"]) for row in read_rows(table.path)] == [1 / 3, 2 / 3, math.pi * 1e-20]
     assert table.path.read_text().count("step") == 1  # one header
 
 
@@ -56,7 +55,7 @@ def test_cut_drops_a_last_line_that_misses_columns(table, left):
     table.cut(100)
     assert steps(table.path) == [1, 2, 2]
     table.append([{"step": 3, "name": "n", "loss": 1.5}])
-    assert read(table.path)[-1] == {"step": "3", "name": "n", "loss": "1.5"}
+    assert read_rows(table.path)[-1] == {"step": "3", "name": "n", "loss": "1.5"}
 
 
 @pytest.mark.parametrize("n_left", [0, 1, 20])
@@ -72,7 +71,7 @@ def test_cut_of_a_torn_header_leaves_an_empty_table(table):
     table.path.write_text("step,na")
     table.cut(100)
     table.append([{"step": 3, "name": "n", "loss": 1.5}])
-    assert read(table.path) == [{"step": "3", "name": "n", "loss": "1.5"}]
+    assert read_rows(table.path) == [{"step": "3", "name": "n", "loss": "1.5"}]
 
 
 def test_cut_without_a_file(tmp_path):

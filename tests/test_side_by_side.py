@@ -1,19 +1,17 @@
 """Several heads on the same activations: each exactly what it would be alone."""
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from kanllama_lightning.heads import SAEHead
 from kanllama_lightning.reports.cli import main as evaluate
 from kanllama_lightning.side_by_side import SideBySide
 from kanllama_lightning.types import InputError
-from tests.conftest import Fit, only_run
+from tests.conftest import ALONE, Fit, only_run, read_rows, side_by_side_config
 from tests.wandb_file import history
 
 HEADS: dict[str, dict[str, Any]] = {
@@ -23,31 +21,14 @@ HEADS: dict[str, dict[str, Any]] = {
 }
 
 
-def config(folder: Path, heads: Any, **shared: Any) -> str:
-    """A config file with these heads side by side."""
-    path = folder / "heads.yaml"
-    args = {"d_sae": 32, "target_l0": 4, **shared, "heads": heads}
-    head = {"class_path": "SideBySide", "init_args": args}
-    path.write_text(yaml.safe_dump({"model": {"head": head}}, sort_keys=False))
-    return f"--config={path}"
-
-
-ALONE = {"model.head": None, "model.head.d_sae": None, "model.head.target_l0": None}
-
-
 def together(fit: Fit, tmp_path: Path, *extra: str, **changed: Any) -> int:
-    return fit(config(tmp_path, HEADS), *extra, **(ALONE | changed))
+    return fit(side_by_side_config(tmp_path, HEADS), *extra, **(ALONE | changed))
 
 
 @pytest.fixture
 def run(fit: Fit, tmp_path: Path) -> Path:
     assert together(fit, tmp_path) == 0
     return only_run(tmp_path)
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_each_head_is_what_it_would_be_alone(run: Path, tmp_path: Path) -> None:
@@ -63,7 +44,7 @@ def test_each_head_is_what_it_would_be_alone(run: Path, tmp_path: Path) -> None:
         for key, value in want.items():
             assert torch.equal(got[key], value), (name, key)
         for table in ("l0.csv", "losses.csv", "lens.csv"):
-            assert rows(run / name / table) == rows(folder / table), (name, table)
+            assert read_rows(run / name / table) == read_rows(folder / table), (name, table)
         a, b = (json.loads((f / "summary.json").read_text()) for f in (folder, run / name))
         for summary in (a, b):
             for key in [k for k in summary if k.startswith(("time/", "seconds", "tokens_per"))]:
@@ -98,7 +79,7 @@ def test_the_record_takes_the_run_whole(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "comparison"
     given = ["--documents", "10", "--wandb", "false"]
     assert evaluate(["compare", str(run), "--out", str(out), *given]) == 0
-    compared = {row["run"] for row in rows(out / "comparison.csv")}
+    compared = {row["run"] for row in read_rows(out / "comparison.csv")}
     assert compared == set(HEADS)
     assert (out / "comparison.html").is_file()
     assert evaluate(["report", str(run), "--reports", "sparsity", *given]) == 0
@@ -140,7 +121,7 @@ def test_mistakes_are_named(heads: Any, message: str) -> None:
 def test_a_mistake_on_the_command_line_is_one_line(
     fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    wrong = config(tmp_path, {"a": {"class_path": "TopK", "init_args": {"k": 9}}})
+    wrong = side_by_side_config(tmp_path, {"a": {"class_path": "TopK", "init_args": {"k": 9}}})
     assert fit(wrong, **ALONE) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ")

@@ -71,7 +71,6 @@ class Estimate:
         """
         schedule, buffer = module.schedule, module.buffer
         lm_rows = data.lm_batch_seqs * data.ctx_len
-        filling = max(module.start_tokens, buffer.capacity_tokens)
         given: list[Trainee] = list(module.trainees)  # type: ignore[arg-type]
         trainees = {t.name or type(t.head).__name__: t for t in given}
         parameters = list(module.trainees.parameters())
@@ -86,14 +85,14 @@ class Estimate:
             lm_seconds=lm_seconds(lm, data.lm_batch_seqs, data.ctx_len, device),
             tokens=schedule.steps * schedule.batch,
             batch=schedule.batch,
-            filling=filling,
+            filling=module.filling_rows,
             d_model=lm.d_model,
             head_weights=sum(p.numel() * p.element_size() for p in parameters),
             lm_weights=lm.n_parameters * lm.dtype.itemsize,
             buffer=held * lm.d_model * buffer.dtype.itemsize,
             planes=sum(t.head.d_sae for t in trainees.values()),
             cached=data.cache is not None,
-            cache_rows=data.cache_tokens or schedule.rows_read(filling),
+            cache_rows=data.cache_tokens or schedule.rows_read(module.filling_rows),
         )
 
     # ------------------------------------------------------------------ memory and disk

@@ -73,7 +73,8 @@ class Baselines(L.Callback):
         untrained = head_folder(trainer.default_root_dir, name) / FOLDER / "untrained"
         if untrained.exists():
             own["untrained head"] = f"untrained {name}"
-            self._controls[own["untrained head"]] = SAEHead.load(untrained).to(x.device)
+            control = SAEHead.load(untrained, allow=head.modules_named())
+            self._controls[own["untrained head"]] = control.to(x.device)
         return own
 
     def on_validation_batch_end(

@@ -102,6 +102,12 @@ def check(value: Any, schema: Any, where: str = "") -> Any:
         if not isinstance(value, list):
             raise _wrong(value, schema, where)
         return [check(one, args[0], f"{where}[{i}]") for i, one in enumerate(value)]
+    if kind is tuple:
+        if not isinstance(value, list | tuple) or len(value) != len(args):
+            raise _wrong(value, schema, where)
+        return [
+            check(v, a, f"{where}[{i}]") for i, (v, a) in enumerate(zip(value, args, strict=True))
+        ]
     if kind is dict:
         if not isinstance(value, dict):
             raise _wrong(value, schema, where)
@@ -156,6 +162,8 @@ def words(schema: Any) -> str:
         return " or ".join(repr(one) for one in args)
     if kind is list:
         return f"a list, each {words(args[0])}"
+    if kind is tuple:
+        return f"a list of {len(args)}, each {words(args[0])}"
     if kind is dict or schema is dict or typing.is_typeddict(schema):
         return "an object with keys"
     if schema is None or schema is type(None):

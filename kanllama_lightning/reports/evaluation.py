@@ -9,6 +9,7 @@ import torch
 
 from kanllama_lightning.figures import check_png
 from kanllama_lightning.lm import FrozenLM
+from kanllama_lightning.named import name_of
 from kanllama_lightning.packing import Rows
 from kanllama_lightning.reports import texts
 from kanllama_lightning.reports.base import EvalRun, Report
@@ -153,7 +154,7 @@ def _about(
     training = {k: data.get(k) for k in ("train", "val_fraction", "ctx_len", "append_eos")}
     return {
         "head": type(head).__name__,
-        "class_path": subject.card["class_path"],
+        "class_path": name_of(type(head)),
         "lm": lm.name,
         "revision": lm.revision,
         "hook_point": lm.hook.name,

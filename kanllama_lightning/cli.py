@@ -25,8 +25,15 @@ from kanllama_lightning.lm import FrozenLM
 from kanllama_lightning.module import SAEModule, check_precision
 from kanllama_lightning.preflight import check_room
 from kanllama_lightning.resume import find_checkpoint
-from kanllama_lightning.run import CHECKPOINTS, LOGGER_ID, make_folder, remove_unused
+from kanllama_lightning.run import (
+    CHECKPOINTS,
+    LOGGER_ID,
+    make_folder,
+    read_logger_id,
+    remove_unused,
+)
 from kanllama_lightning.schedule import Schedule
+from kanllama_lightning.small_files import read_yaml
 from kanllama_lightning.tokens import TokenData
 from kanllama_lightning.types import CacheStopped, InputError, RunStopped
 
@@ -203,7 +210,7 @@ def _logger_id(folder: Path) -> str:
     path = folder / LOGGER_ID
     if not path.exists():
         path.write_text(uuid.uuid4().hex[:8] + "\n")
-    return path.read_text().strip()
+    return read_logger_id(folder)
 
 
 def _with_base(args: list[str]) -> list[str]:
@@ -233,12 +240,7 @@ def _refuse_linked(args: Sequence[str]) -> None:
 
 
 def _refuse_linked_in(file: Path) -> None:
-    import yaml
-
-    try:
-        tree = yaml.safe_load(file.read_text()) or {}
-    except yaml.YAMLError as e:
-        raise InputError(f"--config {file}: is no valid YAML: {e}") from e
+    tree = read_yaml(file, dict[str, Any] | None, "mend it, or leave it out") or {}
     for linked, source in LINKED.items():
         node: Any = tree
         for part in linked.split("."):

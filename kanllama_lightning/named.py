@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
-from kanllama_lightning.files import Wrong, check
+from kanllama_lightning.small_files import Wrong, check
 from kanllama_lightning.types import InputError
 
 PACKAGE = "kanllama_lightning"
@@ -76,6 +76,19 @@ def refuse_module(name: str, modules: Collection[str]) -> None:
         f"their code; if you trust the module {module}, allow it: `--allow {module}` on the "
         f"command line, `allow=[{module!r}]` in Python"
     )
+
+
+def refuse_modules(tree: Any, modules: Collection[str]) -> None:
+    """Refuse a tree from a file that names, by `class_path`, a class that it may not.
+
+    Raises:
+        InputError: It does; nothing was imported.
+    """
+    parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
+    for part in parts:
+        refuse_modules(part, modules)
+    if isinstance(tree, dict) and "class_path" in tree:
+        refuse_module(str(tree["class_path"]), modules)
 
 
 def named_class(name: str, base: type) -> Any:

@@ -1,14 +1,15 @@
 """Finding the checkpoint to go on from, and refusing one of another run."""
 
-import json
+import logging
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from kanllama_lightning.run import CONFIG, SUMMARY
+from kanllama_lightning.run import CONFIG, read_config, read_summary
 from kanllama_lightning.saved import checkpoints, damage, newest_whole
+from kanllama_lightning.small_files import from_yaml, there
 from kanllama_lightning.types import InputError
+
+log = logging.getLogger(__name__)
 
 FREE = (
     "ckpt_path",
@@ -76,7 +77,7 @@ def find_checkpoint(asked: Any, runs_dir: str, config: str, run: str | None, exa
             "continued inside its run folder"
         )
     if exact:
-        differences = compare(beside.read_text(), config)
+        differences = compare(read_config(path.parent.parent), config)
         if differences:
             listed = "\n".join(f"  {line}" for line in differences[:8])
             raise InputError(
@@ -87,15 +88,18 @@ def find_checkpoint(asked: Any, runs_dir: str, config: str, run: str | None, exa
 
 
 def _newest(runs_dir: Path, config: str) -> Path:
-    unfinished = [
-        folder
-        for folder in (runs_dir.iterdir() if runs_dir.is_dir() else [])
-        if (folder / CONFIG).is_file() and not _finished(folder) and checkpoints(folder)
-    ]
-    unfinished.sort(key=lambda folder: checkpoints(folder)[-1].stat().st_mtime)
+    unfinished: list[tuple[float, Path, dict[str, Any]]] = []
+    for folder in sorted(runs_dir.iterdir()) if runs_dir.is_dir() else []:
+        try:
+            if there(folder / CONFIG) and checkpoints(folder) and not _finished(folder):
+                saved_at = checkpoints(folder)[-1].stat().st_mtime
+                unfinished.append((saved_at, folder, read_config(folder)))
+        except (InputError, OSError) as e:
+            log.warning("%s is left out: %s", folder, e)
+    unfinished.sort(key=lambda one: one[0])
     near: list[str] = []
-    for folder in reversed(unfinished):
-        differences = compare((folder / CONFIG).read_text(), config)
+    for _, folder, saved in reversed(unfinished):
+        differences = compare(saved, config)
         if not differences:
             whole = newest_whole(folder)
             if whole is not None:
@@ -110,13 +114,13 @@ def _newest(runs_dir: Path, config: str) -> Path:
 
 
 def _finished(folder: Path) -> bool:
-    summary = folder / SUMMARY
-    return summary.is_file() and bool(json.loads(summary.read_text()).get("finished"))
+    return bool(read_summary(folder).get("finished"))
 
 
-def compare(saved: str, given: str) -> list[str]:
+def compare(saved: str | dict[str, Any], given: str) -> list[str]:
     """What differs between two configurations, beyond what may; one line each."""
-    a, b = _flat(yaml.safe_load(saved)), _flat(yaml.safe_load(given))
+    a = _flat(from_yaml(saved) if isinstance(saved, str) else saved)
+    b = _flat(from_yaml(given))
     return [
         f"{key}: {a.get(key)!r} in the run, {b.get(key)!r} now"
         for key in sorted(a.keys() | b.keys())

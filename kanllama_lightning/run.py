@@ -1,12 +1,21 @@
 """A run's folder: where it is, what is in it, and how to find the one to go on with."""
 
 import csv
-import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+from kanllama_lightning.small_files import (
+    Count,
+    FileName,
+    read_csv,
+    read_json,
+    read_text,
+    read_yaml,
+    there,
+)
 from kanllama_lightning.types import InputError
 
 CONFIG, SUMMARY, CHECKPOINTS, HEAD, LOGGER_ID, EVAL = (
@@ -59,31 +68,71 @@ def head_folder(root: str | Path, name: str) -> Path:
 
 def members(folder: Path) -> list[Path]:
     """Folders of the heads that a run trained side by side; empty for a run of one head."""
-    path = folder / SUMMARY
-    names = read_json(path).get("heads") if path.is_file() else None
-    return [folder / name for name in names] if isinstance(names, list) else []
+    return [folder / name for name in read_summary(folder).get("heads", [])]
 
 
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Replace a JSON file whole."""
-    part = path.with_name(path.name + ".tmp")
-    part.write_text(json.dumps(values, indent=2) + "\n")
-    part.replace(path)
+class RunSummary(TypedDict, total=False):
+    """`summary.json`, as far as somebody reads it."""
+
+    finished: bool
+    heads: list[FileName]
+    tokens: Count
+    steps: Count
+    seconds: float
+    tokens_per_second: float | None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
+def read_summary(folder: Path) -> dict[str, Any]:
+    """`summary.json` of a run; empty where there is none.
 
     Raises:
-        InputError: It does not.
+        InputError: It is damaged.
     """
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as e:
-        raise InputError(f"{path}: is no valid JSON ({e}); delete it, it is made anew") from e
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: holds no JSON object; delete it, it is made anew")
-    return values
+    path = folder / SUMMARY
+    remedy = f"move it away, `python train.py fit ... --ckpt_path {folder}` writes it anew"
+    return read_json(path, RunSummary, remedy) if there(path) else {}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.yaml` of a run; empty where there is none.
+
+    Raises:
+        InputError: It is damaged.
+    """
+    path = folder / CONFIG
+    return read_yaml(path, RunConfig, "mend it, or copy it anew") if there(path) else {}
+
+
+def read_logger_id(folder: Path) -> str:
+    """The W&B id of a run.
+
+    Raises:
+        InputError: There is none, or it is no id.
+    """
+    path = folder / LOGGER_ID
+    remedy = "delete it, the run gets a new one"
+    found = read_text(path, remedy, most=1024).strip()
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,128}", found):
+        raise InputError(f"{path}: {found[:40]!r} is no id of a W&B run; {remedy}")
+    return found
+
+
+class LMConfig(TypedDict, total=False):
+    """What names the LM in a configuration."""
+
+    name: str
+    hook_point: str
+    revision: str | None
+    untrained: bool
+
+
+class RunConfig(TypedDict, total=False):
+    """`config.yaml`, as far as somebody reads it before the parser does."""
+
+    lm: LMConfig
+    data: dict[str, Any]
+    model: dict[str, Any]
+    trainer: dict[str, Any]
 
 
 class Table:
@@ -110,9 +159,10 @@ class Table:
         """Drop rows of later steps, and a last line cut short: a run goes on from before them."""
         if not self.path.exists():
             return
-        whole, _, _ = self.path.read_bytes().rpartition(b"\r\n")
-        rows = csv.DictReader(whole.decode().splitlines())
-        kept = [row for row in rows if int(row["step"]) <= after_step]
+        cells = dict.fromkeys(self.columns, str) | {"step": int}
+        remedy = "move it away, a new one is begun"
+        rows = read_csv(self.path, cells, remedy, whole=False)
+        kept = [row for row in rows if row["step"] <= after_step]
         part = self.path.with_name(self.path.name + ".tmp")
         with part.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.columns)

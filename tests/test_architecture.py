@@ -12,7 +12,7 @@ FILES = [
     for p in (ROOT / folder).rglob("*.py")
 ]
 HEADS = "kanllama_lightning.heads"
-READING = {f"kanllama_lightning.{name}" for name in ("types", "files", "named")}
+READING = {f"kanllama_lightning.{name}" for name in ("types", "files", "small_files", "named")}
 """What may be used wherever a saved file is read."""
 SHARED_BY_HEADS = {
     f"{HEADS}.{name}"

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kanllama_lightning.files import Count, read_json, there, write_json, write_whole
+from kanllama_lightning.files import replacing
 from kanllama_lightning.functional.moments import mean_and_std, norms
 from kanllama_lightning.named import (
     PACKAGE,
@@ -24,6 +24,7 @@ from kanllama_lightning.named import (
     only,
     ship,
 )
+from kanllama_lightning.small_files import Count, read_json, there, write_json
 from kanllama_lightning.types import Curves, InputError, SAEOutput, StepContext
 
 FORMAT = 2
@@ -249,7 +250,8 @@ class SAEHead(Trained, ABC):
             "provenance": provenance or {},
         }
         state = {k: v.detach().contiguous().cpu() for k, v in self.state_dict().items()}
-        write_whole(folder / WEIGHTS, lambda part: save_file(state, part))
+        with replacing(folder / WEIGHTS) as part:
+            save_file(state, part)
         write_json(folder / CARD, card)
 
     @staticmethod

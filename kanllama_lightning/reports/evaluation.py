@@ -13,10 +13,10 @@ from kanllama_lightning.named import name_of
 from kanllama_lightning.packing import Rows
 from kanllama_lightning.reports import texts
 from kanllama_lightning.reports.base import EvalRun, Report
-from kanllama_lightning.reports.record import DONE, make, pending
+from kanllama_lightning.reports.record import DONE, make, pending, read_done
 from kanllama_lightning.reports.send import send
 from kanllama_lightning.reports.subject import Subject, read_subject, shared_lm
-from kanllama_lightning.run import EVAL, read_json
+from kanllama_lightning.run import EVAL
 from kanllama_lightning.types import InputError
 
 CTX_LEN = 512
@@ -43,6 +43,8 @@ class How(NamedTuple):
     """Whether the record goes to the W&B run too, if there is one."""
     png: bool = False
     """Whether figures are also written as PNG."""
+    allow: Sequence[str] = ()
+    """Modules whose classes a run's files may name, beside what is shipped."""
 
 
 def report(
@@ -66,7 +68,7 @@ def report(
     """
     if how.png:
         check_png()
-    subjects = [read_subject(folder) for folder in runs]
+    subjects = [read_subject(folder, how.allow) for folder in runs]
     lm = shared_lm(subjects, how.lm, how.dtype)
     device = device_named(how.device)
     if how.batch_seqs < 1:
@@ -101,7 +103,7 @@ def complete(runs: Sequence[Path], reports: Sequence[Report], how: How) -> None:
     """
     alike: dict[tuple[str, ...], list[Path]] = {}
     for folder in runs:
-        subject = read_subject(folder)
+        subject = read_subject(folder, how.allow)
         lacking = tuple(r.name for r in reports if not _there(subject, r))
         if lacking:
             alike.setdefault(lacking, []).append(folder)
@@ -110,8 +112,8 @@ def complete(runs: Sequence[Path], reports: Sequence[Report], how: How) -> None:
 
 
 def _there(subject: Subject, kind: Report) -> bool:
-    path = subject.folder / EVAL / DONE / f"{kind.name}.json"
-    return path.is_file() and read_json(path)["about"].get("head_sha256") == subject.sha256
+    done = read_done(subject.folder / EVAL / DONE / f"{kind.name}.json")
+    return done is not None and done["about"]["head_sha256"] == subject.sha256
 
 
 def _sets(first: Subject, lm: FrozenLM, how: How) -> dict[str, Rows]:

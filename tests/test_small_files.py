@@ -3,14 +3,13 @@
 import json
 import math
 import os
-import stat
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 import pytest
 
-from kanllama_lightning.files import (
+from kanllama_lightning.small_files import (
     Count,
     Digest,
     FileName,
@@ -25,8 +24,6 @@ from kanllama_lightning.files import (
     read_yaml,
     there,
     write_json,
-    write_text,
-    write_whole,
 )
 from kanllama_lightning.types import InputError
 
@@ -221,7 +218,7 @@ def test_csv_is_read_by_its_types(tmp_path):
         b"step,step,x,name\r\n": "more than once",
         b"step,x,name\r\n1,2\r\n": "row 2 has 2 cells, the header 3",
         b"step,x,name\r\n1.5,2,a\r\n": r"row 2, step='1\.5' must be a whole number",
-        b"step,x,name\r\n1,nan,a\r\n": "row 2, x='nan' must be a finite number",
+        b"step,x,name\r\n1,nan,a\r\n": "row 2, x=nan must be a finite number",
         b"step,x,name\r\n1,1e999,a\r\n": "finite",
         b'step,x,name\r\n1,2,"a\r\n': "unexpected end of data",
         b"step,x,name\r\n" + b"9" * 5000 + b",2,a\r\n": "whole number",
@@ -248,26 +245,6 @@ def test_what_is_not_known_is_null(tmp_path):
     }
     assert read_json(path)["b"] == [1.5, None]
     assert plain(1.5) == 1.5
-
-
-def test_files_are_written_whole_and_with_the_umask(tmp_path):
-    path = tmp_path / "a.txt"
-    old = os.umask(0o027)
-    try:
-        write_text(path, "one\r\ntwo")
-        write_whole(tmp_path / "b", lambda part: os.close(os.open(part, os.O_CREAT, 0o600)))
-    finally:
-        os.umask(old)
-    assert path.read_bytes() == b"one\r\ntwo"
-    assert {stat.S_IMODE(p.stat().st_mode) for p in tmp_path.iterdir()} == {0o640}
-
-    def fails(part: Path) -> None:
-        part.write_text("half")
-        raise OSError("full")
-
-    with pytest.raises(OSError, match="full"):
-        write_whole(path, fails)
-    assert path.read_bytes() == b"one\r\ntwo"
 
 
 def test_json_keeps_what_python_would_change():

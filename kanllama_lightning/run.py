@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -65,10 +66,21 @@ def members(folder: Path) -> list[Path]:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Replace a JSON file whole."""
+    """Replace a JSON file whole; numbers that are not finite have no word in JSON and are null."""
     part = path.with_name(path.name + ".tmp")
-    part.write_text(json.dumps(values, indent=2) + "\n")
+    part.write_text(json.dumps(plain(values), indent=2, allow_nan=False) + "\n")
     part.replace(path)
+
+
+def plain(value: Any) -> Any:
+    """The value with None in the place of NaN and infinity, however deep."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
 
 
 def read_json(path: Path) -> dict[str, Any]:

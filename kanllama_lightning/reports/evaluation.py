@@ -11,6 +11,7 @@ from kanllama_lightning.figures import check_png
 from kanllama_lightning.lm import FrozenLM
 from kanllama_lightning.named import name_of
 from kanllama_lightning.packing import Rows
+from kanllama_lightning.preflight import check_forward
 from kanllama_lightning.reports import texts
 from kanllama_lightning.reports.base import EvalRun, Report
 from kanllama_lightning.reports.record import DONE, make, pending, read_done
@@ -85,6 +86,8 @@ def report(
     if not jobs:
         return made
     lm.load_(device)
+    if main is not None:
+        check_forward(lm, next(texts.batches(main, how.batch_seqs)).to(device))
     for run in made:
         run.head.to(device)
     try:
@@ -129,12 +132,22 @@ def _sets(first: Subject, lm: FrozenLM, how: How) -> dict[str, Rows]:
             )
         if ctx_len is not None:
             raise InputError(f"--ctx_len={ctx_len}: goes with --text; a run keeps its own")
+        _check_length(lm, data.ctx_len)
         return texts.run_sets(data, documents)
     length = ctx_len or (data.ctx_len if data is not None else CTX_LEN)
     if length < 2:
         raise InputError(f"--ctx_len={length}: must be at least 2 tokens")
+    _check_length(lm, length)
     append = data is not None and data.encoder.eos is not None
     return texts.text_sets(text, lm.tokenizer, length, append, documents)
+
+
+def _check_length(lm: FrozenLM, length: int) -> None:
+    lm.check_length(
+        length,
+        f"--ctx_len={length}",
+        f"give --text with --ctx_len {lm.positions} or less",
+    )
 
 
 def _counts(rows: Rows, lm: FrozenLM) -> Any:

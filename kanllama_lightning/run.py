@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
+from kanllama_lightning.files import replacing
+from kanllama_lightning.lock import confirm_mine
 from kanllama_lightning.small_files import (
-    Count,
-    FileName,
     read_csv,
     read_json,
     read_text,
@@ -18,11 +18,13 @@ from kanllama_lightning.small_files import (
 )
 from kanllama_lightning.types import InputError
 
-CONFIG, SUMMARY, CHECKPOINTS, HEAD, LOGGER_ID, EVAL = (
+CONFIG, SESSIONS, SUMMARY, CHECKPOINTS, HEAD, HEADS, LOGGER_ID, EVAL = (
     "config.yaml",
+    "sessions.json",
     "summary.json",
     "checkpoints",
     "head",
+    "heads",
     "wandb_id",
     "eval",
 )
@@ -46,14 +48,6 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
-def remove_unused(folder: Path) -> None:
-    """Take away a run folder in which nothing was computed yet."""
-    if folder.is_dir() and {p.name for p in folder.iterdir()} <= {CONFIG, LOGGER_ID}:
-        for path in folder.iterdir():
-            path.unlink()
-        folder.rmdir()
-
-
 def prefixed(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """Figures under the name of the head they are of; a head that is trained alone has none."""
     return {f"{name}/{key}" if name else key: value for key, value in values.items()}
@@ -61,25 +55,16 @@ def prefixed(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def head_folder(root: str | Path, name: str) -> Path:
     """Where what belongs to one head of a run is kept: the run folder itself, or one inside it."""
+    confirm_mine(Path(root))
     folder = Path(root) / name
-    folder.mkdir(exist_ok=True)
+    if name:
+        folder.mkdir(exist_ok=True)
     return folder
 
 
 def members(folder: Path) -> list[Path]:
     """Folders of the heads that a run trained side by side; empty for a run of one head."""
     return [folder / name for name in read_summary(folder).get("heads", [])]
-
-
-class RunSummary(TypedDict, total=False):
-    """`summary.json`, as far as somebody reads it."""
-
-    finished: bool
-    heads: list[FileName]
-    tokens: Count
-    steps: Count
-    seconds: float
-    tokens_per_second: float | None
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
@@ -146,26 +131,30 @@ class Table:
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
         self.path, self.columns = path, list(columns)
 
-    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Add rows; floats are written so that they read back exactly."""
-        new = not self.path.exists() or not self.path.stat().st_size
-        with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, self.columns)
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
+    def put(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Put the rows of a step in the place of those of this step and of later ones.
 
-    def cut(self, after_step: int) -> None:
-        """Drop rows of later steps, and a last line cut short: a run goes on from before them."""
-        if not self.path.exists():
-            return
-        cells = dict.fromkeys(self.columns, str) | {"step": int}
-        remedy = "move it away, a new one is begun"
-        rows = read_csv(self.path, cells, remedy, whole=False)
-        kept = [row for row in rows if row["step"] <= after_step]
-        part = self.path.with_name(self.path.name + ".tmp")
-        with part.open("w", newline="") as file:
+        So a run that goes on from before them leaves neither hole nor repeat; a last line cut short
+        goes too. The file is replaced whole; floats are written so that they read back exactly.
+
+        Raises:
+            InputError: The file is there and is no such table.
+        """
+        with replacing(self.path) as part, part.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
-            writer.writerows(kept)
-        part.replace(self.path)
+            writer.writerows(self._before(step))
+            writer.writerows(rows)
+
+    def _before(self, step: int) -> list[dict[str, Any]]:
+        """Rows of earlier steps."""
+        if not there(self.path):
+            return []
+        cells = dict.fromkeys(self.columns, str) | {"step": int}
+        rows = read_csv(self.path, cells, "move it away, a new one is begun", whole=False)
+        if rows and list(rows[0]) != self.columns:
+            raise InputError(
+                f"{self.path}: is no table with the columns {', '.join(self.columns)}; move it "
+                "away, a new one is begun"
+            )
+        return [row for row in rows if row["step"] < step]

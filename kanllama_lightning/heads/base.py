@@ -31,6 +31,8 @@ FORMAT = 2
 """Of a saved head; 1 named its class by `class_path`."""
 FLOATS = ("F32", "F16", "BF16", "F64")
 """Number formats, in safetensors' words, that become a head's own on loading."""
+LARGEST = 1e8
+"""Of the numbers of a head: their products stay far from what a number can be."""
 AGAIN = "copy the folder anew from its run"
 WEIGHTS, CARD = "head.safetensors", "head.json"
 ALONE = 64
@@ -354,9 +356,16 @@ def _load_weights(path: Path, head: SAEHead) -> None:
         odd = value.isnan() & ~fresh[name].isnan() | value.isinf() & ~fresh[name].isinf()
         if odd.any():
             raise _unfit(path, f"{name} holds {int(odd.sum()):,} values that are no finite number")
-    for name, limit in (("scale", head.scale), ("norm_limit", head.norm_limit)):
-        if not limit > 0:
-            raise _unfit(path, f"{name}={float(limit):g} must be larger than 0")
+        largest = value[value.isfinite()].abs().amax() if value.isfinite().any() else 0.0
+        if not largest <= LARGEST:
+            raise _unfit(path, f"{name} holds {float(largest):.3g}; {LARGEST:g} is the most")
+    for name, limit, least in (
+        ("scale", head.scale, 1 / LARGEST),
+        ("norm_limit", head.norm_limit, 0.0),
+    ):
+        if not (limit > 0 and limit >= least):
+            least_said = f" (at least {least:g})" if least else ""
+            raise _unfit(path, f"{name}={float(limit):g} must be larger than 0{least_said}")
 
 
 def _unfit(path: Path, why: str) -> InputError:

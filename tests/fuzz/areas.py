@@ -6,7 +6,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from kanllama_lightning.reports.record import read_done
 from kanllama_lightning.reports.subject import folder_named, read_subject
 from kanllama_lightning.resume import find_checkpoint
 from kanllama_lightning.run import Table
-from kanllama_lightning.saved import keep, seal
+from kanllama_lightning.saved import seal, written
 from kanllama_lightning.small_files import read_csv
 from kanllama_lightning.tokens import TokenData
 from tests.fuzz.damage import Edit, broken, damaged_json, edited
@@ -69,13 +69,8 @@ def heads(folder: Path) -> list[Area]:
         saved.append(folder / kind.__name__)
         head.save(saved[-1], {"lm": "tiny", "hook_point": "model.layers.0", "tokens": 10})
 
-    def load_(where: Path) -> None:
-        out = SAEHead.load(where)(X)
-        finite(out.x_hat, f"{where.name}: reconstruction")
-
-    def every() -> None:
-        for where in saved:
-            load_(where)
+    def load_(where: Path) -> Callable[[], None]:
+        return lambda: finite(SAEHead.load(where)(X).x_hat, "reconstruction")
 
     def weights(data: bytes, changes: list[Edit]) -> bytes:
         if changes[0].much % 3 == 0:
@@ -102,10 +97,13 @@ def heads(folder: Path) -> list[Area]:
                 state[f"more{change.what}"] = torch.ones(change.much % 5)
         return save({k: v.contiguous() for k, v in state.items()})
 
-    return [
-        Area("head.json", [s / "head.json" for s in saved], damaged_json, every),
-        Area("head.safetensors", [s / "head.safetensors" for s in saved], weights, every),
-    ]
+    areas = []
+    for own in saved:
+        areas += [
+            Area(f"head.json of {own.name}", [own / "head.json"], damaged_json, load_(own)),
+            Area(f"weights of {own.name}", [own / "head.safetensors"], weights, load_(own)),
+        ]
+    return areas
 
 
 # -------------------------------------------------------------------------------- runs and records
@@ -139,14 +137,14 @@ def run_folder(folder: Path) -> Path:
     (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
     for step in (10, 20):
         path = folder / "checkpoints" / f"step={step:09d}.ckpt"
-        torch.save(CHECKPOINT, f"{path}.tmp")
+        torch.save(CHECKPOINT, path)
         side = path.with_name(f"{path.stem}.rank0.safetensors")
-        Path(f"{side}.tmp").write_bytes(save({"rows": torch.ones(2)}))
-        seal(path, [keep(Path(f"{side}.tmp"), side), keep(Path(f"{path}.tmp"), path)])
+        side.write_bytes(save({"rows": torch.ones(2)}))
+        seal(path, [written(side), written(path)])
     summary = {"finished": False, "steps": 20, "tokens": 1000, "seconds": 1.5, "val/fvu": 0.5}
     (folder / "summary.json").write_text(json.dumps(summary))
-    rows = [{"step": s, "set": "heldout", "l0": 0.5} for s in (5, 10, 20)]
-    table(folder).append(rows)
+    for step in (5, 10, 20):
+        table(folder).put(step, [{"step": step, "set": "heldout", "l0": 0.5}])
     return folder
 
 
@@ -189,7 +187,10 @@ def runs(folder: Path) -> list[Area]:
 
     def itself() -> None:
         find_checkpoint(near, str(folder / "runs"), given, None, True)
-        table(near).cut(after_step=10)
+
+    def continued() -> None:
+        with kept(near / "l0.csv"):
+            table(near).put(15, [{"step": 15, "set": "heldout", "l0": 0.25}])
 
     def whole(data: bytes, changes: list[Edit]) -> bytes:
         return damaged_json(data, changes)
@@ -216,19 +217,20 @@ def runs(folder: Path) -> list[Area]:
     return [
         Area("neighbour of a run", [*small, near / "config.yaml"], mixed(whole, yamled), neighbour),
         Area("seal, summary, config", [*small, near / "config.yaml"], mixed(whole, yamled), itself),
-        Area("tables of a run", [near / "l0.csv"], tabled, itself),
+        Area("tables of a run", [near / "l0.csv"], tabled, continued),
         Area("checkpoint", held, sealed, resealed),
     ]
 
 
 @contextmanager
 def kept(*files: Path) -> Iterator[None]:
-    before = {path: path.read_bytes() for path in files}
+    before = {path: path.read_bytes() if path.is_file() else None for path in files}
     try:
         yield
     finally:
         for path, data in before.items():
-            path.write_bytes(data)
+            if data is not None:
+                path.write_bytes(data)
 
 
 def mixed(one: Any, other: Any) -> Any:

@@ -1,5 +1,6 @@
 """What happens to files: edits of their bytes and of the tree they hold, drawn by hypothesis."""
 
+import contextlib
 import copy
 import json
 import math
@@ -90,10 +91,8 @@ def edited(tree: Any, changes: list[Edit]) -> Any:
             holder[f"more{change.much}"] = odd
         elif change.how == 7:
             other, place = found[change.much % len(found)]
-            try:
+            with contextlib.suppress(KeyError, IndexError):
                 holder[key] = copy.deepcopy(other[place])
-            except (KeyError, IndexError):
-                pass
         elif change.how == 8 and number:
             holder[key] = holder[key] * (-1) ** change.much * 10 ** (change.what % 25)
         elif change.how == 9 and number:

@@ -68,7 +68,7 @@ def run(area: Area, changes: list[Edit]) -> tuple[str, str]:
     path = area.files[changes[0].where % len(area.files)]
     data = area.damage(path.read_bytes(), changes)
 
-    def stop(number: int, frame: Any) -> None:
+    def stop(*_: Any) -> None:
         raise Hang
 
     old = signal.signal(signal.SIGALRM, stop)

@@ -12,6 +12,8 @@ import yaml
 from kanllama_lightning.resume import compare, find_checkpoint
 from kanllama_lightning.saved import remove, seal, written
 from kanllama_lightning.types import InputError
+from tests.fuzz.areas import CHECKPOINT, run_folder
+from tests.fuzz.areas import CONFIG as OWN
 
 CONFIG = {
     "seed_everything": 0,
@@ -39,7 +41,7 @@ def run(folder, config=None, steps=(1,), finished=None, age=0):
     (folder / "config.yaml").write_text(config or text())
     for step in steps:
         path = folder / "checkpoints" / f"step={step:09d}.ckpt"
-        path.touch()
+        torch.save(CHECKPOINT, path)
         seal(path, [written(path)])
         os.utime(path, (1e9 - age, 1e9 - age))
     if finished is not None:
@@ -175,7 +177,7 @@ def test_no_such_file(tmp_path, exact):
 def test_a_checkpoint_outside_its_run(tmp_path):
     alone = tmp_path / "a" / "step=000000001.ckpt"
     alone.parent.mkdir()
-    alone.touch()
+    torch.save(CHECKPOINT, alone)
     seal(alone, [written(alone)])
     with pytest.raises(InputError, match=r"no config\.yaml beside it"):
         find(str(alone))
@@ -199,8 +201,8 @@ def saved(tmp_path):
     for step in (1, 2):
         path = folder / "checkpoints" / f"step={step:09d}.ckpt"
         files = [path, path.with_suffix(".rank0.safetensors")]
-        for file in files:
-            file.write_bytes(b"some bytes of " + file.name.encode())
+        torch.save(CHECKPOINT, files[0])
+        files[1].write_bytes(b"some bytes of " + files[1].name.encode())
         seal(path, [written(file) for file in files])
     return folder
 
@@ -302,16 +304,14 @@ def test_the_config_of_a_run_names_what_runs_name(tmp_path):
 @pytest.mark.parametrize("name", ["summary.json", "config.yaml", "checkpoints/step=000000020.json"])
 @pytest.mark.parametrize("what", [b"", b"\xff\xfe", b"[1", b"- 1\n", b'{"heads": 3}', None])
 def test_a_damaged_neighbour_is_named_and_left_out(tmp_path, caplog, name, what):
-    from tests.fuzz.areas import CONFIG, run_folder
-
     own, near = (run_folder(tmp_path / "runs" / one) for one in ("a", "b"))
     (near / name).unlink()
     (near / name).mkdir() if what is None else (near / name).write_bytes(what)
     os.utime(own / "checkpoints" / "step=000000020.ckpt", (2e9, 2e9))
-    found = find_checkpoint("last", str(tmp_path / "runs"), yaml.safe_dump(CONFIG), None, True)
+    found = find_checkpoint("last", str(tmp_path / "runs"), yaml.safe_dump(OWN), None, True)
     assert found.parent.parent == own
     os.utime(near / "checkpoints" / "step=000000020.ckpt", (3e9, 3e9))
-    found = find_checkpoint("last", str(tmp_path / "runs"), yaml.safe_dump(CONFIG), None, True)
+    found = find_checkpoint("last", str(tmp_path / "runs"), yaml.safe_dump(OWN), None, True)
     assert found.parent.parent == own or name.startswith("checkpoints")
     if what is None or name == "summary.json" and what != b"- 1\n":
         assert str(near) in caplog.text
@@ -319,7 +319,6 @@ def test_a_damaged_neighbour_is_named_and_left_out(tmp_path, caplog, name, what)
 
 def test_a_pickle_in_place_of_a_checkpoint_is_not_opened(tmp_path):
     from kanllama_lightning.saved import damage, seal, written
-    from tests.fuzz.areas import run_folder
 
     folder = run_folder(tmp_path / "run")
     path = folder / "checkpoints" / "step=000000020.ckpt"

@@ -215,7 +215,7 @@ def saved(tmp_path):
         (".rank0.safetensors", flip, "checksum differs"),
         (".rank0.safetensors", lambda path: path.unlink(), "is missing"),
         (".json", lambda path: path.unlink(), "written last, is missing"),
-        (".json", cut, "cannot be read"),
+        (".json", cut, "is no valid JSON"),
     ],
 )
 def test_a_torn_checkpoint_is_left_for_the_one_before_it(saved, suffix, harm, why, caplog):

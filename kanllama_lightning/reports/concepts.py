@@ -117,7 +117,8 @@ class Concepts(Report):
         controls: dict[str, SAEHead] = {"random dictionary": random}
         untrained = run.folder / "baselines" / "untrained"
         if untrained.exists():
-            controls["untrained head"] = SAEHead.load(untrained).to(x.device)
+            allowed = run.head.modules_named()
+            controls["untrained head"] = SAEHead.load(untrained, allowed).to(x.device)
         for control in controls.values():
             control.eval().calibrate_(x)
         return controls

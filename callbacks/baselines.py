@@ -9,16 +9,15 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from callbacks.spliced_loss import splice_sums
-from kanllama_lightning.heads import PCA, BatchTopK, SAEHead
+from kanllama_lightning.heads import PCA, SAEHead
 from kanllama_lightning.metrics import Reconstruction, Sparsity, SplicedLoss
 from kanllama_lightning.run import head_folder
 
 FOLDER = "baselines"
-RANDOM_SEED = 1_000_003
 
 
 class Baselines(L.Callback):
-    """PCA with k components, a random dictionary, and the head as it was at step 0.
+    """PCA with k components, and the head as it was at step 0: random directions, untrained.
 
     Kept beside the run when training starts, measured in its final validation on the first
     validation set; `results` maps each head to its controls, and those to their figures. Heads side
@@ -59,10 +58,6 @@ class Baselines(L.Callback):
         d, own = head.d_model, {}
         wanted: dict[str, tuple[str, Any]] = {
             "PCA": (f"PCA {k}", lambda: PCA(d, min(k, d))),
-            "random dictionary": (
-                f"random {head.d_sae} {k}",
-                lambda: BatchTopK(d, head.d_sae, k, seed=RANDOM_SEED),
-            ),
         }
         for title, (key, make) in wanted.items():
             if key not in self._controls:

@@ -4,8 +4,10 @@ import importlib
 import inspect
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -39,6 +41,11 @@ class SAEHead(Trained, ABC):
             same W_enc and W_dec to every kind of head.
     """
 
+    control: ClassVar[str] = ""
+    """What a head that is a control leaves out; empty for the others."""
+    optimizer_args: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    """Arguments of the optimizer that this kind of head is trained with side by side, unless the
+    configuration gives it others; alone it is trained with those of its config."""
     scale: Tensor
     norm_limit: Tensor
     x_mean: Tensor
@@ -54,6 +61,11 @@ class SAEHead(Trained, ABC):
         self.register_buffer("norm_limit", torch.full((), torch.inf))
         # mean raw activation of the start sample: what mean ablation splices in
         self.register_buffer("x_mean", torch.zeros(d_model))
+
+    @property
+    def title(self) -> str:
+        """What tables and pages call it: its class, or what it is a control for."""
+        return f"{self.control} (control)" if self.control else type(self).__name__
 
     @abstractmethod
     def encode(self, x: Float[Tensor, "tok d_model"]) -> Float[Tensor, "tok d_sae"]:

@@ -152,7 +152,7 @@ def _about(
     data = subject.config.get("data", {})
     training = {k: data.get(k) for k in ("train", "val_fraction", "ctx_len", "append_eos")}
     return {
-        "head": type(head).__name__,
+        "head": head.title,
         "class_path": subject.card["class_path"],
         "lm": lm.name,
         "revision": lm.revision,

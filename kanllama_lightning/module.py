@@ -17,6 +17,7 @@ from kanllama_lightning.functional import ranks
 from kanllama_lightning.functional.moments import norms
 from kanllama_lightning.heads.base import SAEHead, Trained
 from kanllama_lightning.lm import FrozenLM
+from kanllama_lightning.optim import Adam
 from kanllama_lightning.preflight import preflight
 from kanllama_lightning.schedule import Schedule
 from kanllama_lightning.side_by_side import SideBySide
@@ -75,7 +76,7 @@ class SAEModule(L.LightningModule):
         self,
         lm: FrozenLM,
         head: Trained,
-        optimizer: OptimizerCallable = torch.optim.Adam,
+        optimizer: OptimizerCallable = Adam,
         buffer: ShuffleBuffer | None = None,
         tokens: int = 300_000_000,
         sae_batch_tokens: int = 4096,
@@ -365,7 +366,17 @@ class SAEModule(L.LightningModule):
             checkpoint["seen"] = ranks.rows(self.seen[None].to(self.device)).cpu()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Let the data go on behind the last batch that was used."""
+        """Let the data go on behind the last batch that was used.
+
+        Raises:
+            InputError: The checkpoint is from before the loss of all heads had one unit (0.1.0).
+        """
+        if not any(name.endswith(".x_variance") for name in checkpoint["state_dict"]):
+            raise InputError(
+                "ckpt_path: the checkpoint was written before the loss was divided by the variance "
+                "of the activations; its optimizer state does not fit this loss. Its head can be "
+                "read; to train, start a new run from its config.yaml"
+            )
         self.tokens_seen = checkpoint["tokens_seen"]
         positions, seen = checkpoint["data_positions"], checkpoint["seen"]
         rank, world = self.trainer.global_rank, self.trainer.world_size

@@ -43,8 +43,8 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.about import commit  # noqa: E402
 from benchmarks.table import grid  # noqa: E402
+from kanllama_lightning.revision import commit  # noqa: E402
 from kanllama_lightning.types import InputError  # noqa: E402
 
 SHARES = {"train": 0.80, "choose": 0.05, "report": 0.15}

@@ -167,6 +167,8 @@ def _about(
         "parameters": head.n_parameters(),
         "scale": float(head.scale),
         "train_tokens": known.get("tokens"),
+        "train_passes": known.get("passes"),
+        "train_commit": known.get("commit"),
         "train_finished": subject.summary.get("finished"),
         "train_tokens_per_second": subject.summary.get("tokens_per_second"),
         "train_data": training if data else None,

@@ -357,6 +357,7 @@ def train(study: Study, cell: Cell, out: Path, code: str) -> str:
     }
     folder.mkdir(exist_ok=True)
     _write(folder / CELL, json.dumps(about, indent=2) + "\n")
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # nobody goes on from a cell
     said = printed.read_text().strip().splitlines()[-1:] if exit_code else []
     return "; ".join([f"{cell.name}: exit {exit_code}, {seconds:.0f} s", *said])
 

@@ -21,6 +21,7 @@ from kanllama_lightning.comparison.tables import (
     table,
 )
 from kanllama_lightning.figures import page
+from kanllama_lightning.files import write_text
 from kanllama_lightning.run import make_folder
 
 SEEDS_OF_A_CLAIM = 3
@@ -85,7 +86,7 @@ def write(
     }
     if means:
         files["seeds.csv"] = pd.DataFrame(means)
-    written = [_replace(out / name, frame.to_csv(index=False)) for name, frame in files.items()]
+    written = [write_text(out / name, frame.to_csv(index=False)) for name, frame in files.items()]
     text = (
         f"{len(runs)} runs at {runs[0].summary.get('hook_point')} of {runs[0].summary.get('lm')}. "
         "Lower FVU, delta CE and KL are better; losses in nats per token. Below a figure: its 95 % "
@@ -93,14 +94,7 @@ def write(
     )
     body = _body(rows, means, pairs, flags, tolerance)
     html = page("Comparison", text, figures(runs), body)
-    return [*written, _replace(out / "comparison.html", html)]
-
-
-def _replace(path: Path, text: str) -> Path:
-    """Write a file whole."""
-    part = path.with_name(path.name + ".tmp")
-    part.write_text(text, encoding="utf-8")
-    return part.replace(path)
+    return [*written, write_text(out / "comparison.html", html)]
 
 
 def _body(

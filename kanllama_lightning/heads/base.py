@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from kanllama_lightning.files import replacing, write_text
 from kanllama_lightning.functional.losses import reconstruction
 from kanllama_lightning.functional.moments import mean_and_std, norms
 from kanllama_lightning.types import Curves, InputError, SAEOutput, StepContext
@@ -256,10 +257,9 @@ class SAEHead(Trained, ABC):
             "provenance": provenance or {},
         }
         state = {k: v.detach().contiguous().cpu() for k, v in self.state_dict().items()}
-        save_file(state, folder / f"{WEIGHTS}.tmp")
-        (folder / f"{CARD}.tmp").write_text(json.dumps(card, indent=2) + "\n")
-        for name in (WEIGHTS, CARD):
-            (folder / f"{name}.tmp").replace(folder / name)
+        with replacing(folder / WEIGHTS) as part:
+            save_file(state, part)
+        write_text(folder / CARD, json.dumps(card, indent=2) + "\n")
 
     @staticmethod
     def load(folder: str | Path) -> "SAEHead":

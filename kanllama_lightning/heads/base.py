@@ -5,7 +5,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from types import MappingProxyType
+from typing import Any, ClassVar, NotRequired, TypedDict
 
 import torch
 from jaxtyping import Float, Int
@@ -80,6 +81,11 @@ class SAEHead(Trained, ABC):
             same W_enc and W_dec to every kind of head.
     """
 
+    control: ClassVar[str] = ""
+    """What a head that is a control leaves out; empty for the others."""
+    optimizer_args: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    """Arguments of the optimizer that this kind of head is trained with side by side, unless the
+    configuration gives it others; alone it is trained with those of its config."""
     scale: Tensor
     norm_limit: Tensor
     x_mean: Tensor
@@ -102,6 +108,11 @@ class SAEHead(Trained, ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         ship(cls)
+
+    @property
+    def title(self) -> str:
+        """What tables and pages call it: its class, or what it is a control for."""
+        return f"{self.control} (control)" if self.control else type(self).__name__
 
     @abstractmethod
     def encode(self, x: Float[Tensor, "tok d_model"]) -> Float[Tensor, "tok d_sae"]:

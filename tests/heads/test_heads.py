@@ -22,6 +22,8 @@ from kanllama_lightning.heads import (
     PCA,
     BatchTopK,
     CurvedDictionary,
+    FrozenDecoder,
+    FrozenEncoder,
     Gated,
     JumpReLU,
     KANDirect,
@@ -30,8 +32,8 @@ from kanllama_lightning.heads import (
     Matryoshka,
     MLPEncoder,
     OnlyKAN,
-    RandomDictionary,
     SAEHead,
+    SoftlyFrozenDecoder,
     SplineHidden,
     SplineInput,
     SplineLatent,
@@ -56,7 +58,9 @@ HEADS = [
     TopK,
     BatchTopK,
     Matryoshka,
-    RandomDictionary,
+    FrozenDecoder,
+    FrozenEncoder,
+    SoftlyFrozenDecoder,
     WideBatchTopK,
     KANEncoder,
     KANDirect,
@@ -303,7 +307,7 @@ def test_refused_arguments(kind, args, message):
 def test_dictionary_rows_stay_on_the_unit_sphere(kind):
     """METHODS H10."""
     head = started(kind)
-    if kind is RandomDictionary:
+    if kind is FrozenDecoder:
         return  # nothing moves it
     optimizer = torch.optim.SGD(head.parameters(), lr=1e-2 / FIRST.get(kind, 1))
     for _ in range(3):
@@ -598,7 +602,7 @@ def test_topk_by_hand(training):
     assert head.losses(X, out, NOTHING_DEAD)["reconstruction"].item() == pytest.approx(9.9 / 3)
 
 
-@pytest.mark.parametrize("kind", [BatchTopK, Matryoshka, RandomDictionary, *TWINS])
+@pytest.mark.parametrize("kind", [BatchTopK, Matryoshka, FrozenDecoder, *TWINS])
 def test_thresholded_by_hand(kind):
     """k = 1 keeps three of the batch: 3, 2.5 and, of two 2s, the first; U = 0 adds nothing."""
     head = by_hand(kind, 1)

@@ -1,6 +1,7 @@
 """Several heads, to be trained on the same activations."""
 
 import copy
+import math
 import re
 from typing import Any
 
@@ -53,6 +54,9 @@ class SideBySide(Trained):
             self.members[name] = _built(name, spec, given)
             if spec.get("lr") is not None:
                 self.rates[name] = _rate(name, spec["lr"])
+        self.seeds = {
+            name: (spec.get("init_args") or {}).get("seed") for name, spec in heads.items()
+        }
         self.alone = {name: alone(spec, d_sae, target_l0) for name, spec in heads.items()}
 
 
@@ -71,6 +75,8 @@ def alone_config(config: dict[str, Any], together: SideBySide, name: str) -> dic
     optimizer = config["model"].get("optimizer")
     if name in together.rates and isinstance(optimizer, dict):
         optimizer.setdefault("init_args", {})["lr"] = together.rates[name]
+    if together.seeds[name] is not None:
+        config["head_seed"] = together.seeds[name]
     return config
 
 
@@ -96,8 +102,10 @@ def _rate(name: str, lr: Any) -> float:
         rate = float(lr)
     except (TypeError, ValueError):
         rate = -1.0
-    if not rate > 0:
-        raise InputError(f"model.head.heads.{name}.lr={lr!r}: must be a number larger than 0")
+    if not 0 < rate < math.inf:
+        raise InputError(
+            f"model.head.heads.{name}.lr={lr!r}: must be a finite number larger than 0"
+        )
     return rate
 
 

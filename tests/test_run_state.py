@@ -49,11 +49,10 @@ def held(tmp_path: Path) -> Iterator[tuple[Path, "subprocess.Popen[str]"]]:
     folder = tmp_path / "run"
     folder.mkdir()
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], **pipes)  # type: ignore[call-overload]
-    assert process.stdout.readline() == "taken\n"
-    yield folder, process
-    process.kill()
-    process.wait()
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], **pipes) as process:  # type: ignore[call-overload]
+        assert process.stdout.readline() == "taken\n"
+        yield folder, process
+        process.kill()
 
 
 # ---------------------------------------------------------------------------- locks

@@ -19,6 +19,7 @@ from kanllama_lightning.functional import ranks
 from kanllama_lightning.functional.moments import norms
 from kanllama_lightning.heads.base import SAEHead, Trained
 from kanllama_lightning.lm import FrozenLM
+from kanllama_lightning.optim import Adam
 from kanllama_lightning.preflight import preflight
 from kanllama_lightning.saved import buffer_file, load_buffer_
 from kanllama_lightning.schedule import Schedule
@@ -78,7 +79,7 @@ class SAEModule(L.LightningModule):
         self,
         lm: FrozenLM,
         head: Trained,
-        optimizer: OptimizerCallable = torch.optim.Adam,
+        optimizer: OptimizerCallable = Adam,
         buffer: ShuffleBuffer | None = None,
         tokens: int = 300_000_000,
         sae_batch_tokens: int = 4096,
@@ -388,7 +389,16 @@ class SAEModule(L.LightningModule):
         """Bring everything back, whatever is done next: training, its last validation, or another.
 
         The data goes on behind the last batch that was used.
+
+        Raises:
+            InputError: The checkpoint is from before the loss of all heads had one unit (0.1.0).
         """
+        if not any(name.endswith(".x_variance") for name in checkpoint["state_dict"]):
+            raise InputError(
+                "ckpt_path: the checkpoint was written before the loss was divided by the variance "
+                "of the activations; its optimizer state does not fit this loss. Its head can be "
+                "read; to train, start a new run from its config.yaml"
+            )
         self.tokens_seen = checkpoint["tokens_seen"]
         self.clock.load_(checkpoint.get("clock", {}))
         positions, seen = checkpoint["data_positions"], checkpoint["seen"]

@@ -218,8 +218,9 @@ def add_compare_arguments(parser: ArgumentParser) -> None:
     add(
         "--tolerance",
         type=float,
-        default=0.1,
-        help="Share by which L0 may differ for it to count as matched.",
+        default=comparison.MATCHED,
+        help="Share by which L0 may differ for it to count as matched; up to a tenth, differences "
+        "are corrected along the slope that other sparsities of a head give.",
     )
     add(
         "--force",

@@ -1,6 +1,7 @@
 """From what a person names, a run folder or a saved head, to what is evaluated."""
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,8 +13,11 @@ from transformers import PreTrainedTokenizerBase
 from kanllama_lightning.heads.base import CARD, WEIGHTS, SAEHead, read_card
 from kanllama_lightning.lm import FrozenLM
 from kanllama_lightning.run import CHECKPOINTS, CONFIG, HEAD, SUMMARY, members, read_json
+from kanllama_lightning.run_state import Kind, look
 from kanllama_lightning.tokens import TokenData
 from kanllama_lightning.types import InputError
+
+log = logging.getLogger(__name__)
 
 LAST = "last"
 LM_KEYS = ("name", "hook_point", "revision", "untrained")
@@ -75,7 +79,11 @@ def folder_named(name: str, runs_dir: str) -> Path:
 
 def _cards(folder: Path) -> list[Path]:
     """The saved heads of a run; empty if one is missing."""
-    cards = [one / HEAD / CARD for one in members(folder) or [folder]]
+    try:
+        cards = [one / HEAD / CARD for one in members(folder) or [folder]]
+    except InputError as e:
+        log.warning("%s is left out: %s", folder, e)
+        return []
     return cards if all(card.is_file() for card in cards) else []
 
 
@@ -101,6 +109,17 @@ def read_subject(folder: Path) -> Subject:
             f"{', '.join(map(str, members(folder)))}"
         )
     if not (folder / HEAD / CARD).is_file():
+        state = look(folder)
+        if state.holder is not None:
+            raise InputError(
+                f"RUN={str(folder)!r}: no finished run; it is in use by {state.holder}; wait until "
+                "that has ended"
+            )
+        if state.kind == Kind.DEBRIS:
+            raise InputError(
+                f"RUN={str(folder)!r}: no finished run; it ended before its first checkpoint; "
+                f"start it again with `python train.py fit --config ... --run {folder}`"
+            )
         if (folder / CHECKPOINTS).is_dir() or (folder / CONFIG).is_file():
             along = sorted((folder / "heads").glob("*/"))
             also = f", or evaluate a head saved along the way ({along[-1]})" if along else ""

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 from pathlib import Path
 
@@ -298,6 +299,24 @@ def test_left_by_a_kill_before_the_first_checkpoint(
     assert fit(run=str(folder), model__tokens="64", trainer__logger="false") == 0
     assert any("cleared away" in r.message for r in caplog.records)
     assert (folder / "summary.json").is_file()
+
+
+def test_a_folder_deleted_under_a_run(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from kanllama_lightning.module import SAEModule
+
+    original = SAEModule.on_train_batch_end
+
+    def delete(self: SAEModule, *args: object) -> None:
+        original(self, *args)
+        if self.trainer.global_step == 5:
+            shutil.rmtree(tmp_path / "run")
+
+    monkeypatch.setattr(SAEModule, "on_train_batch_end", delete)
+    code = fit(run=str(tmp_path / "run"), model__tokens="640", trainer__logger="false")
+    refused(capsys, code, "deleted, moved or replaced", "--ckpt_path NEW_FOLDER")
+    assert not (tmp_path / "run").exists(), "nothing is written into its place"
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed"])

@@ -80,7 +80,8 @@ class Baselines(L.Callback):
             log.warning("%s is missing: the head as it was at step 0 is not measured", untrained)
         else:
             own["untrained head"] = f"untrained {name}"
-            self._controls[own["untrained head"]] = SAEHead.load(untrained).to(x.device)
+            control = SAEHead.load(untrained, allow=head.modules_named())
+            self._controls[own["untrained head"]] = control.to(x.device)
         return own
 
     def on_validation_batch_end(

@@ -7,7 +7,8 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 
 from kanllama_lightning.heads import SAEHead
-from kanllama_lightning.heads.base import Trained, import_class
+from kanllama_lightning.heads.base import Trained
+from kanllama_lightning.named import named_class
 from kanllama_lightning.types import InputError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=-]*")
@@ -126,7 +127,7 @@ def _built(name: str, spec: dict[str, Any], given: dict[str, Any]) -> SAEHead:
     asked = {"class_path": spec["class_path"], "init_args": args}
     try:
         parsed = parser.parse_object({"head": asked}).head
-        head: SAEHead = import_class(parsed.class_path, SAEHead)(**parsed.init_args.as_dict())
+        head: SAEHead = named_class(parsed.class_path, SAEHead)(**parsed.init_args.as_dict())
     except ArgumentError as e:
         text = re.sub(r"\s*\n\s*", " ", str(e)).strip()
         raise InputError(f"model.head.heads.{name}: {text[:600]}") from e

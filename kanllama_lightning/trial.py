@@ -16,7 +16,6 @@ from kanllama_lightning.lm import FrozenLM
 from kanllama_lightning.prompts.reading import (
     bos,
     check_length,
-    context,
     log_probs,
     quoted,
     seen_by,
@@ -167,7 +166,7 @@ def _continue(
     ends = _ends(lm)
     stopped = "length"
     while len(new) < n_new:
-        if len(ids) + len(new) > context(lm):
+        if lm.positions is not None and len(ids) + len(new) > lm.positions:
             stopped = "context"
             break
         logits = _logits(head, lm, seen_by(head, lm, ids + new), run, steer)

@@ -116,7 +116,8 @@ class Concepts(Report):
         controls: dict[str, SAEHead] = {}
         untrained = run.folder / "baselines" / "untrained"
         if untrained.exists():
-            controls["untrained head"] = SAEHead.load(untrained).to(x.device)
+            allowed = run.head.modules_named()
+            controls["untrained head"] = SAEHead.load(untrained, allowed).to(x.device)
         else:
             random = BatchTopK(run.head.d_model, run.head.d_sae, l0, seed=CONTROL_SEED)
             random.to(x.device).start_(x)

@@ -1,6 +1,7 @@
 """Several heads, to be trained on the same activations."""
 
 import copy
+import math
 import re
 from typing import Any
 
@@ -61,6 +62,9 @@ class SideBySide(Trained):
             if "lr" in given_:
                 given_["lr"] = _rate(name, given_["lr"])
             self.optimizers[name] = given_
+        self.seeds = {
+            name: (spec.get("init_args") or {}).get("seed") for name, spec in heads.items()
+        }
         self.alone = {name: alone(spec, d_sae, target_l0) for name, spec in heads.items()}
 
 
@@ -82,6 +86,8 @@ def alone_config(config: dict[str, Any], together: SideBySide, name: str) -> dic
             k: list(v) if isinstance(v, tuple) else v for k, v in together.optimizers[name].items()
         }
         optimizer["init_args"] = (optimizer.get("init_args") or {}) | own
+    if together.seeds[name] is not None:
+        config["head_seed"] = together.seeds[name]
     return config
 
 
@@ -114,8 +120,10 @@ def _rate(name: str, lr: Any) -> float:
         rate = float(lr)
     except (TypeError, ValueError):
         rate = -1.0
-    if not rate > 0:
-        raise InputError(f"model.head.heads.{name}.lr={lr!r}: must be a number larger than 0")
+    if not 0 < rate < math.inf:
+        raise InputError(
+            f"model.head.heads.{name}.lr={lr!r}: must be a finite number larger than 0"
+        )
     return rate
 
 

@@ -19,7 +19,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 HEADS: dict[str, dict[str, Any]] = {
     "linear": {"class_path": "BatchTopK", "lr": 0.02},
     "kan": {"class_path": "KANEncoder", "init_args": {"d_sae": 24, "target_l0": 3}},
-    "gated": {"class_path": "Gated"},
+    "gated": {"class_path": "Gated", "init_args": {"seed": 5}},
 }
 
 
@@ -169,7 +169,7 @@ def test_a_head_may_have_a_seed_of_its_own() -> None:
         ({"eval": {"class_path": "TopK"}}, "eval: the name is that of a folder"),
         ({"a": "TopK"}, "must be a class_path with init_args"),
         ({"a": {"class_path": "TopK", "k": 4}}, r"heads\.a\.k: no such key"),
-        ({"a": {"class_path": "TopK", "lr": -1}}, r"heads\.a\.lr=-1: must be a number"),
+        ({"a": {"class_path": "TopK", "lr": -1}}, r"heads\.a\.lr=-1: must be a finite number"),
         ({"a": {"class_path": "TopK", "init_args": {"target_l0": 99}}}, r"heads\.a: .*target_l0"),
         ({"a": {"class_path": "TopK", "init_args": {"k": 9}}}, r"heads\.a: .*k"),
         ({"a": {"class_path": "Nothing"}}, r"heads\.a: .*Nothing"),

@@ -98,7 +98,12 @@ class RunCheckpoint(L.Callback):
         self._handlers = {}
 
     def save(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Write a checkpoint of this moment and drop the oldest ones."""
+        """Write a checkpoint of this moment and drop the oldest ones.
+
+        Raises:
+            RunDiverged: Its numbers are not finite; the checkpoints there are stay.
+        """
+        pl_module.check_finite(everything=True)
         began = time.perf_counter()
         folder = Path(trainer.default_root_dir)
         confirm_mine(folder)

@@ -42,9 +42,17 @@ from kanllama_lightning.run import (
     make_folder,
 )
 from kanllama_lightning.run_state import Kind, RunState, clear, look, step_of
+from kanllama_lightning.saved import newest_whole
 from kanllama_lightning.schedule import Schedule
+from kanllama_lightning.small_files import read_yaml
 from kanllama_lightning.tokens import TokenData
-from kanllama_lightning.types import CacheStopped, InputError, RunFinished, RunStopped
+from kanllama_lightning.types import (
+    CacheStopped,
+    InputError,
+    RunDiverged,
+    RunFinished,
+    RunStopped,
+)
 
 log = logging.getLogger(__name__)
 
@@ -269,8 +277,7 @@ class KanllamaCLI(LightningCLI):
         return folder
 
     def before_fit(self) -> None:
-        """Refuse unusable data, and what cannot fit into memory or onto the disk."""
-        self.datamodule.setup("fit")
+        """Refuse an unusable LM or text, and what cannot fit into memory or onto the disk."""
         lm, buffer = self.model.lm, self.model.buffer
         lm_bytes = lm.n_parameters * lm.dtype.itemsize
         rows = buffer.capacity_tokens + self.model.schedule.batch
@@ -280,9 +287,26 @@ class KanllamaCLI(LightningCLI):
             lm_bytes,
             self.run_folder,
         )
+        lm.load_(self.trainer.strategy.root_device)
+        self.datamodule.setup("fit")
+        self.model.check_lm(self.datamodule, self.trainer.strategy.root_device)
         if self.datamodule.cache is not None:
             needed = self.model.schedule.rows_read(self.model.filling_rows)
             fill_(lm, self.datamodule, needed, self.trainer.strategy.root_device)
+
+    def before_validate(self) -> None:
+        """Refuse an unusable LM and unusable data."""
+        device = self.trainer.strategy.root_device
+        self.model.lm.load_(device)
+        self.datamodule.setup("validate")
+        self.model.check_lm(self.datamodule, device)
+
+    def after_instantiate_classes(self) -> None:
+        """Refuse rows that are too long for the LM."""
+        lm, length = self.model.lm, self.datamodule.ctx_len
+        lm.check_length(
+            length, f"data.ctx_len={length}", f"set --data.ctx_len {lm.positions} or less"
+        )
 
     def after_fit(self) -> None:
         """Calibrate, validate and save, in that order."""
@@ -428,12 +452,7 @@ def _refuse_linked(args: Sequence[str]) -> None:
 
 
 def _refuse_linked_in(file: Path) -> None:
-    import yaml
-
-    try:
-        tree = yaml.safe_load(file.read_text()) or {}
-    except yaml.YAMLError as e:
-        raise InputError(f"--config {file}: is no valid YAML: {e}") from e
+    tree = read_yaml(file, dict[str, Any] | None, "mend it, or leave it out") or {}
     for linked, source in LINKED.items():
         node: Any = tree
         for part in linked.split("."):
@@ -515,6 +534,10 @@ def main(args: Sequence[str] | None = None, **kwargs: Any) -> int:
             "from its last whole shard\n"
         )
         return 128 + signal.SIGINT
+    except RunDiverged as e:
+        if is_first():
+            sys.stderr.write(f"error: {e.what}. {_after_divergence(e.folder)}\n")
+        return 1
     except RunStopped as e:
         if is_first():
             sys.stderr.write(
@@ -540,6 +563,16 @@ def main(args: Sequence[str] | None = None, **kwargs: Any) -> int:
             wandb.finish()
         _let_go(unused)
     return 0
+
+
+def _after_divergence(folder: Path) -> str:
+    """Where the last good state is, and what to change."""
+    checkpoint = newest_whole(folder)
+    kept = f"The last good checkpoint is {checkpoint}" if checkpoint else "No checkpoint was saved"
+    return (
+        f"{kept}; the same settings would end here again: start anew with a lower "
+        "--model.optimizer.lr, or with the LM in float32 if its activations are the cause"
+    )
 
 
 def _let_go(unused: bool) -> None:

@@ -98,9 +98,7 @@ def seed_number(value: Any) -> int:
     """`--seed_everything`: a number, from which everything random of a run follows."""
     text = str(value)
     if isinstance(value, bool) or not text.isascii() or not text.isdigit() or int(text) >= 1 << 32:
-        raise NoSeed(
-            f"seed_everything={value!r}: must be a whole number from 0 to {(1 << 32) - 1}"
-        )
+        raise NoSeed(f"seed_everything={value!r}: must be a whole number from 0 to {(1 << 32) - 1}")
     return int(text)
 
 

@@ -100,7 +100,7 @@ class Summary(L.Callback):
         """Flat keys of one head; its controls get their scores."""
         metrics = _metrics(trainer, name)
         summary = {
-            "head": type(head).__name__,
+            "head": head.title,
             "d_sae": head.d_sae,
             "parameters": head.n_parameters(),
             **shared,

@@ -47,8 +47,8 @@ def find_checkpoint(asked: Any, runs_dir: str, config: str, run: str | None, exa
         exact: Whether the configuration must be that of the run, as in training.
 
     Raises:
-        InputError: There is none, it belongs to another configuration or another folder than the
-            one named, or its run is in use.
+        InputError: There is none, or it belongs to another configuration or another folder than the
+            one named.
     """
     last = str(asked) == "last"
     if last and run is None:
@@ -82,9 +82,6 @@ def find_checkpoint(asked: Any, runs_dir: str, config: str, run: str | None, exa
                 "and a run goes on in its own folder; leave --run out to go on there, or "
                 f"--ckpt_path to start a run in {run}"
             )
-        state = look(folder)
-        if state.holder is not None:
-            raise InputError(in_use(folder, state.holder))
         if differences := compare(read_config(folder), config):
             listed = "\n".join(f"  {line}" for line in differences[:8])
             raise InputError(

@@ -78,7 +78,7 @@ def look(folder: Path, mine: bool = False, was_left: bool = False) -> RunState:
 
     Args:
         folder: Need not exist.
-        mine: Whether this process has its lock, which then says nothing.
+        mine: Whether the lock is that of this run, and says nothing.
         was_left: Whether the lock that this process took had been left behind.
 
     Raises:

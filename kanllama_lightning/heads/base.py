@@ -5,7 +5,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from types import MappingProxyType
+from typing import Any, ClassVar, NotRequired, TypedDict
 
 import torch
 from jaxtyping import Float, Int
@@ -34,9 +35,9 @@ FLOATS = ("F32", "F16", "BF16", "F64")
 """Number formats, in safetensors' words, that become a head's own on loading."""
 LARGEST = 1e8
 """Of the numbers of a head: their products stay far from what a number can be."""
-LATER = ("x_variance",)
-"""What heads of format 1 may lack: it is NaN then, and they infer as ever (`start_` sets it)."""
 AGAIN = "copy the folder anew from its run"
+UNIT = "x_variance"
+"""The tensor that heads lack which were saved before the loss had one unit."""
 WEIGHTS, CARD = "head.safetensors", "head.json"
 ALONE = 64
 """Latents that are decoded alone, each on a row of its own, at once."""
@@ -80,6 +81,11 @@ class SAEHead(Trained, ABC):
             same W_enc and W_dec to every kind of head.
     """
 
+    control: ClassVar[str] = ""
+    """What a head that is a control leaves out; empty for the others."""
+    optimizer_args: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    """Arguments of the optimizer that this kind of head is trained with side by side, unless the
+    configuration gives it others; alone it is trained with those of its config."""
     scale: Tensor
     norm_limit: Tensor
     x_mean: Tensor
@@ -102,6 +108,11 @@ class SAEHead(Trained, ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         ship(cls)
+
+    @property
+    def title(self) -> str:
+        """What tables and pages call it: its class, or what it is a control for."""
+        return f"{self.control} (control)" if self.control else type(self).__name__
 
     @abstractmethod
     def encode(self, x: Float[Tensor, "tok d_model"]) -> Float[Tensor, "tok d_sae"]:
@@ -260,7 +271,7 @@ class SAEHead(Trained, ABC):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         # heads saved before the loss had this unit: they infer as ever, and cannot be trained on
-        state_dict.setdefault(f"{prefix}x_variance", torch.full((), torch.nan))
+        state_dict.setdefault(f"{prefix}{UNIT}", torch.full((), torch.nan))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def init_args(self) -> dict[str, Any]:
@@ -372,14 +383,18 @@ def _check_shapes(path: Path, head: SAEHead) -> None:
             said = {n: (list(s.get_shape()), str(s.get_dtype())) for n, s in found.items()}
     except (SafetensorError, OSError) as e:
         raise _unfit(path, f"is damaged or cannot be read ({e})") from e
+<<<<<<< HEAD
     for name in LATER:
         if name not in said:
             del want[name]
     for name in sorted(want.keys() ^ said.keys()):
+=======
+    for name in sorted((want.keys() ^ said.keys()) - ({UNIT} - said.keys())):
+>>>>>>> main
         how = "is missing" if name in want else f"is nothing that a {type(head).__name__} has"
         raise _unfit(path, f"{name} {how}")
-    for name, tensor in want.items():
-        shape, kind = said[name]
+    for name in want.keys() & said.keys():
+        tensor, (shape, kind) = want[name], said[name]
         if shape != list(tensor.shape):
             raise _unfit(path, f"{name} has the shape {shape} instead of {list(tensor.shape)}")
         if tensor.is_floating_point() and kind not in FLOATS:
@@ -391,12 +406,18 @@ def _load_weights(path: Path, head: SAEHead) -> None:
     _check_shapes(path, head)
     fresh = {name: value.clone() for name, value in head.state_dict().items()}
     try:
-        head.load_state_dict(load_file(path))
+        state = load_file(path)
+        head.load_state_dict(state)
     except (RuntimeError, SafetensorError, OSError) as e:
         raise _unfit(path, f"does not fit {CARD} ({str(e).splitlines()[0]})") from e
     for name, value in head.state_dict().items():
+<<<<<<< HEAD
         if name in LATER and value.isnan():
             continue
+=======
+        if name == UNIT and value.isnan():
+            continue  # of a head saved before; one in the file is positive, see below
+>>>>>>> main
         # not yet known, or without a limit, as in a new head
         odd = value.isnan() & ~fresh[name].isnan() | value.isinf() & ~fresh[name].isinf()
         if odd.any():
@@ -404,9 +425,11 @@ def _load_weights(path: Path, head: SAEHead) -> None:
         largest = value[value.isfinite()].abs().amax() if value.isfinite().any() else 0.0
         if not largest <= LARGEST:
             raise _unfit(path, f"{name} holds {float(largest):.3g}; {LARGEST:g} is the most")
+    known = state.get(UNIT, torch.ones(()))
     for name, limit, least in (
         ("scale", head.scale, 1 / LARGEST),
         ("norm_limit", head.norm_limit, 0.0),
+        (UNIT, known, 0.0),
     ):
         if not (limit > 0 and limit >= least):
             least_said = f" (at least {least:g})" if least else ""

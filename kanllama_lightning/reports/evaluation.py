@@ -168,7 +168,7 @@ def _about(
     data = subject.config.get("data", {})
     training = {k: data.get(k) for k in ("train", "val_fraction", "ctx_len", "append_eos")}
     return {
-        "head": type(head).__name__,
+        "head": head.title,
         "class_path": name_of(type(head)),
         "lm": lm.name,
         "revision": lm.revision,
@@ -183,6 +183,8 @@ def _about(
         "parameters": head.n_parameters(),
         "scale": float(head.scale),
         "train_tokens": known.get("tokens"),
+        "train_passes": known.get("passes"),
+        "train_commit": known.get("commit"),
         "train_finished": subject.summary.get("finished"),
         "train_tokens_per_second": subject.summary.get("tokens_per_second"),
         "train_data": training if data else None,

@@ -13,6 +13,7 @@ from kanllama_lightning.heads.base import CARD, WEIGHTS, SAEHead, read_card
 from kanllama_lightning.lm import FrozenLM
 from kanllama_lightning.named import refuse_modules
 from kanllama_lightning.run import CHECKPOINTS, CONFIG, HEAD, members, read_config, read_summary
+from kanllama_lightning.run_state import Kind, look
 from kanllama_lightning.small_files import there
 from kanllama_lightning.tokens import TokenData
 from kanllama_lightning.types import InputError
@@ -101,7 +102,11 @@ def folder_named(name: str, runs_dir: str) -> Path:
 
 def _cards(folder: Path) -> list[Path]:
     """The saved heads of a run; empty if one is missing."""
-    cards = [one / HEAD / CARD for one in members(folder) or [folder]]
+    try:
+        cards = [one / HEAD / CARD for one in members(folder) or [folder]]
+    except InputError as e:
+        log.warning("%s is left out: %s", folder, e)
+        return []
     return cards if all(there(card) for card in cards) else []
 
 
@@ -131,6 +136,17 @@ def read_subject(folder: Path, allow: Collection[str] = ()) -> Subject:
             f"{', '.join(map(str, members(folder)))}"
         )
     if not there(folder / HEAD / CARD):
+        state = look(folder)
+        if state.holder is not None:
+            raise InputError(
+                f"RUN={str(folder)!r}: no finished run; it is in use by {state.holder}; wait until "
+                "that has ended"
+            )
+        if state.kind == Kind.DEBRIS:
+            raise InputError(
+                f"RUN={str(folder)!r}: no finished run; it ended before its first checkpoint; "
+                f"start it again with `python train.py fit --config ... --run {folder}`"
+            )
         if (folder / CHECKPOINTS).is_dir() or (folder / CONFIG).is_file():
             along = sorted((folder / "heads").glob("*/"))
             also = f", or evaluate a head saved along the way ({along[-1]})" if along else ""

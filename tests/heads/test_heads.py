@@ -22,6 +22,8 @@ from kanllama_lightning.heads import (
     PCA,
     BatchTopK,
     CurvedDictionary,
+    FrozenDecoder,
+    FrozenEncoder,
     Gated,
     JumpReLU,
     KANDirect,
@@ -30,8 +32,8 @@ from kanllama_lightning.heads import (
     Matryoshka,
     MLPEncoder,
     OnlyKAN,
-    RandomDictionary,
     SAEHead,
+    SoftlyFrozenDecoder,
     SplineHidden,
     SplineInput,
     SplineLatent,
@@ -56,7 +58,9 @@ HEADS = [
     TopK,
     BatchTopK,
     Matryoshka,
-    RandomDictionary,
+    FrozenDecoder,
+    FrozenEncoder,
+    SoftlyFrozenDecoder,
     WideBatchTopK,
     KANEncoder,
     KANDirect,
@@ -303,7 +307,7 @@ def test_refused_arguments(kind, args, message):
 def test_dictionary_rows_stay_on_the_unit_sphere(kind):
     """METHODS H10."""
     head = started(kind)
-    if kind is RandomDictionary:
+    if kind is FrozenDecoder:
         return  # nothing moves it
     optimizer = torch.optim.SGD(head.parameters(), lr=1e-2 / FIRST.get(kind, 1))
     for _ in range(3):
@@ -598,7 +602,7 @@ def test_topk_by_hand(training):
     assert head.losses(X, out, NOTHING_DEAD)["reconstruction"].item() == pytest.approx(9.9 / 3)
 
 
-@pytest.mark.parametrize("kind", [BatchTopK, Matryoshka, RandomDictionary, *TWINS])
+@pytest.mark.parametrize("kind", [BatchTopK, Matryoshka, FrozenDecoder, *TWINS])
 def test_thresholded_by_hand(kind):
     """k = 1 keeps three of the batch: 3, 2.5 and, of two 2s, the first; U = 0 adds nothing."""
     head = by_hand(kind, 1)
@@ -1139,3 +1143,21 @@ def test_start_gives_the_encoder_its_best_size(kind):
             head.W_enc.mul_(factor)
             assert (head(x).x_hat - x).square().sum() > best
             head.W_enc.div_(factor)
+
+
+def test_a_head_from_before_the_loss_had_one_unit_is_read(tmp_path):
+    head = trained(BatchTopK).eval()
+    head.save(tmp_path)
+    state = load_file(tmp_path / "head.safetensors")
+    want = head(rows())
+    del state["x_variance"]
+    save_file(state, tmp_path / "head.safetensors")
+    old = SAEHead.load(tmp_path)
+    assert same_outputs(old(rows()), want)
+    assert old.losses(rows(), old(rows()), NOTHING_DEAD)["reconstruction"].isnan()
+    save_file(state | {"x_variance": torch.tensor(-1.0)}, tmp_path / "head.safetensors")
+    with pytest.raises(InputError, match="x_variance=-1 must be larger than 0"):
+        SAEHead.load(tmp_path)
+    save_file(state | {"x_variance": torch.tensor(math.nan)}, tmp_path / "head.safetensors")
+    with pytest.raises(InputError, match="x_variance"):
+        SAEHead.load(tmp_path)

@@ -33,7 +33,7 @@ from kanllama_lightning.types import (
     TokenBatch,
     ValidationBatch,
 )
-from kanllama_lightning.view import views, within
+from kanllama_lightning.view import regular, views, within
 
 log = logging.getLogger(__name__)
 

@@ -22,12 +22,10 @@ from kanllama_lightning.schedule import Schedule
 from kanllama_lightning.side_by_side import SideBySide
 from kanllama_lightning.trainee import Trainee
 from kanllama_lightning.types import ActivationBatch, InputError, TokenBatch, ValidationBatch
-from kanllama_lightning.view import regular, views
+from kanllama_lightning.view import regular, sink_limit, views
 
 log = logging.getLogger(__name__)
 
-SINK_RATIO = 10.0
-"""Rows whose norm is so many times the median are attention sinks (METHODS 0.5)."""
 CALIBRATION_TOKENS = 32_768
 """Training activations a threshold is calibrated on."""
 REFUSED_PRECISION = {
@@ -201,7 +199,7 @@ class SAEModule(L.LightningModule):
         x = self._first_rows(batches, -(-self.start_tokens // self.trainer.world_size))
         sizes = norms(x)
         with ranks.pooled():
-            limit = SINK_RATIO * ranks.rows(sizes).median()
+            limit = sink_limit(ranks.rows(sizes))
         for head in self.heads().values():
             head.norm_limit.copy_(limit)
         filled, kept = len(x), sizes <= limit

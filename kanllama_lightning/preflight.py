@@ -9,9 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from kanllama_lightning.functional.moments import norms
 from kanllama_lightning.lm import FrozenLM
-from kanllama_lightning.splice import put, spliced_losses
+from kanllama_lightning.splice import ablated, put, spliced_losses
 from kanllama_lightning.types import InputError, TokenBatch
+from kanllama_lightning.view import regular, sink_limit
 
 log = logging.getLogger(__name__)
 
@@ -23,12 +25,15 @@ GIB = 1 << 30
 
 
 @torch.no_grad()
-def preflight(lm: FrozenLM, tokens: TokenBatch) -> None:
+def preflight(lm: FrozenLM, tokens: TokenBatch, norm_limit: Tensor | None = None) -> None:
     """Check that tokens, model and hook point fit together.
+
+    Ablations are those of validation: BOS and the like, and attention sinks, keep their activation.
 
     Args:
         lm: Loaded LM.
         tokens: Some real text, on the LM's device.
+        norm_limit: Activations with a larger norm are sinks; left out, by the text's own norms.
 
     Raises:
         InputError: They do not; says which check failed and what to do.
@@ -43,11 +48,14 @@ def preflight(lm: FrozenLM, tokens: TokenBatch) -> None:
         )
     _check_hook(lm, part)
     prefix = lm.prefix(part.ids)
-    everywhere = torch.ones_like(part.keep)
-    runs = {
-        "same": put(prefix.acts, part.keep, prefix.acts[part.keep].float()),
-        "zero": put(prefix.acts, everywhere, torch.zeros_like(prefix.acts[everywhere])),
-    }
+    kept = prefix.acts[part.keep].float()
+    if not len(kept):
+        raise InputError("data: the first validation rows hold no token that counts")
+    limit = sink_limit(norms(kept)) if norm_limit is None else norm_limit
+    mask = part.keep & regular(prefix.acts, limit)
+    x = prefix.acts[mask].float()
+    runs = {k: put(prefix.acts, mask, rows) for k, rows in ablated(x, x.mean(0)).items()}
+    runs["same"] = put(prefix.acts, part.keep, kept)
     losses = spliced_losses(lm, prefix, part, runs).ce
     if not len(losses["clean"]):
         raise InputError("data: the first validation rows hold no two neighbouring real tokens")
@@ -55,27 +63,28 @@ def preflight(lm: FrozenLM, tokens: TokenBatch) -> None:
     uniform = math.log(lm.vocab_size)
     log.info(
         "pre-flight: loss %.3f nats per token (uniform guess %.2f), with %s spliced back in %.3f, "
-        "zero-ablated %.3f",
+        "mean-ablated %.3f, zero-ablated %.3f",
         ce["clean"],
         uniform,
         lm.hook.name,
         ce["same"],
+        ce["mean"],
         ce["zero"],
     )
-    if abs(ce["same"] - ce["clean"]) > 1e-4 * max(1.0, ce["clean"]):
+    if not abs(ce["same"] - ce["clean"]) <= 1e-4 * max(1.0, ce["clean"]):
         raise InputError(
             f"lm.hook_point={lm.hook_point!r}: splicing the activations back in changes the loss "
             f"({ce['clean']:.4f} to {ce['same']:.4f}); this model cannot be spliced there"
         )
     if lm.untrained:
         return
-    if ce["clean"] > CE_LIMIT * uniform:
+    if not ce["clean"] <= CE_LIMIT * uniform:
         raise InputError(
             f"lm.name={lm.name!r}: loss {ce['clean']:.2f} nats per token on the validation text is "
             f"close to a uniform guess ({uniform:.2f}): are the ids from another tokenizer? "
             "If the model has random weights on purpose, say so: --lm.untrained true"
         )
-    if ce["zero"] <= ce["clean"]:
+    if not ce["zero"] > ce["clean"]:
         raise InputError(
             f"lm.hook_point={lm.hook_point!r}: replacing its activations by zeros does not raise "
             f"the loss ({ce['clean']:.4f} to {ce['zero']:.4f}); an autoencoder there has nothing "

@@ -70,8 +70,10 @@ def _row(run: Evaluated, name: str, drawn: Drawn) -> dict[str, Any]:
     for i, key in enumerate(QUANTITIES):
         row[key] = float(drawn.whole[i])
         row[f"{key}_low"], row[f"{key}_high"] = middle(drawn.draws[:, i])
+    guess = run.figure("losses", "ce_uniform", name)
     scores = score(means, int(targets))
-    row |= {key: scores[key] for key in ("ce_clean", "ce_score", "ce_score_mean")}
+    row |= {key: scores[key] for key in ("ce_clean", "delta_ce_share", "ce_score")}
+    row["ce_uniform"] = guess
     for report, names in {
         "sparsity": ("dead_frac", "dense_frac"),
         "reconstruction": ("cosine", "bias"),
@@ -156,7 +158,7 @@ def seed_table(runs: Sequence[Evaluated]) -> list[dict[str, Any]]:
             continue
         row: dict[str, Any] = {"group": group.label, "seeds": len(own)}
         row["runs"] = " ".join(run.label for run in group.runs)
-        for key in ("l0", *QUANTITIES, "ce_score", "dead_frac", "recovered_frac"):
+        for key in ("l0", *QUANTITIES, "delta_ce_share", "ce_score", "dead_frac", "recovered_frac"):
             values = [r[key] for r in own if r[key] is not None]
             whole = len(values) == len(own)
             row[key] = statistics.fmean(values) if whole else None

@@ -5,16 +5,16 @@ import math
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from rich.console import Console
 from rich.table import Table
 
-from kanllama_lightning import comparison
+from kanllama_lightning import cells, comparison
 from kanllama_lightning.cli import quiet
 from kanllama_lightning.reports.base import EvalRun, Report
 from kanllama_lightning.reports.capability import Capability
@@ -51,15 +51,18 @@ REPORTS: tuple[type[Report], ...] = (
 """In the order they are made; a new report adds its class here."""
 PAGES = (Interpretability, DashboardReport)
 """What is about one run alone: nothing that runs are compared by."""
-OVERVIEW = (
+Form = str | Callable[[Mapping[str, Any]], str]
+"""How a figure is written: a format, or what makes text of all figures that it belongs to."""
+OVERVIEW: tuple[tuple[str, str, Form], ...] = (
     ("L0", "sparsity/{set}/l0", "{:.2f}"),
     ("FVU", "reconstruction/{set}/fvu", "{:.4f}"),
     ("CE, original", "losses/{set}/ce_clean", "{:.4f}"),
     ("CE, reconstruction", "losses/{set}/ce_recon", "{:.4f}"),
     ("CE, zero ablation", "losses/{set}/ce_zero", "{:.4f}"),
     ("CE, mean ablation", "losses/{set}/ce_mean", "{:.4f}"),
-    ("delta CE (nats per token)", "losses/{set}/delta_ce", "{:.4f}"),
-    ("CE score", "losses/{set}/ce_score", "{:.4f}"),
+    ("CE, uniform guess", "losses/{set}/ce_uniform", "{:.4f}"),
+    ("delta CE (95 % interval)", "losses/{set}/delta_ce", cells.delta_ce),
+    (cells.SHARE, "losses/{set}/delta_ce_share", cells.share),
     ("KL (nats per token)", "losses/{set}/kl_recon", "{:.4f}"),
     ("dead", "latents/dead_frac", "{:.1%}"),
     ("dense", "latents/dense_frac", "{:.1%}"),
@@ -333,13 +336,23 @@ def overview(run: EvalRun) -> Table:
     sets = list(known.get("sets", {})) or [""]
     for name in sets:
         table.add_column(name or "value", justify="right")
+    said = []
     for label, key, form in OVERVIEW:
-        values = [known.get(key.format(set=name)) for name in sets]
-        if any(value is not None for value in values):
-            shown = ["" if v is None else form.format(v) for v in values]
+        shown = [_cell(known, key.format(set=name), form) for name in sets]
+        if any(shown):
             per_set = "{set}" in key
             table.add_row(label, *(shown if per_set else [shown[0], *[""] * (len(sets) - 1)]))
+            said += shown
+    table.caption, table.caption_justify = cells.footnote(said) or None, "left"
     return table
+
+
+def _cell(known: Mapping[str, Any], key: str, form: Form) -> str:
+    """A figure as text, "" if unknown."""
+    under = key.rpartition("/")[0]
+    if isinstance(form, str):
+        return cells.plain(known, key, form)
+    return form({k.removeprefix(f"{under}/"): v for k, v in known.items() if under in k})
 
 
 COMMANDS = {

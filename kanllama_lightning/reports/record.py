@@ -1,9 +1,9 @@
 """One pass over the text for all heads and reports together, and what is already there."""
 
-import copy
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from kanllama_lightning.preflight import preflight
 from kanllama_lightning.reports.base import EvalRun, Report, Seen
 from kanllama_lightning.reports.texts import batches
 from kanllama_lightning.run import SUMMARY, make_folder, read_json, write_json
-from kanllama_lightning.splice import SplicedLosses, put, spliced_losses
+from kanllama_lightning.splice import SplicedLosses, ablated, put, spliced_losses
 from kanllama_lightning.types import InputError, Prefix, TokenBatch, ValidationBatch
 from kanllama_lightning.view import view
 
@@ -123,9 +123,13 @@ def make(
 def _finish(job: Job, about: Mapping[str, Any]) -> None:
     began = time.perf_counter()
     run, report = job.run, job.report
-    figures = report.finish(run)
-    if figures is None:
+    made = report.finish(run)
+    if made is None:
         return
+    # what is no number has no place in JSON
+    figures = {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in made.items()
+    }
     seconds = round(time.perf_counter() - began, 3)
     done = {
         "report": report.name,
@@ -177,7 +181,7 @@ def _stream(jobs: Sequence[Job], lm: FrozenLM, sets: Mapping[str, Rows], batch_s
             for index, tokens in enumerate(batches(rows, batch_seqs)):
                 tokens = tokens.to(lm.device)
                 if first:
-                    preflight(lm, tokens)
+                    preflight(lm, tokens, reference.norm_limit)
                     first = False
                 wanting = [i for i, job in enumerate(jobs) if _wants(job.report, looked[i])]
                 progress.advance(bar)
@@ -216,20 +220,8 @@ def _losses(
     if not ids:
         return {}
     some = views[ids[0]]
-    runs = {
-        "zero": put(prefix.acts, some.mask, torch.zeros_like(some.x)),
-        "mean": put(prefix.acts, some.mask, mean.expand_as(some.x)),
-    }
+    ablations = ablated(some.x, mean)
+    runs = {name: put(prefix.acts, some.mask, rows) for name, rows in ablations.items()}
     runs |= {f"recon {i}": put(prefix.acts, views[i].mask, views[i].out.x_hat) for i in ids}
     every = spliced_losses(lm, prefix, tokens, runs)
-    return {i: _own(every, f"recon {i}") for i in ids}
-
-
-def _own(every: SplicedLosses, name: str) -> SplicedLosses:
-    """The losses with one head's run as `recon`, the others' left out."""
-
-    def pick(losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        kept = {k: v for k, v in losses.items() if not k.startswith("recon ")}
-        return kept | {"recon": losses[name]}
-
-    return SplicedLosses(pick(every.ce), pick(every.kl), copy.copy(every.where))
+    return {i: every.of(f"recon {i}", tuple(ablations)) for i in ids}

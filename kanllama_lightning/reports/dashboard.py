@@ -199,14 +199,14 @@ class _Known(NamedTuple):
     def read(cls, run: EvalRun) -> "_Known":
         """From the record, as far as it is there."""
         concepts: dict[int, list[Concept]] = {}
-        if (run.out / "concepts.csv").is_file():
+        if run.path("concepts.csv").is_file():
             table = run.read_table("concepts.csv")
             own = table[table["subject"] == "head"].sort_values("f1", ascending=False)
             for row in own.to_dict("records"):
                 fact = Concept(row["fact"], row["f1"], row["precision"], row["recall"])
                 concepts.setdefault(int(row["latent"]), []).append(fact)
         scores: dict[int, Scores] = {}
-        if (run.out / "interpretability.csv").is_file():
+        if run.path("interpretability.csv").is_file():
             table = run.read_table("interpretability.csv")
             judge = str(_judge(run))
             for row in table[table["subject"] == "head"].to_dict("records"):
@@ -222,7 +222,7 @@ class _Known(NamedTuple):
 
 
 def _judge(run: EvalRun) -> str:
-    path = run.out / "done" / "interpretability.json"
+    path = run.path("done/interpretability.json")
     if not path.is_file():
         return ""
     return str(json.loads(path.read_text())["settings"].get("model", ""))

@@ -1,6 +1,5 @@
 """The command line of the record: `report`, `compare`, `try`."""
 
-import json
 import math
 import os
 import re
@@ -9,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import pandas as pd
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from rich.console import Console
 from rich.table import Table
@@ -23,6 +21,7 @@ from kanllama_lightning.reports.concepts import Concepts
 from kanllama_lightning.reports.dashboard import DashboardReport
 from kanllama_lightning.reports.evaluation import How, complete, device_named, report
 from kanllama_lightning.reports.interpretability import Interpretability
+from kanllama_lightning.reports.labels import read_labels
 from kanllama_lightning.reports.latents import Latents
 from kanllama_lightning.reports.losses import Losses
 from kanllama_lightning.reports.reconstruction import Reconstruction
@@ -46,8 +45,8 @@ REPORTS: tuple[type[Report], ...] = (
     Sparsity,
     Losses,
     Reconstruction,
+    Interpretability,  # what comes after takes its explanations in
     Latents,
-    Interpretability,
     DashboardReport,
 )
 """In the order they are made; a new report adds its class here."""
@@ -328,15 +327,6 @@ def steering(given: Sequence[str]) -> dict[int, float]:
             raise InputError(f"--steer {one!r}: latent {number} {why}")
         found[number] = value
     return found
-
-
-def read_labels(latents: Path) -> dict[int, str]:
-    """What the latents promote most, from `latents.csv`."""
-    table = pd.read_csv(latents, keep_default_na=False, dtype=str)
-    return {
-        int(row["latent"]): " ".join(json.loads(row["top_tokens"])[:3] if row["top_tokens"] else [])
-        for _, row in table.iterrows()
-    }
 
 
 def overview(run: EvalRun) -> Table:

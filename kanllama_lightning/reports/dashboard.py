@@ -1,10 +1,8 @@
 """The feature dashboard: what every latent fires on, says, and has to do with, on one page."""
 
-import json
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,12 +16,10 @@ from kanllama_lightning.dashboard.data import (
     Ablation,
     Band,
     Column,
-    Concept,
     Curve,
     Dashboard,
     Latent,
     Related,
-    Scores,
     Window,
 )
 from kanllama_lightning.dashboard.page import write_dashboard
@@ -33,6 +29,7 @@ from kanllama_lightning.lens import OPERATING_POINT, STRAIGHT, Look, look
 from kanllama_lightning.metrics import Activations
 from kanllama_lightning.prompts.reading import token_text
 from kanllama_lightning.reports.base import EvalRun, Figures, Report, Seen
+from kanllama_lightning.reports.labels import PEAKS, READS, TELLING, Known, firing_tokens
 from kanllama_lightning.types import InputError, SparseCodes
 
 ROWS = 4096
@@ -53,8 +50,6 @@ SHOWN_TOKENS, COORDINATES, RELATED, LENS_BINS = 10, 10, 5, 60
 SPARK = 16
 """Most bins of a sparkline."""
 ORDER = ("strongest", "second", "third", "fourth", "weakest")
-LABELS = 3
-"""Tokens of either kind in the index."""
 
 
 class DashboardReport(Report):
@@ -78,7 +73,7 @@ class DashboardReport(Report):
 
     name = "dashboard"
     files = ("dashboard.html",)
-    reads = ("concepts.csv", "interpretability.csv")
+    reads = READS
 
     def __init__(
         self,
@@ -104,7 +99,12 @@ class DashboardReport(Report):
         """Without windows."""
         top, per_band = self._shown(run)
         self._contexts = Contexts(
-            run.head.d_sae, self.width, top, 2 * BANDS * per_band, silent=1, seed=self.seed
+            run.head.d_sae,
+            self.width,
+            max(top, PEAKS),
+            2 * BANDS * per_band,
+            silent=1,
+            seed=self.seed,
         )
         self._x, self._codes = [], []
 
@@ -140,7 +140,7 @@ class DashboardReport(Report):
         self._x, self._codes = [], []
         near = neighbours(*codes, top=RELATED)
         ablations = self._ablations(run, contexts)
-        known = _Known.read(run)
+        known = Known.read(run)
         made = _Made(run, contexts, found, near, curves, bends, ablations, known, self._shown(run))
         write_dashboard(run.out / self.files[0], made.dashboard(codes.n_rows))
         measured = list(ablations.values())
@@ -189,53 +189,6 @@ def _limited(parts: list[SparseCodes]) -> SparseCodes:
     return SparseCodes(values, at, latents, n, parts[0].d_sae)
 
 
-class _Known(NamedTuple):
-    """What other reports found, per latent."""
-
-    concepts: Mapping[int, list[Concept]]
-    scores: Mapping[int, Scores]
-
-    @classmethod
-    def read(cls, run: EvalRun) -> "_Known":
-        """From the record, as far as it is there."""
-        concepts: dict[int, list[Concept]] = {}
-        if run.path("concepts.csv").is_file():
-            table = run.read_table("concepts.csv")
-            own = table[table["subject"] == "head"].sort_values("f1", ascending=False)
-            for row in own.to_dict("records"):
-                fact = Concept(row["fact"], row["f1"], row["precision"], row["recall"])
-                concepts.setdefault(int(row["latent"]), []).append(fact)
-        scores: dict[int, Scores] = {}
-        if run.path("interpretability.csv").is_file():
-            table = run.read_table("interpretability.csv")
-            judge = str(_judge(run))
-            for row in table[table["subject"] == "head"].to_dict("records"):
-                if isinstance(row["explanation"], str):
-                    scores[int(row["latent"])] = Scores(
-                        row["explanation"],
-                        _text(row["category"]),
-                        None if _missing(row["score"]) else int(row["score"]),
-                        None if _missing(row["detection"]) else float(row["detection"]),
-                        judge,
-                    )
-        return cls(concepts, scores)
-
-
-def _judge(run: EvalRun) -> str:
-    path = run.path("done/interpretability.json")
-    if not path.is_file():
-        return ""
-    return str(json.loads(path.read_text())["settings"].get("model", ""))
-
-
-def _missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
-
-
-def _text(value: Any) -> str:
-    return "" if _missing(value) else str(value)
-
-
 class _Made:
     """Everything about the latents, ready to be put on the page."""
 
@@ -248,7 +201,7 @@ class _Made:
         curves: list[Curve | None],
         bends: list[float | None],
         ablations: Mapping[int, Ablation],
-        known: _Known,
+        known: Known,
         shown: tuple[int, int],
     ) -> None:
         self.run, self.contexts, self.found, self.near = run, contexts, found, near
@@ -272,6 +225,7 @@ class _Made:
         )
         self.pool = Pool(run.lm.tokenizer, contexts, rows, starts, lengths)
         self.cosine = _encoder_cosine(run, found)
+        self.tokens = [firing_tokens(contexts, j, run.lm.tokenizer) for j in range(run.head.d_sae)]
 
     def dashboard(self, n_related: int) -> Dashboard:
         """The page; the latents are made when they are asked for."""
@@ -279,7 +233,7 @@ class _Made:
             f"Latents: {self.run.title}",
             self._about(n_related),
             self._columns(),
-            [self._labels(j) for j in range(self.run.head.d_sae)],
+            self.tokens,
             self._sparklines(),
             [float(f"{e:.6g}") for e in self.edges],
             self.pool.texts,
@@ -315,7 +269,10 @@ class _Made:
         kinds = np.where(frequency > DENSE, "dense", np.where(fired, "alive", "dead")).tolist()
         largest = torch.where(fired, meter.largest, torch.nan)
         number, percent, text = "number", "percent", "text"
+        labels = [self.known.label(j, tokens) or None for j, tokens in enumerate(self.tokens)]
         columns = [
+            Column("label", "label", labels, "its explanation, else the fact it tells with an F1 "
+                   f"of at least {TELLING}, else the tokens it fires on most", text),
             Column("kind", "kind", kinds, "dead: never fired; dense: on over a tenth", text),
             Column("frequency", "frequency", _list(frequency), "share of tokens it fires on",
                    percent),
@@ -366,19 +323,6 @@ class _Made:
                        percent),
             ]  # fmt: skip
         return columns
-
-    def _labels(self, latent: int) -> list[str]:
-        bands = self.bands[latent]
-        if not bands:
-            return []
-        windows = bands[0][1]
-        peaks = [
-            self.pool.texts[self.pool.tokens[self.pool.at(row, at)]]
-            for row, at in zip(
-                windows.row.tolist(), (windows.start + windows.peak).tolist(), strict=True
-            )
-        ]
-        return [text for text, _ in Counter(p for p in peaks if p).most_common(LABELS)]
 
     def _sparklines(self) -> list[list[int]]:
         n_bins = self.density.shape[1]

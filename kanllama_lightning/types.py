@@ -266,6 +266,10 @@ class CacheStopped(Exception):  # noqa: N818
         self.folder, self.rows = folder, rows
 
 
+class RunFinished(Exception):
+    """There is nothing left to do in the run that was named; nothing was written."""
+
+
 class RunStopped(Exception):  # noqa: N818
     """A run was asked to stop by a signal, and has saved.
 

@@ -6,7 +6,7 @@ import pytest
 from kanllama_lightning.dashboard.data import Concept, Scores
 from kanllama_lightning.reports.cli import main
 from kanllama_lightning.reports.labels import Known, read_labels
-from tests.dashboard.unpack import unpack
+from tests.dashboard.unpack import read_dashboard
 
 SAID = Scores("names of boys", "", 5, 0.9, "judge")
 
@@ -49,9 +49,9 @@ def test_table_dashboard_and_try_call_a_latent_the_same(run, capsys):
     assert labels[0] == "names of boys"
     assert labels[1] == "now:place:attic"
     assert "attic" not in labels.get(2, "")
-    page = unpack(run / "eval/dashboard.html")
-    column = next(c for c in page["columns"] if c["key"] == "label")
-    assert {j: label for j, label in enumerate(column["values"]) if label} == labels
+    page = read_dashboard(run / "eval/dashboard.html")
+    shown = enumerate(page["columns"]["label"]["values"])
+    assert {j: label for j, label in shown if label} == labels
     capsys.readouterr()
     args = ["--n_new", "0", "--steer", "0=1", "1=1"]
     assert main(["try", str(run), "--text", "w1 w2 w3", *args]) == 0

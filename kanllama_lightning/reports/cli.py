@@ -373,7 +373,7 @@ def _limits(run: EvalRun, known: Mapping[str, Any]) -> dict[str, int]:
 def _sample_of(report: str, known: Mapping[str, Any], limits: Mapping[str, int]) -> str:
     """What a row is of, where it is not the sample that the table is of."""
     if report in limits:
-        return f", first {limits[report]:,} tokens"
+        return f", about the first {limits[report]:,} tokens"
     if report not in OF_THEIR_OWN:
         return ""
     key, what = OF_THEIR_OWN[report]

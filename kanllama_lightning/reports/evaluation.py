@@ -187,8 +187,7 @@ def complete(runs: Sequence[Path], reports: Sequence[Report], how: How) -> list[
         The folder of each head's record.
     """
     if _asked(how):
-        made = [run for folder in runs for run in report([folder], reports, how)]
-        return [run.record for run in made]
+        return [run.record for run in report(runs, reports, how)]
     alike: dict[tuple[str, ...], list[Path]] = {}
     for folder in runs:
         subject = read_subject(folder)

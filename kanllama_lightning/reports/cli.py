@@ -35,7 +35,11 @@ from kanllama_lightning.reports.subject import (
     read_subject,
     shared_lm,
 )
-from kanllama_lightning.run import EVAL, SUMMARY, make_folder, read_json
+from kanllama_lightning.run import EVAL, SUMMARY, make_folder
+from kanllama_lightning.small_files import (
+    read_json,
+    there,
+)
 from kanllama_lightning.trial import show, try_text
 from kanllama_lightning.trial_page import trial_page
 from kanllama_lightning.types import InputError
@@ -151,6 +155,14 @@ def _add_text_arguments(parser: ArgumentParser) -> None:
 def _add_machine_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--runs_dir", type=str, default="runs", help="Folder in which `last` is looked for.")
+    add(
+        "--allow",
+        nargs="+",
+        type=str,
+        default=[],
+        help="Modules whose classes a run's files may name, beside those shipped here; importing a "
+        "module runs its code.",
+    )
     add("--device", type=str, default="auto", help="cpu, cuda, or auto.")
     add(
         "--dtype",
@@ -292,7 +304,7 @@ def add_try_arguments(parser: ArgumentParser) -> None:
 def run_try(given: Namespace) -> None:
     """Run the LM with and without its head on a text, and show which latents fire."""
     steer = steering(given.steer or [])
-    subject = read_subject(folder_named(given.run, given.runs_dir))
+    subject = read_subject(folder_named(given.run, given.runs_dir), given.allow)
     lm = {key: given.lm[key] for key in LM_KEYS}
     model = shared_lm([subject], lm | {"untrained": lm["untrained"] or None}, given.dtype)
     device = device_named(given.device)
@@ -300,7 +312,7 @@ def run_try(given: Namespace) -> None:
     head = subject.head.to(device)
     found = try_text(head, model, given.text, given.n_new, given.top, given.latents, steer)
     known = subject.folder / EVAL / Latents.files[0]
-    labels = read_labels(known) if known.is_file() else None
+    labels = read_labels(known) if there(known) else None
     Console().print(show(found, labels))
     out = Path(given.out) if given.out else subject.folder / EVAL / "try.html"
     make_folder(out.parent)
@@ -337,7 +349,7 @@ def overview(run: EvalRun) -> Table:
     A row that is of something else (prompts, stories, a part of the sample) says of what.
     """
     path = run.out / SUMMARY  # which a dry run does not write
-    known = read_json(path) if path.is_file() else {}
+    known = read_json(path, dict[str, Any]) if there(path) else {}
     table = Table(title=run.title, title_justify="left", min_width=len(run.title))
     table.add_column("figure")
     sets = known.get("sets", {})

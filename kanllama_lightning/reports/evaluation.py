@@ -13,7 +13,9 @@ import torch
 
 from kanllama_lightning.figures import check_png
 from kanllama_lightning.lm import FrozenLM
+from kanllama_lightning.named import name_of
 from kanllama_lightning.packing import Rows
+from kanllama_lightning.preflight import check_forward
 from kanllama_lightning.reports import texts
 from kanllama_lightning.reports.base import EvalRun, Report
 from kanllama_lightning.reports.record import (
@@ -21,12 +23,14 @@ from kanllama_lightning.reports.record import (
     finished,
     make,
     pending,
+    read_done,
     same_sample,
     sample,
 )
 from kanllama_lightning.reports.send import send
 from kanllama_lightning.reports.subject import Subject, read_subject, shared_lm
-from kanllama_lightning.run import EVAL, SUMMARY, read_json
+from kanllama_lightning.run import EVAL, SUMMARY
+from kanllama_lightning.small_files import read_json, there
 from kanllama_lightning.types import InputError
 
 log = logging.getLogger(__name__)
@@ -55,6 +59,8 @@ class How(NamedTuple):
     """Whether the record goes to the W&B run too, if there is one."""
     png: bool = False
     """Whether figures are also written as PNG."""
+    allow: Sequence[str] = ()
+    """Modules whose classes a run's files may name, beside what is shipped."""
 
 
 def report(
@@ -78,7 +84,7 @@ def report(
     """
     if how.png:
         check_png()
-    subjects = [read_subject(folder) for folder in runs]
+    subjects = [read_subject(folder, how.allow) for folder in runs]
     lm = shared_lm(subjects, how.lm, how.dtype)
     device = device_named(how.device)
     if how.batch_seqs < 1:
@@ -102,6 +108,8 @@ def report(
     if not jobs:
         return made
     lm.load_(device)
+    if main is not None:
+        check_forward(lm, next(texts.batches(main, how.batch_seqs)).to(device))
     for run in made:
         run.head.to(device)
     configs = {str(s.folder): s.config for s in subjects}
@@ -164,8 +172,7 @@ def _place(home: Path, one: Report, sha256: str) -> Path:
     settings = one.settings()
     if settings == type(one)().settings() or (one.on_request and not one.own()):
         return home
-    path = home / DONE / f"{one.name}.json"
-    standing = read_json(path) if path.is_file() else {}
+    standing = read_done(home / DONE / f"{one.name}.json") or {}
     same = standing.get("settings") == settings
     other_head = standing.get("about", {}).get("head_sha256") != sha256
     if not one.own() and (same or other_head):
@@ -190,9 +197,8 @@ def complete(runs: Sequence[Path], reports: Sequence[Report], how: How) -> list[
         return [run.record for run in report(runs, reports, how)]
     alike: dict[tuple[str, ...], list[Path]] = {}
     for folder in runs:
-        subject = read_subject(folder)
-        there = _there(subject)
-        lacking = tuple(r.name for r in reports if r.name not in there)
+        made = _made(read_subject(folder, how.allow))
+        lacking = tuple(r.name for r in reports if r.name not in made)
         if lacking:
             alike.setdefault(lacking, []).append(folder)
     for names, folders in alike.items():
@@ -200,10 +206,10 @@ def complete(runs: Sequence[Path], reports: Sequence[Report], how: How) -> list[
     return [folder / EVAL for folder in runs]
 
 
-def _there(subject: Subject) -> set[str]:
+def _made(subject: Subject) -> set[str]:
     """Names of the reports in the record of a head that are of one sample."""
     home = subject.folder / EVAL
-    sets = read_json(home / SUMMARY).get("sets", {}) if (home / SUMMARY).is_file() else {}
+    sets = read_json(home / SUMMARY).get("sets", {}) if there(home / SUMMARY) else {}
     every = finished(home, subject.sha256)
     return {done["report"] for done in every if same_sample(done, sets)}
 
@@ -221,12 +227,22 @@ def _sets(first: Subject, lm: FrozenLM, how: How) -> dict[str, Rows]:
             )
         if ctx_len is not None:
             raise InputError(f"--ctx_len={ctx_len}: goes with --text; a run keeps its own")
+        _check_length(lm, data.ctx_len)
         return texts.run_sets(data, documents)
     length = ctx_len or (data.ctx_len if data is not None else CTX_LEN)
     if length < 2:
         raise InputError(f"--ctx_len={length}: must be at least 2 tokens")
+    _check_length(lm, length)
     append = data is not None and data.encoder.eos is not None
     return texts.text_sets(text, lm.tokenizer, length, append, documents)
+
+
+def _check_length(lm: FrozenLM, length: int) -> None:
+    lm.check_length(
+        length,
+        f"--ctx_len={length}",
+        f"give --text with --ctx_len {lm.positions} or less",
+    )
 
 
 def _counts(rows: Rows, lm: FrozenLM) -> Any:
@@ -247,8 +263,8 @@ def _about(
     data = subject.config.get("data", {})
     training = {k: data.get(k) for k in ("train", "val_fraction", "ctx_len", "append_eos")}
     return {
-        "head": type(head).__name__,
-        "class_path": subject.card["class_path"],
+        "head": head.title,
+        "class_path": name_of(type(head)),
         "lm": lm.name,
         "revision": lm.revision,
         "hook_point": lm.hook.name,
@@ -262,6 +278,8 @@ def _about(
         "parameters": head.n_parameters(),
         "scale": float(head.scale),
         "train_tokens": known.get("tokens"),
+        "train_passes": known.get("passes"),
+        "train_commit": known.get("commit"),
         "train_finished": subject.summary.get("finished"),
         "train_tokens_per_second": subject.summary.get("tokens_per_second"),
         "train_data": training if data else None,

@@ -1,18 +1,16 @@
 """What a latent is called: one label, whoever shows it."""
 
 import json
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import pandas as pd
+from typing import Annotated, Any, NamedTuple, TypedDict
 
 from kanllama_lightning.contexts import Contexts
 from kanllama_lightning.dashboard.data import Concept, Scores
 from kanllama_lightning.prompts.reading import token_text
 from kanllama_lightning.reports.base import EvalRun
+from kanllama_lightning.small_files import Count, Within, read_csv, read_json, there
 
 READS = ("concepts.csv", "interpretability.csv")
 """Files of a record that labels come from, where they are there."""
@@ -22,6 +20,27 @@ PEAKS, TOKENS = 10, 3
 """Strongest firings (one of a document) that its tokens are taken of, and how many tokens."""
 COLUMN = "label"
 """Of `latents.csv`."""
+
+
+ANEW = "`--reports concepts interpretability --again true` makes it anew"
+CONCEPTS = {
+    **{"subject": str, "fact": str, "latent": Count | None},
+    **dict.fromkeys(("f1", "precision", "recall"), float | None),
+}
+SCORES = {
+    **{"subject": str, "latent": Count, "explanation": str | None, "category": str | None},
+    **{
+        "score": Annotated[float, Within(0, 5)] | None,
+        "detection": Annotated[float, Within(0, 1)] | None,
+    },
+}
+"""Columns of what other reports found, as far as labels and the dashboard show it."""
+
+
+class Judged(TypedDict):
+    """`done/interpretability.json`, as far as it is told."""
+
+    settings: dict[str, Any]
 
 
 class Known(NamedTuple):
@@ -35,23 +54,23 @@ class Known(NamedTuple):
     def read(cls, run: EvalRun) -> "Known":
         """From the record, as far as it is there."""
         concepts: dict[int, list[Concept]] = {}
-        if run.path("concepts.csv").is_file():
-            table = run.read_table("concepts.csv")
-            own = table[table["subject"] == "head"].sort_values("f1", ascending=False)
-            for row in own.to_dict("records"):
-                fact = Concept(row["fact"], row["f1"], row["precision"], row["recall"])
-                concepts.setdefault(int(row["latent"]), []).append(fact)
+        facts, judged = (run.path(name) for name in READS)
+        if there(facts):
+            rows = read_csv(facts, CONCEPTS, ANEW)
+            for row in sorted(rows, key=lambda row: -(row["f1"] or 0.0)):
+                if row["subject"] == "head" and None not in row.values():
+                    fact = Concept(row["fact"], row["f1"], row["precision"], row["recall"])
+                    concepts.setdefault(row["latent"], []).append(fact)
         scores: dict[int, Scores] = {}
-        if run.path("interpretability.csv").is_file():
-            table = run.read_table("interpretability.csv")
-            judge = str(_judge(run))
-            for row in table[table["subject"] == "head"].to_dict("records"):
-                if isinstance(row["explanation"], str):
-                    scores[int(row["latent"])] = Scores(
+        if there(judged):
+            judge = _judge(run)
+            for row in read_csv(judged, SCORES, ANEW):
+                if row["subject"] == "head" and row["explanation"] is not None:
+                    scores[row["latent"]] = Scores(
                         row["explanation"],
-                        _text(row["category"]),
-                        None if _missing(row["score"]) else int(row["score"]),
-                        None if _missing(row["detection"]) else float(row["detection"]),
+                        row["category"] or "",
+                        None if row["score"] is None else int(row["score"]),
+                        row["detection"],
                         judge,
                     )
         return cls(concepts, scores)
@@ -87,23 +106,13 @@ def firing_tokens(contexts: Contexts, latent: int, tokenizer: Any) -> list[str]:
 
 
 def read_labels(latents: Path) -> dict[int, str]:
-    """The labels in a `latents.csv`; none in one of an earlier version."""
-    table = pd.read_csv(latents, keep_default_na=False, dtype=str)
-    if COLUMN not in table.columns:
-        return {}
-    return {int(n): text for n, text in zip(table["latent"], table[COLUMN], strict=True) if text}
+    """The labels in a `latents.csv`; a latent that never fired has none."""
+    remedy = "`python evaluate.py report RUN --reports latents --again true` makes it anew"
+    rows = read_csv(latents, {"latent": Count, COLUMN: str | None}, remedy)
+    return {row["latent"]: row[COLUMN] for row in rows if row[COLUMN]}
 
 
 def _judge(run: EvalRun) -> str:
     path = run.path("done/interpretability.json")
-    if not path.is_file():
-        return ""
-    return str(json.loads(path.read_text())["settings"].get("model", ""))
-
-
-def _missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
-
-
-def _text(value: Any) -> str:
-    return "" if _missing(value) else str(value)
+    done = read_json(path, Judged, ANEW) if there(path) else {"settings": {}}
+    return str(done["settings"].get("model", ""))

@@ -385,14 +385,7 @@ def _check_shapes(path: Path, head: SAEHead) -> None:
             said = {n: (list(s.get_shape()), str(s.get_dtype())) for n, s in found.items()}
     except (SafetensorError, OSError) as e:
         raise _unfit(path, f"is damaged or cannot be read ({e})") from e
-<<<<<<< HEAD
-    for name in LATER:
-        if name not in said:
-            del want[name]
-    for name in sorted(want.keys() ^ said.keys()):
-=======
     for name in sorted((want.keys() ^ said.keys()) - ({UNIT} - said.keys())):
->>>>>>> main
         how = "is missing" if name in want else f"is nothing that a {type(head).__name__} has"
         raise _unfit(path, f"{name} {how}")
     for name in want.keys() & said.keys():
@@ -413,13 +406,8 @@ def _load_weights(path: Path, head: SAEHead) -> None:
     except (RuntimeError, SafetensorError, OSError) as e:
         raise _unfit(path, f"does not fit {CARD} ({str(e).splitlines()[0]})") from e
     for name, value in head.state_dict().items():
-<<<<<<< HEAD
-        if name in LATER and value.isnan():
-            continue
-=======
         if name == UNIT and value.isnan():
             continue  # of a head saved before; one in the file is positive, see below
->>>>>>> main
         # not yet known, or without a limit, as in a new head
         odd = value.isnan() & ~fresh[name].isnan() | value.isinf() & ~fresh[name].isinf()
         if odd.any():

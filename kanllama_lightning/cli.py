@@ -72,6 +72,8 @@ class KanllamaCLI(LightningCLI):
     run_folder: Path
     made: ClassVar[Path | None] = None
     """The folder made for the run, if it is new."""
+    given: ClassVar[Sequence[str]] = ()
+    """Arguments of the command line."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The LM, the run folder, and the links that keep them consistent."""
@@ -102,6 +104,7 @@ class KanllamaCLI(LightningCLI):
         config = self.config[self.subcommand]
         trainer, model = config.trainer, config.model
         check_precision(str(trainer.precision))  # on a CPU the trainer would change it silently
+        self._drop_default_val(config)
         resolved = self._parser(self.subcommand).dump(config, skip_unset=False)
         self.save_config_kwargs["resolved"] = resolved
         fit = self.subcommand == "fit"
@@ -138,6 +141,22 @@ class KanllamaCLI(LightningCLI):
                 logger.init_args.save_dir = str(self.run_folder)
                 logger.init_args.name = logger.init_args.name or self.run_folder.name
                 logger.init_args.id = logger.init_args.id or _logger_id(self.run_folder)
+
+    def _drop_default_val(self, config: Any) -> None:
+        """Leave the default's other text out of a run on the user's own text, unless asked for."""
+        default, train = _tree(BASE_CONFIG)["data"], config.data.train
+        init_args = train.get("init_args") if not isinstance(train, str) else None
+        name = train if isinstance(train, str) else (init_args or {}).get("name")
+        if name == default["train"]["init_args"]["name"] or not config.data.val_fraction:
+            return
+        if config.data.val is None or _mentions(self.given, "data", "val"):
+            return
+        config.data.val = None
+        log.info(
+            "data.val: left out, as data.train is other text (%s is the default's); --data.val "
+            "names further validation sets",
+            ", ".join(one["init_args"]["name"] for one in default["val"]),
+        )
 
     def _folder(self, config: Any) -> Path:
         """The run folder, the same in all processes of a run."""
@@ -241,21 +260,38 @@ def _refuse_linked(args: Sequence[str]) -> None:
         for linked, source in LINKED.items():
             if key == linked or (key.startswith(f"{linked}.") and linked == "model.lm"):
                 raise InputError(f"--{key}: follows from {source}; set that instead")
-    files = [b for a, b in zip(args, args[1:], strict=False) if a in ("--config", "-c")]
-    files += [a.split("=", 1)[1] for a in args if a.startswith("--config=")]
-    for file in files:
+    for file in _config_files(args):
         if not Path(file).is_file():
             raise InputError(f"--config {file}: no such file")
         _refuse_linked_in(Path(file))
 
 
-def _refuse_linked_in(file: Path) -> None:
+def _config_files(args: Sequence[str]) -> list[str]:
+    files = [b for a, b in zip(args, args[1:], strict=False) if a in ("--config", "-c")]
+    return files + [a.split("=", 1)[1] for a in args if a.startswith("--config=")]
+
+
+def _mentions(args: Sequence[str], group: str, key: str) -> bool:
+    """Whether the command line or one of its config files says something of an argument."""
+    if any(re.match(rf"--{group}\.{key}(\+?=|\+?$|\.)", a) for a in args):
+        return True
+    trees = [_tree(Path(file)) for file in _config_files(args)]
+    groups = [tree.get(group) for tree in trees if isinstance(tree, dict)]
+    return any(key in said for said in groups if isinstance(said, dict))
+
+
+def _tree(file: Path) -> Any:
+    """What a config file holds."""
     import yaml
 
     try:
-        tree = yaml.safe_load(file.read_text()) or {}
+        return yaml.safe_load(file.read_text()) or {}
     except yaml.YAMLError as e:
         raise InputError(f"--config {file}: is no valid YAML: {e}") from e
+
+
+def _refuse_linked_in(file: Path) -> None:
+    tree = _tree(file)
     for linked, source in LINKED.items():
         node: Any = tree
         for part in linked.split("."):
@@ -307,6 +343,7 @@ def main(args: Sequence[str] | None = None, **kwargs: Any) -> int:
 
             kind, given = PlanCLI, ["fit", *given[1:]]
         _refuse_linked(given)
+        KanllamaCLI.given = given
         kind(
             SAEModule,
             TokenData,

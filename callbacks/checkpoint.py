@@ -3,18 +3,19 @@
 import logging
 import signal
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import lightning as L
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from kanllama_lightning.buffer import dealt
+from kanllama_lightning.files import replacing
 from kanllama_lightning.functional import ranks
 from kanllama_lightning.run import CHECKPOINTS
-from kanllama_lightning.saved import Written, checkpoints, keep, remove, seal
-from kanllama_lightning.types import RunStopped
+from kanllama_lightning.saved import Written, buffer_file, outdated, remove, seal, written
+from kanllama_lightning.types import InputError, RunStopped
 
 log = logging.getLogger(__name__)
 
@@ -34,36 +35,19 @@ class RunCheckpoint(L.Callback):
     """
 
     def __init__(self, every_n_steps: int = 2000, keep: int = 2, buffer: bool = True) -> None:
+        for name, value in (("every_n_steps", every_n_steps), ("keep", keep)):
+            if value < 1:
+                raise InputError(f"RunCheckpoint.{name}={value}: must be at least 1")
         self.every_n_steps, self.keep, self.buffer = every_n_steps, keep, buffer
         self._stop: int | None = None
         self._saved_at = -1
         self._handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Listen for signals; bring the buffer back when continuing."""
+        """Listen for signals."""
         self._saved_at = trainer.global_step
         for number in (signal.SIGINT, signal.SIGTERM):
             self._handlers[number] = signal.signal(number, self._on_signal)
-        if trainer.is_global_zero:  # what a killed run had not finished writing
-            for part in (Path(trainer.default_root_dir) / CHECKPOINTS).glob("*.tmp"):
-                part.unlink()
-        if trainer.ckpt_path:
-            self._restore_buffer(trainer, pl_module, Path(str(trainer.ckpt_path)))
-
-    def _restore_buffer(self, trainer: L.Trainer, pl_module: Any, path: Path) -> None:
-        n = len(list(path.parent.glob(f"{path.stem}.rank*.safetensors")))
-        rank, world = trainer.global_rank, trainer.world_size
-        if n == world:
-            pl_module.buffer.load_(load_file(self._sidecar(path, rank)))
-        elif n:
-            states = [load_file(self._sidecar(path, r)) for r in range(n)]
-            pl_module.buffer.load_(dealt(states, rank, world))
-        else:
-            log.warning(
-                "%s is missing: the buffer is refilled with later text, so this run will not be "
-                "the same as an undisturbed one bit for bit",
-                self._sidecar(path, rank),
-            )
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._stop is not None:
@@ -89,7 +73,7 @@ class RunCheckpoint(L.Callback):
         stop = self._asked_to_stop(trainer)
         if not due and stop is None:
             return
-        if pl_module.started:
+        if pl_module.started and step > self._saved_at:
             self.save(trainer, pl_module)
         if stop is not None:
             raise RunStopped(stop, step)
@@ -125,25 +109,21 @@ class RunCheckpoint(L.Callback):
         path.parent.mkdir(exist_ok=True)
         if trainer.is_global_zero:  # one of this step that is not whole, if any
             path.with_suffix(".json").unlink(missing_ok=True)
-        written: list[Written] = []
+        files: list[Written] = []
         if self.buffer:
-            sidecar = self._sidecar(path, trainer.global_rank)
-            part = Path(f"{sidecar}.tmp")
-            save_file(pl_module.buffer.state(), part)
-            written.append(keep(part, sidecar))
-        part = path.with_name(path.name + ".tmp")
-        trainer.save_checkpoint(part)
+            sidecar = buffer_file(path, trainer.global_rank)
+            with replacing(sidecar) as part:
+                save_file(pl_module.buffer.state(), part)
+            files.append(written(sidecar))
+        with replacing(path) if trainer.is_global_zero else nullcontext(path) as part:
+            trainer.save_checkpoint(part)  # all processes together; the first one writes
         if trainer.is_global_zero:
-            written.append(keep(part, path))
+            files.append(written(path))
         with ranks.pooled():
-            written = ranks.lists(written)
+            files = ranks.lists(files)
         if trainer.is_global_zero:
-            seal(path, written)
-            for old in checkpoints(folder)[: -self.keep]:
-                remove(old)
+            seal(path, files)
+            for other in outdated(folder, path, self.keep):
+                remove(other)
         self._saved_at = trainer.global_step
         log.debug("saved %s in %.1f s", path, time.perf_counter() - began)
-
-    @staticmethod
-    def _sidecar(path: Path, rank: int) -> Path:
-        return path.with_name(f"{path.stem}.rank{rank}.safetensors")

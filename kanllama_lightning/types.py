@@ -279,6 +279,10 @@ class RunDiverged(Exception):  # noqa: N818
         self.what, self.folder = what, folder
 
 
+class RunFinished(Exception):
+    """There is nothing left to do in the run that was named; nothing was written."""
+
+
 class RunStopped(Exception):  # noqa: N818
     """A run was asked to stop by a signal, and has saved.
 

@@ -258,7 +258,7 @@ def test_a_table_is_refused_with_a_command_that_works(tmp_path: Path, suffix: st
     found = re.search(r"python -c .*\"", str(error.value))
     assert found is not None
     shell(found[0], tmp_path)
-    assert kept(LocalCorpus(str(tmp_path / "some.parquet"))) == GOOD
+    assert kept(LocalCorpus(str(tmp_path / "some.jsonl"))) == GOOD
 
 
 def test_a_packed_file_is_refused_with_a_command_that_works(tmp_path: Path) -> None:

@@ -347,12 +347,10 @@ def _made_known(path: Path) -> str:
     if kind in DECOMPRESSED:
         return f"unpack it first, `{DECOMPRESSED[kind].format(name)}`"
     if kind in TABLES:
-        options = (
-            f"parse_options=c.ParseOptions(delimiter='{TABLES[kind]}', newlines_in_values=True)"
-        )
+        rows = f"csv.DictReader(open({str(path)!r}, newline=''), delimiter='{TABLES[kind]}')"
         return (
-            f'convert it, python -c "import pyarrow.csv as c, pyarrow.parquet as p; '
-            f"p.write_table(c.read_csv({str(path)!r}, {options}), "
-            f'{str(path.with_suffix(".parquet"))!r})"'
+            f'convert it, python -c "import csv, json; csv.field_size_limit(2**30); '
+            f"open({str(path.with_suffix('.jsonl'))!r}, 'w').writelines("
+            f'json.dumps(r) + chr(10) for r in {rows})"'
         )
     return "a file of plain text, one document per line, may be renamed to .txt"

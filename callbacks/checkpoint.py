@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from kanllama_lightning.files import replacing
 from kanllama_lightning.functional import ranks
+from kanllama_lightning.lock import confirm_mine
 from kanllama_lightning.run import CHECKPOINTS
 from kanllama_lightning.saved import Written, buffer_file, outdated, remove, seal, written
 from kanllama_lightning.types import InputError, RunStopped
@@ -105,6 +106,7 @@ class RunCheckpoint(L.Callback):
         pl_module.check_finite(everything=True)
         began = time.perf_counter()
         folder = Path(trainer.default_root_dir)
+        confirm_mine(folder)
         path = folder / CHECKPOINTS / f"step={trainer.global_step:09d}.ckpt"
         path.parent.mkdir(exist_ok=True)
         if trainer.is_global_zero:  # one of this step that is not whole, if any

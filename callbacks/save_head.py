@@ -6,6 +6,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 
+from kanllama_lightning.revision import commit
 from kanllama_lightning.run import HEAD, HEADS, head_folder
 
 
@@ -23,6 +24,7 @@ class SaveHead(L.Callback):
     def __init__(self, every_tokens: int = 50_000_000) -> None:
         self.every_tokens = every_tokens
         self._last = 0
+        self._commit = commit()  # now: files may change while a run lasts
 
     def state_dict(self) -> dict[str, Any]:
         """Which multiple was saved last."""
@@ -48,9 +50,9 @@ class SaveHead(L.Callback):
             folder = head_folder(trainer.default_root_dir, name)
             head.save(folder / where, self._provenance(trainer, pl_module))
 
-    @staticmethod
-    def _provenance(trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
+    def _provenance(self, trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
         lm = pl_module.lm
+        epoch = trainer.datamodule.epoch_tokens
         return {
             "lm": lm.name,
             "revision": lm.revision,
@@ -58,5 +60,7 @@ class SaveHead(L.Callback):
             "bos": lm.bos,
             "lm_dtype": str(lm.dtype).removeprefix("torch."),
             "tokens": pl_module.tokens_seen,
+            "passes": round(pl_module.tokens_seen / epoch, 3) if epoch else None,
             "step": trainer.global_step,
+            "commit": self._commit or None,
         }

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from callbacks.baselines import Baselines
-from kanllama_lightning.run import SUMMARY, head_folder, plain, write_json
+from kanllama_lightning.run import SUMMARY, head_folder
+from kanllama_lightning.small_files import plain, write_json
 
 COLUMNS = {
     "L0": ("l0", "{:.2f}"),
@@ -99,7 +100,7 @@ class Summary(L.Callback):
         """Flat keys of one head; its controls get their scores."""
         metrics = _metrics(trainer, name)
         summary = {
-            "head": type(head).__name__,
+            "head": head.title,
             "d_sae": head.d_sae,
             "parameters": head.n_parameters(),
             **shared,

@@ -44,6 +44,7 @@ from kanllama_lightning.run import (
 from kanllama_lightning.run_state import Kind, RunState, clear, look, step_of
 from kanllama_lightning.saved import newest_whole
 from kanllama_lightning.schedule import Schedule
+from kanllama_lightning.small_files import read_yaml
 from kanllama_lightning.tokens import TokenData
 from kanllama_lightning.types import (
     CacheStopped,
@@ -64,8 +65,8 @@ LINKED = {
     "data.tokenizer": "lm.name",
     "model.head.init_args.d_model": "lm.name (the model's width)",
     "model.head.d_model": "lm.name (the model's width)",
-    "model.head.init_args.seed": "seed_everything",
-    "model.head.seed": "seed_everything",
+    "model.head.init_args.seed": "seed_everything, or head_seed for the head alone",
+    "model.head.seed": "seed_everything, or head_seed for the head alone",
 }
 """Arguments that follow from another one; setting them would be ignored silently."""
 SUBCOMMANDS = ("fit", "validate")
@@ -205,9 +206,9 @@ class KanllamaCLI(LightningCLI):
             )
         goes_on = fit and bool(config.get("ckpt_path"))
         self.run_folder = checkpoint.parent.parent if goes_on else self._folder(config, named)
+        if goes_on:
+            _refuse_finished(checkpoint, trainer.max_steps)
         if is_first():
-            if goes_on:
-                _refuse_finished(checkpoint, trainer.max_steps)
             self._take(goes_on)
         if config.get("ckpt_path"):
             log.info("continuing from %s" if fit else "validating %s", config.ckpt_path)
@@ -388,7 +389,8 @@ def _with_essential(given: Any, essential: Sequence[str]) -> list[Any]:
         essential: Class paths, in their order; extras come before `...SaveHead`, which is the first
             of those that look at what all others have found.
     """
-    listed = {} if given is None else {c.class_path: c for c in given}
+    given = [] if given is None else given if isinstance(given, list) else [given]
+    listed = {callback.class_path: callback for callback in given}
     own = [listed.pop(path, None) or _by_default(path) for path in essential]
     at = next((i for i, c in enumerate(own) if c.class_path.endswith("SaveHead")), len(own))
     return [*own[:at], *listed.values(), *own[at:]]
@@ -408,7 +410,7 @@ def _refuse_finished(checkpoint: Path, max_steps: int) -> None:
         RunFinished: It has all that was asked for.
         InputError: It has been further already.
     """
-    state, step = look(checkpoint.parent.parent), step_of(checkpoint)
+    state, step = look(checkpoint.parent.parent, mine=True), step_of(checkpoint)
     if step > max_steps:
         raise InputError(
             f"run folder {str(state.folder)!r}: its checkpoint is of step {step}, and "
@@ -476,18 +478,13 @@ def _mentions(args: Sequence[str], group: str, key: str) -> bool:
     if any(re.match(rf"--{group}\.{key}(\+?=|\+?$|\.)", a) for a in args):
         return True
     trees = [_tree(Path(file)) for file in _config_files(args)]
-    groups = [tree.get(group) for tree in trees if isinstance(tree, dict)]
+    groups = [tree.get(group) for tree in trees]
     return any(key in said for said in groups if isinstance(said, dict))
 
 
-def _tree(file: Path) -> Any:
+def _tree(file: Path) -> dict[str, Any]:
     """What a config file holds."""
-    import yaml
-
-    try:
-        return yaml.safe_load(file.read_text()) or {}
-    except yaml.YAMLError as e:
-        raise InputError(f"--config {file}: is no valid YAML: {e}") from e
+    return read_yaml(file, dict[str, Any] | None, "mend it, or leave it out") or {}
 
 
 def _refuse_linked_in(file: Path) -> None:

@@ -201,15 +201,33 @@ class SAEModule(L.LightningModule):
         self._checked = True
 
     def configure_optimizers(self) -> Any:
-        """The injected optimizer with a group per head, its rates following the token schedule."""
-        rates = self.together.rates if self.together else {}
+        """The injected optimizer with a group per head, its rates following the token schedule.
+
+        Side by side a group has all the arguments that the head's optimizer would have alone.
+        """
+        own = self.together.optimizers if self.together else {}
         groups: list[dict[str, Any]] = []
         for name, head in self.heads().items():
-            own = {"lr": rates[name]} if name in rates else {}
-            groups.append({"params": list(head.parameters()), **own})
+            parameters = list(head.parameters())
+            groups.append({"params": parameters, **self._arguments(name, parameters, own)})
         optimizer = self.optimizer(groups)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule.lr_factor)
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    def _arguments(
+        self, name: str, parameters: list[nn.Parameter], own: dict[str, dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Arguments of the optimizer that a head does not share with the others."""
+        given = own.get(name)
+        if not given:
+            return {}
+        try:
+            made: dict[str, Any] = self.optimizer(parameters, **given).defaults
+        except (TypeError, ValueError) as e:
+            raise InputError(
+                f"model.head.heads.{name}.optimizer={given}: model.optimizer does not take it ({e})"
+            ) from e
+        return {key: made[key] for key in given}
 
     # ---------------------------------------------------------------- training
 

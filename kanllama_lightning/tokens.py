@@ -112,6 +112,8 @@ class TokenData(LightningDataModule):
         self.workers = workers
         self.cache, self.cache_tokens = cache, cache_tokens
         self.cached: Cache | None = None
+        self.epoch_tokens: float | None = None
+        """Tokens of the training text, estimated; known after `setup`, where its size is."""
         self.position: Int[Tensor, " 3"] = torch.zeros(3, dtype=torch.int64)
         self._val: dict[str, Rows] = {}
         self.validated: frozenset[float] = frozenset()
@@ -298,12 +300,13 @@ class TokenData(LightningDataModule):
                 self.val_tokens,
             )
             self.val_fraction = raised
+        self.epoch_tokens = (1 - self.val_fraction) * tokens
         logger.info(
             "train: %s, %d documents%s, about %.3g tokens per epoch, %.3g held out",
             corpus.name,
             corpus.n_documents,
             f" ({corpus.counted})" if corpus.counted else "",
-            (1 - self.val_fraction) * tokens,
+            self.epoch_tokens,
             self.val_fraction,
         )
 

@@ -121,7 +121,7 @@ def try_text(
         names = [token_text(lm.tokenizer, i) for i in best.indices.tolist()]
         predictions[run] = list(zip(names, best.values.exp().tolist(), strict=True))
     return Trial(
-        about=f"{type(head).__name__}, {head.d_sae} latents at {lm.hook.name} of {lm.name}",
+        about=f"{head.title}, {head.d_sae} latents at {lm.hook.name} of {lm.name}",
         text=text,
         tokens=_tokens(lm, text, ids, seen, latents),
         predictions=predictions,

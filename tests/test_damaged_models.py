@@ -18,8 +18,8 @@ from kanllama_lightning.embedded import MODEL_DIR
 from kanllama_lightning.heads import BatchTopK
 from kanllama_lightning.lm import FrozenLM
 from kanllama_lightning.module import SAEModule
-from kanllama_lightning.run import plain, write_json
 from kanllama_lightning.saved import checkpoints, damage
+from kanllama_lightning.small_files import plain, write_json
 from kanllama_lightning.types import InputError, Prefix, TokenBatch
 from kanllama_lightning.view import view
 from tests.conftest import Fit, only_run

@@ -9,14 +9,15 @@ import torch
 
 from kanllama_lightning.figures import check_png
 from kanllama_lightning.lm import FrozenLM
+from kanllama_lightning.named import name_of
 from kanllama_lightning.packing import Rows
 from kanllama_lightning.preflight import check_forward
 from kanllama_lightning.reports import texts
 from kanllama_lightning.reports.base import EvalRun, Report
-from kanllama_lightning.reports.record import DONE, make, pending
+from kanllama_lightning.reports.record import DONE, make, pending, read_done
 from kanllama_lightning.reports.send import send
 from kanllama_lightning.reports.subject import Subject, read_subject, shared_lm
-from kanllama_lightning.run import EVAL, read_json
+from kanllama_lightning.run import EVAL
 from kanllama_lightning.types import InputError
 
 CTX_LEN = 512
@@ -43,6 +44,8 @@ class How(NamedTuple):
     """Whether the record goes to the W&B run too, if there is one."""
     png: bool = False
     """Whether figures are also written as PNG."""
+    allow: Sequence[str] = ()
+    """Modules whose classes a run's files may name, beside what is shipped."""
 
 
 def report(
@@ -66,7 +69,7 @@ def report(
     """
     if how.png:
         check_png()
-    subjects = [read_subject(folder) for folder in runs]
+    subjects = [read_subject(folder, how.allow) for folder in runs]
     lm = shared_lm(subjects, how.lm, how.dtype)
     device = device_named(how.device)
     if how.batch_seqs < 1:
@@ -103,7 +106,7 @@ def complete(runs: Sequence[Path], reports: Sequence[Report], how: How) -> None:
     """
     alike: dict[tuple[str, ...], list[Path]] = {}
     for folder in runs:
-        subject = read_subject(folder)
+        subject = read_subject(folder, how.allow)
         lacking = tuple(r.name for r in reports if not _there(subject, r))
         if lacking:
             alike.setdefault(lacking, []).append(folder)
@@ -112,8 +115,8 @@ def complete(runs: Sequence[Path], reports: Sequence[Report], how: How) -> None:
 
 
 def _there(subject: Subject, kind: Report) -> bool:
-    path = subject.folder / EVAL / DONE / f"{kind.name}.json"
-    return path.is_file() and read_json(path)["about"].get("head_sha256") == subject.sha256
+    done = read_done(subject.folder / EVAL / DONE / f"{kind.name}.json")
+    return done is not None and done["about"]["head_sha256"] == subject.sha256
 
 
 def _sets(first: Subject, lm: FrozenLM, how: How) -> dict[str, Rows]:
@@ -165,8 +168,8 @@ def _about(
     data = subject.config.get("data", {})
     training = {k: data.get(k) for k in ("train", "val_fraction", "ctx_len", "append_eos")}
     return {
-        "head": type(head).__name__,
-        "class_path": subject.card["class_path"],
+        "head": head.title,
+        "class_path": name_of(type(head)),
         "lm": lm.name,
         "revision": lm.revision,
         "hook_point": lm.hook.name,
@@ -180,6 +183,8 @@ def _about(
         "parameters": head.n_parameters(),
         "scale": float(head.scale),
         "train_tokens": known.get("tokens"),
+        "train_passes": known.get("passes"),
+        "train_commit": known.get("commit"),
         "train_finished": subject.summary.get("finished"),
         "train_tokens_per_second": subject.summary.get("tokens_per_second"),
         "train_data": training if data else None,

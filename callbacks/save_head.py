@@ -57,6 +57,7 @@ class SaveHead(L.Callback):
             "lm": lm.name,
             "revision": lm.revision,
             "hook_point": lm.hook.name,
+            "bos": lm.bos,
             "lm_dtype": str(lm.dtype).removeprefix("torch."),
             "tokens": pl_module.tokens_seen,
             "passes": round(pl_module.tokens_seen / epoch, 3) if epoch else None,

@@ -100,6 +100,8 @@ class KanllamaCLI(LightningCLI):
     """One module, one data module; variety comes in as injected objects."""
 
     run_folder: Path
+    given: ClassVar[Sequence[str]] = ()
+    """Arguments of the command line."""
     lock: ClassVar[RunLock | None] = None
     """The run folder, taken."""
     made: ClassVar[bool] = False
@@ -190,6 +192,7 @@ class KanllamaCLI(LightningCLI):
         """Choose the run folder and take it, find what to continue, derive the clock."""
         config = self.config[self.subcommand]
         trainer, model = config.trainer, config.model
+        self._drop_default_val(config)
         trainer.callbacks = _with_essential(trainer.callbacks, self.essential)
         resolved = self._parser(self.subcommand).dump(config, skip_unset=False)
         self.save_config_kwargs["resolved"] = resolved = recipe(resolved)
@@ -231,6 +234,22 @@ class KanllamaCLI(LightningCLI):
                 logger.init_args.save_dir = str(self.run_folder)
                 logger.init_args.name = logger.init_args.name or self.run_folder.name
                 logger.init_args.id = logger.init_args.id or _logger_id(self.run_folder)
+
+    def _drop_default_val(self, config: Any) -> None:
+        """Leave the default's other text out of a run on the user's own text, unless asked for."""
+        default, train = _tree(BASE_CONFIG)["data"], config.data.train
+        init_args = train.get("init_args") if not isinstance(train, str) else None
+        name = train if isinstance(train, str) else (init_args or {}).get("name")
+        if name == default["train"]["init_args"]["name"] or not config.data.val_fraction:
+            return
+        if config.data.val is None or _mentions(self.given, "data", "val"):
+            return
+        config.data.val = None
+        log.info(
+            "data.val: left out, as data.train is other text (%s is the default's); --data.val "
+            "names further validation sets",
+            ", ".join(one["init_args"]["name"] for one in default["val"]),
+        )
 
     def _take(self, goes_on: bool) -> None:
         """Make the run folder this process's own, empty unless a run goes on in it."""
@@ -453,15 +472,32 @@ def _refuse_linked(args: Sequence[str]) -> None:
         for linked, source in LINKED.items():
             if key == linked or (key.startswith(f"{linked}.") and linked == "model.lm"):
                 raise InputError(f"--{key}: follows from {source}; set that instead")
-    files = [b for a, b in zip(args, args[1:], strict=False) if a in ("--config", "-c")]
-    files += [a.split("=", 1)[1] for a in args if a.startswith("--config=")]
-    for file in files:
+    for file in _config_files(args):
         if not there(Path(file)):
             raise InputError(f"--config {file}: no such file")
-        tree = read_yaml(Path(file), dict[str, Any] | None, "mend it, or leave it out") or {}
+        tree = _tree(Path(file))
         _refuse_linked_in(Path(file), tree)
         if any((Path(file).parent / name).exists() for name in (CHECKPOINTS, HEAD, SUMMARY)):
             _refuse_foreign(Path(file), tree, _allowed(args))
+
+
+def _config_files(args: Sequence[str]) -> list[str]:
+    files = [b for a, b in zip(args, args[1:], strict=False) if a in ("--config", "-c")]
+    return files + [a.split("=", 1)[1] for a in args if a.startswith("--config=")]
+
+
+def _mentions(args: Sequence[str], group: str, key: str) -> bool:
+    """Whether the command line or one of its config files says something of an argument."""
+    if any(re.match(rf"--{group}\.{key}(\+?=|\+?$|\.)", a) for a in args):
+        return True
+    trees = [_tree(Path(file)) for file in _config_files(args)]
+    groups = [tree.get(group) for tree in trees]
+    return any(key in said for said in groups if isinstance(said, dict))
+
+
+def _tree(file: Path) -> dict[str, Any]:
+    """What a config file holds."""
+    return read_yaml(file, dict[str, Any] | None, "mend it, or leave it out") or {}
 
 
 def _allowed(args: Sequence[str]) -> list[str]:
@@ -539,6 +575,7 @@ def main(args: Sequence[str] | None = None, **kwargs: Any) -> int:
 
             kind, given = PlanCLI, ["fit", *given[1:]]
         _refuse_linked(given)
+        KanllamaCLI.given = given
         kind(
             SAEModule,
             TokenData,

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import difflib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -50,6 +51,8 @@ class FrozenLM:
         dtype: Number format the LM runs in; heads and metrics are fp32 whatever it is.
         untrained: Declares random weights: waives the pre-flight checks that only a trained
             model passes.
+        bos: Token that every row begins with, by its text or id; left out, the tokenizer's BOS.
+            An instruct model may name another one there than its text began with.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class FrozenLM:
         revision: str | None = None,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         untrained: bool = False,
+        bos: int | str | None = None,
     ) -> None:
         self.name, self.revision, self.untrained = name, revision, untrained
         self.dtype: torch.dtype = getattr(torch, dtype)
@@ -69,10 +73,29 @@ class FrozenLM:
             self.config = AutoConfig.from_pretrained(self.path, **kwargs)
             self.tokenizer = AutoTokenizer.from_pretrained(self.path, **kwargs)
         self._check_config()
+        self.bos = bos
+        if bos is not None:
+            self.tokenizer.bos_token = self._token(bos)
         n_layers = int(self.config.num_hidden_layers)
         self.hook = parse_hook_point(hook_point, n_layers)
         self.hook_point = hook_point
         self._model: Any = None
+
+    def _token(self, named: int | str) -> str:
+        """Text of a token of the vocabulary, named by it or by its id."""
+        vocabulary = self.tokenizer.get_vocab()
+        text = named if isinstance(named, str) else None
+        if type(named) is int and 0 <= named < self.vocab_size:
+            text = self.tokenizer.convert_ids_to_tokens(named)
+        if text not in vocabulary or not vocabulary[text] < self.vocab_size:
+            known = self.tokenizer.all_special_tokens
+            near = difflib.get_close_matches(str(named), known) or known
+            like = f", such as {near[0]!r}," if near else ""
+            raise InputError(
+                f"lm.bos={named!r}: no token of {self.name!r}; give the text of one{like} or an id "
+                f"from 0 to {min(len(self.tokenizer), self.vocab_size) - 1}"
+            )
+        return str(text)
 
     def _check_config(self) -> None:
         """Refuse another kind of model, and sizes that are none."""

@@ -122,6 +122,7 @@ class LMConfig(TypedDict, total=False):
     hook_point: str
     revision: str | None
     untrained: bool
+    bos: int | str | None
 
 
 class RunConfig(TypedDict, total=False):

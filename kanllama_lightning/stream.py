@@ -40,6 +40,7 @@ class TokenStream(IterableDataset):
         rank: Which of the `world` processes this is.
         world: Number of processes that train together.
         position: (epoch, block, row) of the first row.
+        validated: `share()` of further documents that are not for training.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class TokenStream(IterableDataset):
         rank: int,
         world: int,
         position: Int[Tensor, " 3"],
+        validated: frozenset[float] = frozenset(),
     ) -> None:
         self.corpus = corpus
         self.encoder = encoder
@@ -61,6 +63,7 @@ class TokenStream(IterableDataset):
         self.rank = rank
         self.world = world
         self.position = position.clone()
+        self.validated = validated
 
     def __iter__(self) -> Iterator[TokenBatch]:
         first_epoch, first_block, row = self.position.tolist()
@@ -82,10 +85,12 @@ class TokenStream(IterableDataset):
         """The shuffled blocks from one on, with their places."""
         while True:
             logger.info("%s: epoch %d, from block %d", self.corpus.name, epoch, block)
-            whole, empty = block == 0, True
+            whole, empty, left_out = block == 0, True, 0
             documents = self.corpus.documents(block * BLOCK_DOCUMENTS)
             for number, members in groupby(documents, lambda d: d.number // BLOCK_DOCUMENTS):
-                training = [d for d in members if d.share() >= self.held_out]
+                shares = [(d, share) for d in members if (share := d.share()) >= self.held_out]
+                training = [d for d, share in shares if share not in self.validated]
+                left_out += len(shares) - len(training)
                 empty = empty and not training
                 yield epoch, number, self._rows(epoch, number, training)
             if whole and empty:
@@ -93,6 +98,12 @@ class TokenStream(IterableDataset):
                     f"train: {self.corpus.name} has no document left to train on beside the "
                     f"held-out share of {self.held_out:.2%}. Give more documents, or "
                     "`val_fraction` 0 and validation sets in `val`."
+                )
+            if left_out:
+                logger.info(
+                    "%s: %d documents were not trained on, as they are in a set of `val`",
+                    self.corpus.name,
+                    left_out,
                 )
             epoch, block = epoch + 1, 0
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kanllama_lightning.cache.reading import CachedStream
 from kanllama_lightning.cache.shards import Cache
-from kanllama_lightning.corpus import Corpus, Document, resolve
+from kanllama_lightning.corpus import Corpus, Document, parts, resolve
 from kanllama_lightning.packing import Rows
 from kanllama_lightning.stream import TokenStream
 from kanllama_lightning.types import InputError, TokenBatch
@@ -28,6 +28,8 @@ HELD_OUT_MARGIN = 1.2  # over the estimate, which rests on a sample
 PREFETCHED_BATCHES = 32  # bridge the seconds that a background process packs a new block
 SAMPLE_DOCUMENTS = 200
 SAMPLE_SPAN = 2_000  # documents read at most for that sample
+VALIDATED_DOCUMENTS = 10_000  # of each set in `val`; all of them are kept out of training
+OVERLAP_SPAN = 20_000  # training documents looked at for some that are in `val`
 
 
 class TokenData(LightningDataModule):
@@ -40,7 +42,8 @@ class TokenData(LightningDataModule):
         tokenizer: The language model's own tokenizer, from which the command line takes it.
         train: Training corpus: a file or folder, the name of a Hugging Face dataset, or a corpus
             class with its arguments.
-        val: Further validation sets, in the same forms. They must be other data than `train`.
+        val: Further validation sets, in the same forms, of up to 10,000 documents each. What is in
+            them is not trained on: the same documents in `train` are left out there, and counted.
         val_fraction: Share of the training documents that is held out as the validation set
             `heldout`; 0 for none. A small corpus holds out more, up to a tenth, until that gives
             `val_tokens`; the share in force is logged.
@@ -113,6 +116,7 @@ class TokenData(LightningDataModule):
         """Tokens of the training text, estimated; known after `setup`, where its size is."""
         self.position: Int[Tensor, " 3"] = torch.zeros(3, dtype=torch.int64)
         self._val: dict[str, Rows] = {}
+        self.validated: frozenset[float] = frozenset()
 
     @property
     def val_names(self) -> list[str]:
@@ -140,12 +144,14 @@ class TokenData(LightningDataModule):
                 if len(self._val[name].ids) == rows
                 else f", fewer than val_tokens={self.val_tokens}",
             )
-        if all(d.share() < self.val_fraction for d in self.train_corpus.once()):
+        if all(not self._trained(d) for d in self.train_corpus.once()):
+            also = " or are in `val`" if self.validated else ""
             raise InputError(
                 f"train: all documents of {self.train_corpus.name} are held out for validation "
-                f"(val_fraction={self.val_fraction:.3g}). Give more documents, or `val_fraction` 0 "
-                "and a validation corpus in `val`."
+                f"(val_fraction={self.val_fraction:.3g}){also}. Give more documents, or "
+                "`val_fraction` 0 and a validation corpus of other text in `val`."
             )
+        self._say_overlap()
 
     def held_back(self, n: int) -> dict[str, list[Document]]:
         """The first n documents of every validation set; none of them was trained on.
@@ -156,10 +162,52 @@ class TokenData(LightningDataModule):
         return {name: list(islice(found, n)) for name, found in self._sets()}
 
     def _open(self) -> None:
+        self.encoder.say_special()
+        self.train_corpus.open()
+        for corpus in self.val_corpora:
+            try:
+                corpus.open()
+            except InputError as error:
+                raise InputError(
+                    f"data.val: {error}\nLeave this validation set out with --data.val null"
+                ) from error
+            self._refuse_same(corpus)
         for corpus in (self.train_corpus, *self.val_corpora):
-            corpus.open()
             check_vocabulary(corpus, self.encoder)
+            self.encoder.check_text(corpus)
+        some = (islice(c.once(), VALIDATED_DOCUMENTS) for c in self.val_corpora)
+        self.validated = frozenset(d.share() for documents in some for d in documents)
         self._size_split()
+
+    def _refuse_same(self, corpus: Corpus) -> None:
+        """Refuse a validation set that is the training text itself, or a part of its mixture."""
+        for part in parts(corpus):
+            if any(part.description() == other.description() for other in parts(self.train_corpus)):
+                raise InputError(
+                    f"data.val: {part.name} is what is trained on (data.train). Name other text, "
+                    "or leave it out with --data.val null: `val_fraction` holds a share of the "
+                    "training text back, and none of that is trained on"
+                )
+
+    def _trained(self, document: Document) -> bool:
+        """Whether a document is for training."""
+        share = document.share()
+        return share >= self.val_fraction and share not in self.validated
+
+    def _say_overlap(self) -> None:
+        """Count the documents that are in both, among the first of the training text."""
+        if not self.validated:
+            return
+        first = [d.share() for d in islice(self.train_corpus.once(), OVERLAP_SPAN)]
+        both = sum(share in self.validated for share in first)
+        if both:
+            logger.warning(
+                "%d of the first %d documents of %s are in a set of `val` too: wherever they come, "
+                "they are not trained on",
+                both,
+                len(first),
+                self.train_corpus.name,
+            )
 
     def _sets(self) -> Iterator[tuple[str, Iterator[Document]]]:
         """Names of the validation sets, and their documents."""
@@ -169,7 +217,7 @@ class TokenData(LightningDataModule):
         for corpus in self.val_corpora:
             name = corpus.name if corpus.name not in names else f"{corpus.name}_{len(names)}"
             names.add(name)
-            yield name, corpus.once()
+            yield name, islice(corpus.once(), VALIDATED_DOCUMENTS)
 
     def train_dataloader(self) -> DataLoader:
         """Batches without end, from `position` on."""
@@ -197,6 +245,7 @@ class TokenData(LightningDataModule):
             rank,
             world,
             position,
+            self.validated,
         )
 
     def loader(self, stream: IterableDataset) -> DataLoader:
@@ -253,9 +302,10 @@ class TokenData(LightningDataModule):
             self.val_fraction = raised
         self.epoch_tokens = (1 - self.val_fraction) * tokens
         logger.info(
-            "train: %s, %d documents, about %.3g tokens per epoch, %.3g held out",
+            "train: %s, %d documents%s, about %.3g tokens per epoch, %.3g held out",
             corpus.name,
             corpus.n_documents,
+            f" ({corpus.counted})" if corpus.counted else "",
             self.epoch_tokens,
             self.val_fraction,
         )

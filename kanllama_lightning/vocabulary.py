@@ -16,6 +16,10 @@ logger = logging.getLogger(__name__)
 
 TOKENISED_AT_ONCE = 256  # documents; bounds the memory that the tokenizer takes
 SAMPLE_DOCUMENTS = 200
+LISTED = 12
+"""Special tokens named in the log."""
+LEFT_OUT_AT_MOST = 0.9
+"""Share of a text that may consist of special tokens."""
 
 
 class Encoder:
@@ -33,8 +37,8 @@ class Encoder:
             eos = "an EOS" if tokenizer.eos_token_id is not None else "no EOS either"
             raise InputError(
                 f"tokenizer {name!r} has no BOS token (bos_token; {eos}), with which every row "
-                "must start. Set `bos_token` in its tokenizer_config.json to the token that the "
-                "model was trained with at the start of its input."
+                "must start. Name the token that the model was trained with at the start of its "
+                "input: --lm.bos TOKEN, or `bos_token` in its tokenizer_config.json."
             )
         if append_eos and tokenizer.eos_token_id is None:
             raise InputError(
@@ -45,8 +49,49 @@ class Encoder:
         self.ctx_len = ctx_len
         self.bos: int = tokenizer.bos_token_id
         self.eos: int | None = tokenizer.eos_token_id if append_eos else None
-        self.special: list[int] = sorted(tokenizer.all_special_ids)
+        self.special: list[int] = special_ids(tokenizer)
         self.vocab = len(tokenizer)
+        self._damaged = 0
+
+    def say_special(self) -> None:
+        """List the tokens that neither train a head nor count in a figure."""
+        names = [str(self.tokenizer.convert_ids_to_tokens(i)) for i in self.special]
+        listed = [f"{name!r} ({i})" for name, i in zip(names, self.special, strict=True)]
+        more = (
+            f" and {len(listed) - LISTED} more, up to {listed[-1]}" if len(listed) > LISTED else ""
+        )
+        logger.info(
+            "special tokens, left out of training and figures: %s%s; every row begins with %r (%d)",
+            ", ".join(listed[:LISTED]),
+            more,
+            self.tokenizer.convert_ids_to_tokens(self.bos),
+            self.bos,
+        )
+
+    def check_text(self, corpus: Corpus) -> None:
+        """Say how much of a corpus is written in special tokens, `<unk>` among them.
+
+        Raises:
+            InputError: Nearly all of it, so that hardly anything would be trained on.
+        """
+        sample = list(islice(corpus.once(), SAMPLE_DOCUMENTS))
+        ids = np.concatenate([np.zeros(0, dtype=np.int64), *self.encode(sample)])
+        left_out = ids[np.isin(ids, self.special)]
+        if not len(left_out):
+            return
+        found, counts = np.unique(left_out, return_counts=True)
+        worst = sorted(zip(counts.tolist(), found.tolist(), strict=True), reverse=True)[:3]
+        named = ", ".join(f"{self.tokenizer.convert_ids_to_tokens(i)!r} {n:,}" for n, i in worst)
+        finding = (
+            f"{corpus.name}: {len(left_out):,} of {len(ids):,} tokens of its first {len(sample)} "
+            f"documents are special tokens ({named})"
+        )
+        if not len(left_out) <= LEFT_OUT_AT_MOST * len(ids):
+            raise InputError(
+                f"{finding}, which are left out; hardly anything remains. Give text in letters "
+                "that this model's tokenizer knows"
+            )
+        logger.warning("%s; they are left out of training and figures", finding)
 
     def encode(self, documents: Sequence[Document]) -> list[np.ndarray]:
         """Token ids of each document, without BOS and EOS."""
@@ -87,17 +132,49 @@ class Encoder:
         return (np.asarray(ids, dtype=np.int64) for ids in made["input_ids"])
 
     def _given(self, document: Document) -> np.ndarray:
-        """The ids of a pre-tokenised document, without the BOS and EOS it may have."""
+        """The ids of a pre-tokenised document, without the BOS and EOS it may have.
+
+        None of one with ids that the vocabulary does not have: a corpus with such documents is
+        refused in `check_vocabulary`, if they are among the first; a later one must not stop a run.
+        """
         ids = np.asarray(document.ids, dtype=np.int64)
-        if ids.min() < 0 or ids.max() >= self.vocab:
+        if not self._knows(ids):
+            self._damaged += 1
+            if self._damaged == 1:
+                logger.warning(
+                    "document %d has token ids up to %d, tokenizer %r has %d: such documents are "
+                    "skipped",
+                    document.number,
+                    ids.max(),
+                    self.tokenizer.name_or_path,
+                    self.vocab,
+                )
+            return ids[:0]
+        ids = ids[int(ids[0] == self.bos) :]
+        return ids[:-1] if len(ids) and ids[-1] == self.tokenizer.eos_token_id else ids
+
+    def _knows(self, ids: np.ndarray) -> bool:
+        return bool(ids.min() >= 0 and ids.max() < self.vocab)
+
+    def require_known(self, document: Document) -> None:
+        """Refuse a pre-tokenised document with ids of another vocabulary."""
+        ids = np.asarray(document.ids, dtype=np.int64)
+        if not self._knows(ids):
             raise InputError(
                 f"document {document.number} has token ids from {ids.min()} to {ids.max()}, but "
                 f"tokenizer {self.tokenizer.name_or_path!r} has {self.vocab} ids, from 0 up. The "
                 "corpus was made with another tokenizer: use one with text, or with this "
                 "model's ids."
             )
-        ids = ids[int(ids[0] == self.bos) :]
-        return ids[:-1] if len(ids) and ids[-1] == self.tokenizer.eos_token_id else ids
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of all tokens that the tokenizer marks as special, with a role or without one.
+
+    Chat markers and reserved tokens have none, so that `all_special_ids` does not list them.
+    """
+    marked = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return sorted(marked | set(tokenizer.all_special_ids))
 
 
 def vocab_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -115,6 +192,8 @@ def check_vocabulary(corpus: Corpus, encoder: Encoder) -> None:
     if not corpus.vocabularies:
         return
     sample = [d for d in islice(corpus.once(), SAMPLE_DOCUMENTS) if d.ids is not None]
+    for document in sample:
+        encoder.require_known(document)
     encoded = encoder.encode(sample)
     for ids in encoded[:3]:
         logger.info("%s, some ids decoded: %r", corpus.name, encoder.tokenizer.decode(ids[:30]))

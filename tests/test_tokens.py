@@ -253,7 +253,8 @@ def test_pretokenised_ids_equal_their_text(path, tmp_path):
     marked = [[1, *row, 2] if i % 2 else row for i, row in enumerate(ids)]  # with and without
     file = write(tmp_path / "ids.jsonl", marked, column="input_ids")
     corpus = LocalCorpus(file, column="input_ids", tokenizer="elsewhere/mine")
-    kwargs = {"val_fraction": 0, "val": [path]}
+    other = write(tmp_path / "other.jsonl", stories(90)[70:])
+    kwargs = {"val_fraction": 0, "val": [other]}
     for a, b in zip(
         batches(data(path, **kwargs), 9), batches(data(corpus, **kwargs), 9), strict=True
     ):

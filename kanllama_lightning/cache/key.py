@@ -1,5 +1,6 @@
 """What cached activations depend on, so that no run trains on those of something else."""
 
+from hashlib import sha256
 from pathlib import Path
 
 from kanllama_lightning.cache.shards import Key
@@ -31,8 +32,17 @@ def cache_key(lm: FrozenLM, data: TokenData) -> Key:
         "data.ctx_len": data.ctx_len,
         "data.append_eos": encoder.eos is not None,
         "held out": data.val_fraction,
+        **_validated(data),
         **{f"data.train.{k}": v for k, v in data.train_corpus.description().items()},
     }
+
+
+def _validated(data: TokenData) -> dict[str, str]:
+    """A hash of the documents not trained on because they are in `val`; empty if there is none."""
+    if not data.validated:
+        return {}
+    shares = ",".join(map(str, sorted(data.validated)))
+    return {"not trained on": f"sha256:{sha256(shares.encode()).hexdigest()}"}
 
 
 def _weights(lm: FrozenLM) -> str:

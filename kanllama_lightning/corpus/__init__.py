@@ -3,7 +3,7 @@
 from kanllama_lightning.corpus.base import Corpus, Document, Vocabulary
 from kanllama_lightning.corpus.hub import HubCorpus
 from kanllama_lightning.corpus.local import LocalCorpus
-from kanllama_lightning.corpus.mixture import Mixture
+from kanllama_lightning.corpus.mixture import Mixture, parts
 from kanllama_lightning.corpus.naming import resolve
 from kanllama_lightning.corpus.story_world import StoryWorldCorpus
 
@@ -15,5 +15,6 @@ __all__ = [
     "Mixture",
     "StoryWorldCorpus",
     "Vocabulary",
+    "parts",
     "resolve",
 ]

@@ -1,5 +1,6 @@
 """What a corpus is: numbered documents, read from any number on without tokenising."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from hashlib import blake2b
@@ -9,6 +10,11 @@ import numpy as np
 
 from kanllama_lightning.named import ship
 from kanllama_lightning.types import InputError
+
+logger = logging.getLogger(__name__)
+
+LARGEST_ID = 2**31
+MALFORMED_SHARE = 0.01
 
 
 class Document(NamedTuple):
@@ -68,6 +74,11 @@ class Corpus(ABC):
         """Every document of the source once, even where `documents` never ends."""
         return self.documents()
 
+    @property
+    def counted(self) -> str:
+        """What is one document, for the log; empty where that goes without saying."""
+        return ""
+
     def description(self) -> dict[str, Any]:
         """What tells it from another corpus, as plain values; known after `open()`."""
         arguments = {name: value for name, value in vars(self).items() if name[0] != "_"}
@@ -75,13 +86,86 @@ class Corpus(ABC):
         return {"class": type(self).__name__, **arguments}
 
 
+class Unusable(Exception):  # noqa: N818
+    """Why a record is no document; stands in the place of its value where it cannot be read."""
+
+
 def document(number: int, value: object) -> Document | None:
-    """The document in a field of a record: a string, or a list of token ids; None if neither."""
-    if isinstance(value, str) and value.strip():
+    """The document in a field of a record: a string, or a list of token ids.
+
+    Returns:
+        None for a record without one: null, a blank text, an empty list.
+
+    Raises:
+        Unusable: The field holds something else, or text that no tokenizer can be given.
+    """
+    if isinstance(value, Unusable):
+        raise value
+    if value is None or value == [] or (isinstance(value, str) and not value.strip()):
+        return None
+    if isinstance(value, str):
+        if "\0" in value:
+            raise Unusable("has a NUL character: no text, or not in UTF-8")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise Unusable(
+                f"has half a character (a lone surrogate, {error.object!r:.40})"
+            ) from error
         return Document(number, text=value)
-    if isinstance(value, list) and value and all(type(token) is int for token in value):
-        return Document(number, ids=value)
-    return None
+    if not isinstance(value, list):
+        raise Unusable(f"holds a {type(value).__name__}, neither text nor a list of token ids")
+    if not all(type(token) is int and 0 <= token < LARGEST_ID for token in value):
+        raise Unusable("holds a list that is no list of token ids")
+    return Document(number, ids=value)
+
+
+class Skipped:
+    """Records of a corpus that are no document: counted, and the first of them named in the log.
+
+    Args:
+        corpus: What to call the corpus.
+    """
+
+    def __init__(self, corpus: str) -> None:
+        self.corpus = corpus
+        self.first: str | None = None
+        self.said = 0
+
+    def add(self, place: object, why: Unusable) -> None:
+        """One more; where it is, and why it is none."""
+        if self.first is None:
+            self.first = f"{place}, {why}"
+            logger.warning(
+                "%s: no document: %s. Such records are skipped and counted", self.corpus, self.first
+            )
+
+    def total(self, n: int) -> None:
+        """So many were skipped in a whole pass; said when there are more than before."""
+        if n > self.said:
+            self.said = n
+            logger.info("%s: %d malformed records skipped", self.corpus, n)
+
+    def judge(self, n: int, records: int, remedy: str) -> None:
+        """Log a few malformed records; refuse many.
+
+        Args:
+            n: How many there are.
+            records: How many were looked at.
+            remedy: What to do.
+
+        Raises:
+            InputError: More than 1 % are malformed (one is always borne).
+        """
+        if not n:
+            return
+        finding = f"{n} of {records} records looked at in {self.corpus} are no document"
+        if not n <= max(1, MALFORMED_SHARE * records):
+            raise InputError(
+                f"{finding} (the first: {self.first}); at most {MALFORMED_SHARE:.0%} may be. "
+                f"{remedy}"
+            )
+        logger.warning("%s; they are skipped.", finding)
 
 
 def require_vocabulary(

@@ -3,14 +3,22 @@
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from itertools import count
+from typing import Any, Literal
 
 import numpy as np
 from datasets import load_dataset
 from huggingface_hub import HfApi
 
-from kanllama_lightning.corpus.base import Corpus, Document, document, require_vocabulary
+from kanllama_lightning.corpus.base import (
+    Corpus,
+    Document,
+    Skipped,
+    Unusable,
+    document,
+    require_vocabulary,
+)
 from kanllama_lightning.types import InputError
 
 logger = logging.getLogger(__name__)
@@ -65,6 +73,7 @@ class HubCorpus(Corpus):
         self.tokenizer = tokenizer
         self.vocab_hash = vocab_hash
         self._sampled: list[Document] | None = None
+        self._skipped = Skipped(self.name)
 
     @property
     def name(self) -> str:
@@ -94,14 +103,17 @@ class HubCorpus(Corpus):
                 f"column={self.column!r} is not in {self.dataset}. Its columns are "
                 f"{', '.join(map(repr, sorted(columns)))}: set `column` to one of them."
             )
-        probed = [document(0, record.get(self.column)) for record in records]
-        found = [d for d in probed if d is not None]
+        probed = [self._document(i, record) for i, record in enumerate(records)]
+        found = [d for d in probed if isinstance(d, Document)]
         if not found:
             raise InputError(
                 f"name={self.dataset!r}, split={self.split!r}: no text and no token ids in "
                 f"column {self.column!r} of the first {PROBED_RECORDS} records. Choose another "
                 "`column` or `split`."
             )
+        malformed = sum(d is False for d in probed)
+        remedy = "Choose another `column`, `split` or `revision`."
+        self._skipped.judge(malformed, len(records), remedy)
         if any(d.ids is not None for d in found):
             self.vocabularies = require_vocabulary(self.name, self.tokenizer, self.vocab_hash)
         split = (stream.info.splits or {}).get(self.split)
@@ -115,20 +127,47 @@ class HubCorpus(Corpus):
         if self._sampled is not None:
             yield from self._sampled[start:]
             return
-        stream = self._load()
-        for number, record in enumerate(stream.skip(start) if start else stream, start):
-            found = document(number, record.get(self.column))
-            if found is not None:
+        skipped = 0
+        for number, record in self._records(start):
+            found = self._document(number, record)
+            skipped += found is False
+            if found:
                 yield found
+        self._skipped.total(skipped)
+
+    def _records(self, start: int) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """The records of the stream from a number on."""
+        stream = self._load()
+        records = iter(stream.skip(start) if start else stream)
+        for number in count(start):
+            try:
+                record = next(records)
+            except StopIteration:
+                return
+            except Exception as error:  # whatever a reader of some format raises
+                raise InputError(
+                    f"name={self.dataset!r}: reading stopped at record {number} ({error}). If the "
+                    "network failed, the same command with --ckpt_path last goes on from the last "
+                    "checkpoint; else choose another `revision`, or give a local file"
+                ) from error
+            yield number, record
+
+    def _document(self, number: int, record: Mapping[str, Any]) -> Document | Literal[False] | None:
+        """The document in a record; None if it is blank, False if it is malformed."""
+        try:
+            return document(number, record.get(self.column))
+        except Unusable as why:
+            self._skipped.add(f"record {number + 1}", why)
+            return False
 
     def _draw(self, size: int) -> list[Document]:
         """A uniform sample of the split (reservoir sampling), in its order."""
         generator = np.random.default_rng(self.sample_seed)
         kept: list[Document] = []
-        for seen, record in enumerate(self._load()):
-            found = document(seen, record.get(self.column))
+        for seen, record in self._records(0):
+            found = self._document(seen, record)
             place = seen if seen < size else int(generator.integers(seen + 1))
-            if found is None or place >= size:
+            if not found or place >= size:
                 continue
             if len(kept) < size:
                 kept.append(found)

@@ -86,6 +86,12 @@ class Mixture(Corpus):
             yield found._replace(number=number)
             number += 1
 
+    @property
+    def counted(self) -> str:
+        """What is one document of each corpus that says so."""
+        said = [f"{corpus.name}: {corpus.counted}" for corpus in self.corpora if corpus.counted]
+        return "; ".join(said)
+
     def description(self) -> dict[str, Any]:
         """Its shares and those of its corpora, each with its number in front."""
         parts = {
@@ -105,6 +111,11 @@ class Mixture(Corpus):
         while True:
             yield from self._chunk(chunk)[within:].tolist()
             chunk, within = chunk + 1, 0
+
+
+def parts(corpus: Corpus) -> list[Corpus]:
+    """The corpora of a mixture; of another corpus itself."""
+    return list(corpus.corpora) if isinstance(corpus, Mixture) else [corpus]
 
 
 def _endless(corpus: Corpus, start: int) -> Iterator[Document | None]:

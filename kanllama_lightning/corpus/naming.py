@@ -4,7 +4,7 @@ from pathlib import Path
 
 from kanllama_lightning.corpus.base import Corpus
 from kanllama_lightning.corpus.hub import HubCorpus
-from kanllama_lightning.corpus.local import SUFFIXES, LocalCorpus
+from kanllama_lightning.corpus.local import DECOMPRESSED, SUFFIXES, TABLES, LocalCorpus
 from kanllama_lightning.types import InputError
 
 
@@ -15,7 +15,9 @@ def resolve(value: str | Corpus) -> Corpus:
     path = Path(value).expanduser()
     if path.exists():
         return LocalCorpus(value)
-    if path.suffix in SUFFIXES or value.startswith((".", "/", "~")):
+    if path.suffix.lower() in (*SUFFIXES, *DECOMPRESSED, *TABLES) or value.startswith(
+        (".", "/", "~")
+    ):
         raise InputError(
             f"corpus {value!r} does not exist (looked for {path.absolute()}). Allowed are a file "
             f"({', '.join(SUFFIXES)}), a folder of such files, or the name of a Hugging Face "

@@ -14,6 +14,7 @@ from kanllama_lightning.heads.base import SAEHead
 from kanllama_lightning.lm import FrozenLM
 from kanllama_lightning.types import InputError, TokenBatch, ValidationBatch
 from kanllama_lightning.view import view
+from kanllama_lightning.vocabulary import special_ids
 
 
 def text_ids(lm: FrozenLM, text: str, argument: str) -> list[int]:
@@ -70,7 +71,7 @@ def check_length(lm: FrozenLM, text: str, n_ids: int, argument: str) -> None:
 def seen_by(head: SAEHead, lm: FrozenLM, ids: list[int]) -> ValidationBatch:
     """One text, BOS first, as a head in evaluation mode sees it; special tokens do not count."""
     row = torch.tensor([ids], dtype=torch.int64)
-    keep = ~torch.isin(row, torch.tensor(sorted(lm.tokenizer.all_special_ids)))
+    keep = ~torch.isin(row, torch.tensor(special_ids(lm.tokenizer)))
     tokens = TokenBatch(row, keep, torch.zeros_like(row), torch.zeros(3, dtype=torch.int64))
     tokens = tokens.to(lm.device)
     return view(lm.prefix(tokens.ids), tokens, "prompt", head)

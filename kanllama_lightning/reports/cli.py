@@ -178,6 +178,12 @@ def _add_machine_arguments(parser: ArgumentParser) -> None:
     )
     add("--lm.revision", type=str | None, default=None, help="Commit, tag or branch of a hub LM.")
     add(
+        "--lm.bos",
+        type=int | str | None,
+        default=None,
+        help="Token that every row begins with, by its text or id (default: the run's).",
+    )
+    add(
         "--lm.hook_point",
         type=str | None,
         default=None,

@@ -21,7 +21,7 @@ from kanllama_lightning.types import InputError
 log = logging.getLogger(__name__)
 
 LAST = "last"
-LM_KEYS = ("name", "hook_point", "revision", "untrained")
+LM_KEYS = ("name", "hook_point", "revision", "untrained", "bos")
 
 
 class Subject(NamedTuple):
@@ -46,8 +46,8 @@ class Subject(NamedTuple):
         if "lm" in self.config:
             return {k: self.config["lm"][k] for k in LM_KEYS if k in self.config["lm"]}
         known = self.card.get("provenance", {})
-        names = {"name": "lm", "hook_point": "hook_point", "revision": "revision"}
-        return {key: known[name] for key, name in names.items() if known.get(name)}
+        names = {"name": "lm", "hook_point": "hook_point", "revision": "revision", "bos": "bos"}
+        return {key: known[name] for key, name in names.items() if known.get(name) is not None}
 
     def data(self, tokenizer: PreTrainedTokenizerBase) -> TokenData | None:
         """The data it was trained and validated on; None for a saved head."""
@@ -192,7 +192,7 @@ def shared_lm(subjects: list[Subject], given: Mapping[str, Any], dtype: str) -> 
                 raise InputError(
                     f"--lm.{key}: {str(subject.folder)!r} does not say which; give --lm.{key}"
                 )
-            if args[key] != first[key] or args.get("revision") != first.get("revision"):
+            if any(args.get(k) != first.get(k) for k in (key, "revision", "bos")):
                 raise InputError(
                     f"RUN={str(subject.folder)!r}: trained on {args}, but "
                     f"{str(subjects[0].folder)!r} on {first}; evaluate them one after the other"

@@ -25,8 +25,7 @@ from kanllama_lightning.judge import cache as replies
 from kanllama_lightning.judge.client import _answer, _envelope, _judged
 from kanllama_lightning.judge.protocol import parse_explanation, parse_labels
 from kanllama_lightning.lm import FrozenLM
-from kanllama_lightning.reports.cli import read_labels
-from kanllama_lightning.reports.dashboard import CONCEPTS, SCORES
+from kanllama_lightning.reports.labels import CONCEPTS, SCORES, read_labels
 from kanllama_lightning.reports.record import read_done
 from kanllama_lightning.reports.subject import folder_named, read_subject
 from kanllama_lightning.resume import find_checkpoint
@@ -297,7 +296,7 @@ def records(folder: Path) -> list[Area]:
         **{"about": {"head_sha256": "x", "sets": {}}, "figures": {"delta_ce": 0.5}},
     }
     (out / "done" / "losses.json").write_text(json.dumps(done))
-    (out / "latents.csv").write_text('latent,top_tokens\r\n0,"[""a"", ""b""]"\r\n1,\r\n')
+    (out / "latents.csv").write_text('latent,label\r\n0,"a, b"\r\n1,\r\n')
     (out / "concepts.csv").write_text(
         "subject,fact,latent,f1,precision,recall\r\nhead,x,1,0.5,0.5,0.5\r\nhead,y,2,,,\r\n"
     )

@@ -3,13 +3,19 @@
 import sys
 from collections.abc import Sequence
 
-from callbacks.log_config import LogConfig
-from kanllama_lightning import cli
+from kanllama_lightning.stopping import answered
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    return cli.main(args, save_config_callback=LogConfig)
+
+    def run() -> int:
+        from callbacks.log_config import LogConfig
+        from kanllama_lightning import cli
+
+        return cli.main(args, save_config_callback=LogConfig)
+
+    return answered(run)
 
 
 if __name__ == "__main__":

@@ -1,54 +1,103 @@
 """Everything needed to go on exactly where a run stopped."""
 
 import logging
-import signal
 import time
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
 from safetensors.torch import load_file, save_file
 
+from kanllama_lightning import stopping
 from kanllama_lightning.buffer import dealt
 from kanllama_lightning.functional import ranks
 from kanllama_lightning.run import CHECKPOINTS
 from kanllama_lightning.saved import Written, checkpoints, keep, remove, seal
-from kanllama_lightning.types import RunStopped
+from kanllama_lightning.types import InputError
 
 log = logging.getLogger(__name__)
+
+FIRST = "stopping after this step, saving first (once more: at once, not saving)"
 
 
 class RunCheckpoint(L.Callback):
     """Saves heads, optimizer, counters, data position and buffer: regularly, and when told to stop.
 
-    Ctrl-C and SIGTERM let the step under way end, save and leave; a second one leaves at once.
-    Files are written beside and then renamed, and a list of them with their checksums comes last:
-    a checkpoint without it, or with another file than listed, is never gone on from.
+    A signal (`stopping`) lets the step under way end, saves and leaves; in a validation it leaves
+    at once, saving what was there before it, and the continued run validates first. A second signal
+    leaves without saving. Files are written beside and then renamed, and a list of them with their
+    checksums comes last: a checkpoint without it, or with another file than listed, is never gone
+    on from.
 
     Args:
         every_n_steps: Steps between two checkpoints.
         keep: How many of the newest are kept.
         buffer: Whether the shuffled activations are saved too; without them a continued run
             refills its buffer with later text: correct, but no longer the same bit for bit.
+        every_n_minutes: Minutes between two checkpoints, if that comes first; 0 for steps alone.
     """
 
-    def __init__(self, every_n_steps: int = 2000, keep: int = 2, buffer: bool = True) -> None:
+    def __init__(
+        self,
+        every_n_steps: int = 2000,
+        keep: int = 2,
+        buffer: bool = True,
+        every_n_minutes: float = 10.0,
+    ) -> None:
+        for name, value, least in (
+            ("every_n_steps", every_n_steps, 1),
+            ("keep", keep, 1),
+            ("every_n_minutes", every_n_minutes, 0),
+        ):
+            if not value >= least:
+                raise InputError(f"RunCheckpoint.{name}={value}: must be at least {least}")
         self.every_n_steps, self.keep, self.buffer = every_n_steps, keep, buffer
-        self._stop: int | None = None
+        self.every_n_minutes = every_n_minutes
         self._saved_at = -1
-        self._handlers: dict[int, Any] = {}
+        self._saved_when = time.monotonic()
+        self._validating = False
+        self._validate_first = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whether a validation was under way: it is made when the run goes on."""
+        return {"validating": self._validating}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self._validate_first = state_dict["validating"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Listen for signals; bring the buffer back when continuing."""
-        self._saved_at = trainer.global_step
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._handlers[number] = signal.signal(number, self._on_signal)
+        """Take the signals back from the trainer; bring the buffer back when continuing."""
+        stopping.listen_again()
+        self._saved_at, self._saved_when = trainer.global_step, time.monotonic()
         if trainer.is_global_zero:  # what a killed run had not finished writing
             for part in (Path(trainer.default_root_dir) / CHECKPOINTS).glob("*.tmp"):
                 part.unlink()
         if trainer.ckpt_path:
             self._restore_buffer(trainer, pl_module, Path(str(trainer.ckpt_path)))
+        if self._validate_first:
+            self._validate_first = False
+            _validate(trainer)
+        if pl_module.started:
+            stopping.hold(FIRST)
+
+    def on_head_started(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """From here on there is something to save."""
+        stopping.hold(FIRST)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Nothing is lost if a validation ends early; several processes end it together."""
+        self._validating = trainer.state.fn == TrainerFn.FITTING
+        if trainer.world_size == 1:
+            stopping.release()
+            stopping.obey()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Go on with steps."""
+        if self._validating:
+            self._validating = False
+            stopping.hold(FIRST)
 
     def _restore_buffer(self, trainer: L.Trainer, pl_module: Any, path: Path) -> None:
         n = len(list(path.parent.glob(f"{path.stem}.rank*.safetensors")))
@@ -65,52 +114,54 @@ class RunCheckpoint(L.Callback):
                 self._sidecar(path, rank),
             )
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._stop is not None:
-            raise KeyboardInterrupt
-        self._stop = number
-        log.warning("stopping after this step, saving first (once more: at once, not saving)")
-
-    def _asked_to_stop(self, trainer: L.Trainer) -> int | None:
-        """The signal, if any process got one: all of them have to stop at the same step."""
+    def _asked(self, trainer: L.Trainer) -> tuple[int | None, bool]:
+        """The signal, if any process got one, and whether a checkpoint is due by the clock: all
+        processes have to stop, and save, at the same step."""
+        minutes = (time.monotonic() - self._saved_when) / 60
+        due = bool(self.every_n_minutes) and minutes >= self.every_n_minutes
         if trainer.world_size == 1:
-            return self._stop
+            return stopping.asked(), due
         if trainer.global_step % max(1, trainer.log_every_n_steps):
-            return None  # asking the others waits for them
+            return None, False  # asking the others waits for them
         with ranks.pooled():
-            return next((s for s in ranks.lists([self._stop]) if s is not None), None)
+            heard = ranks.lists([(stopping.asked(), due)])
+        return next((s for s, _ in heard if s is not None), None), any(due for _, due in heard)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         """Between two steps, validation included, all state is consistent: save here only."""
         step = trainer.global_step
-        due = step % self.every_n_steps == 0 and step > self._saved_at
-        stop = self._asked_to_stop(trainer)
+        stop, late = self._asked(trainer)
+        due = (late or step % self.every_n_steps == 0) and step > self._saved_at
         if not due and stop is None:
             return
         if pl_module.started:
             self.save(trainer, pl_module)
         if stop is not None:
-            raise RunStopped(stop, step)
+            raise stopping.Stopped(stop, step if pl_module.started else None)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Save the end, from which a run can be extended."""
         if trainer.global_step > self._saved_at:
             self.save(trainer, pl_module)
+        stopping.release()
+        stopping.obey()
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Stop listening: what comes after a stopped run is not this run's to keep."""
-        self._stop_listening()
+        """Save what a signal in a validation would lose; say what there is to go on from."""
+        if isinstance(exception, stopping.Stopped) and exception.step is None:
+            step = trainer.global_step
+            if self._validating and pl_module.started and step > self._saved_at:
+                stopping.hold("saving first (once more: at once, not saving)")
+                self.save(trainer, pl_module)
+            if self._saved_at == step > 0:
+                exception.step = step
+        stopping.release()
 
     def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Stop listening."""
-        self._stop_listening()
-
-    def _stop_listening(self) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers = {}
+        """Signals end the command again."""
+        stopping.release()
 
     def save(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Write a checkpoint of this moment and drop the oldest ones."""
@@ -136,9 +187,19 @@ class RunCheckpoint(L.Callback):
             seal(path, written)
             for old in checkpoints(folder)[: -self.keep]:
                 remove(old)
-        self._saved_at = trainer.global_step
+        self._saved_at, self._saved_when = trainer.global_step, time.monotonic()
         log.debug("saved %s in %.1f s", path, time.perf_counter() - began)
 
     @staticmethod
     def _sidecar(path: Path, rank: int) -> Path:
         return path.with_name(f"{path.stem}.rank{rank}.safetensors")
+
+
+def _validate(trainer: L.Trainer) -> None:
+    """Make the validation that a signal ended, as the training loop would have done."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    loop.restarting = False
+    loop.reset_restart_stage()  # it begins anew, whatever batch it was at
+    trainer.validating = True
+    loop.run()
+    trainer.training = True

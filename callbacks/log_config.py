@@ -9,11 +9,12 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 
 from kanllama_lightning.run import CONFIG, head_folder
+from kanllama_lightning.secrets import scrubbed
 from kanllama_lightning.side_by_side import SideBySide, alone_config
 
 
 class LogConfig(SaveConfigCallback):
-    """Writes `config.yaml` into the run folder and sends it to W&B. Configs hold no secrets.
+    """Writes `config.yaml` into the run folder and sends it to W&B, without secrets.
 
     Of heads side by side each folder gets the configuration that would train the head alone.
 
@@ -26,7 +27,7 @@ class LogConfig(SaveConfigCallback):
 
     def __init__(self, *args: Any, resolved: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.resolved = resolved
+        self.resolved = scrubbed(resolved)
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Runs on rank zero only."""

@@ -4,7 +4,6 @@ import difflib
 import logging
 import os
 import re
-import signal
 import sys
 import time
 import uuid
@@ -16,19 +15,22 @@ from typing import Any, ClassVar
 import torch
 import transformers
 import wandb
-from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from kanllama_lightning import heads
 from kanllama_lightning.cache.filling import fill_
+from kanllama_lightning.entry import Aftermath, guarded
 from kanllama_lightning.lm import FrozenLM
 from kanllama_lightning.module import SAEModule, check_precision
 from kanllama_lightning.preflight import check_room
 from kanllama_lightning.resume import find_checkpoint
-from kanllama_lightning.run import CHECKPOINTS, LOGGER_ID, make_folder, remove_unused
+from kanllama_lightning.run import CHECKPOINTS, CONFIG, LOGGER_ID, make_folder, remove_unused
+from kanllama_lightning.saved import newest_whole
 from kanllama_lightning.schedule import Schedule
+from kanllama_lightning.stopping import CacheStopped, Stopped
 from kanllama_lightning.tokens import TokenData
-from kanllama_lightning.types import CacheStopped, InputError, RunStopped
+from kanllama_lightning.types import InputError
+from kanllama_lightning.wandb_logger import check_mode
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +73,8 @@ class KanllamaCLI(LightningCLI):
     run_folder: Path
     made: ClassVar[Path | None] = None
     """The folder made for the run, if it is new."""
+    place: ClassVar[Path | None] = None
+    """The folder that the command writes into."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The LM, the run folder, and the links that keep them consistent."""
@@ -100,6 +104,8 @@ class KanllamaCLI(LightningCLI):
         """Choose the run folder, find what to continue, derive the clock."""
         config = self.config[self.subcommand]
         trainer, model = config.trainer, config.model
+        if "RunLogger" in str(trainer.logger):
+            check_mode()
         check_precision(str(trainer.precision))  # on a CPU the trainer would change it silently
         resolved = self._parser(self.subcommand).dump(config, skip_unset=False)
         self.save_config_kwargs["resolved"] = resolved
@@ -123,6 +129,7 @@ class KanllamaCLI(LightningCLI):
         new = is_first() and not self.run_folder.exists()
         make_folder(self.run_folder)
         KanllamaCLI.made = self.run_folder if new else None
+        KanllamaCLI.place = self.run_folder
         os.environ[RUN_FOLDER] = str(self.run_folder)
         config.run = trainer.default_root_dir = str(self.run_folder)
         trainer.max_epochs = -1
@@ -279,10 +286,22 @@ def main(args: Sequence[str] | None = None, **kwargs: Any) -> int:
     """
     quiet()
     given = list(sys.argv[1:] if args is None else args)
+    after = Aftermath(_explain, _stopped, lambda: KanllamaCLI.place, _onward, _clear)
+    return guarded(lambda: _run(given, args is None, kwargs), given, after)
+
+
+def _run(given: list[str], started: bool, kwargs: dict[str, Any]) -> int:
+    """The command itself.
+
+    Args:
+        given: Arguments.
+        started: Whether they are those of the process.
+        kwargs: Passed to `KanllamaCLI`.
+    """
     own = sys.argv
     # what a launcher of further processes starts again
-    sys.argv = own if args is None else [str(ROOT / "train.py"), *given]
-    KanllamaCLI.made = None
+    sys.argv = own if started else [str(ROOT / "train.py"), *given]
+    KanllamaCLI.made = KanllamaCLI.place = None
     try:
         kind = KanllamaCLI
         if given[:1] == ["plan"]:
@@ -305,27 +324,6 @@ def main(args: Sequence[str] | None = None, **kwargs: Any) -> int:
             args=_with_base(given),
             **kwargs,
         )
-    except InputError as e:
-        _discard_unused()
-        sys.stderr.write(f"error: {e}\n")
-        return 2
-    except ArgumentError as e:
-        sys.stderr.write(f"error: {_explain(str(e))}\n")
-        return 2
-    except CacheStopped as e:
-        _discard_unused()
-        sys.stderr.write(
-            f"stopped; cache {e.folder} holds {e.rows:,} activations, the same command goes on "
-            "from its last whole shard\n"
-        )
-        return 128 + signal.SIGINT
-    except RunStopped as e:
-        if is_first():
-            sys.stderr.write(
-                f"stopped at step {e.step}, everything is saved; the same command with "
-                "`--ckpt_path last` goes on from here\n"
-            )
-        return 128 + e.signal_number
     finally:
         sys.argv = own
         os.environ.pop(RUN_FOLDER, None)
@@ -334,8 +332,43 @@ def main(args: Sequence[str] | None = None, **kwargs: Any) -> int:
     return 0
 
 
-def _discard_unused() -> None:
-    """Leave no empty run behind a mistake, or behind Ctrl-C before the first step."""
+def _stopped(e: Stopped) -> str:
+    """What a person who stopped a command has, and how to go on."""
+    if not is_first():
+        return ""
+    if isinstance(e, CacheStopped):
+        return (
+            f"stopped; cache {e.folder} holds {e.rows:,} activations, the same command goes on "
+            "from its last whole shard"
+        )
+    if e.step is not None:
+        return (
+            f"stopped at step {e.step}, everything is saved; the same command with "
+            "`--ckpt_path last` goes on from here"
+        )
+    return "stopped before there was anything to save; the same command does it all"
+
+
+def _onward() -> str:
+    """How to go on after a write that failed."""
+    folder = KanllamaCLI.place
+    if folder is None or not (folder / CONFIG).is_file():
+        return "make room, or choose another place, and start again"
+    checkpoint = newest_whole(folder)
+    if checkpoint is None:
+        return f"make room, or choose another place, and start again; {folder} holds no checkpoint"
+    return (
+        f"make room, then the same command with `--ckpt_path {folder}` goes on from "
+        f"{checkpoint.name}, which is whole"
+    )
+
+
+def _clear() -> None:
+    """Leave no empty run behind a mistake, or behind Ctrl-C before the first step, and nothing
+    half written behind a full disk."""
+    if KanllamaCLI.place is not None and is_first():
+        for part in KanllamaCLI.place.rglob("*.tmp"):
+            part.unlink(missing_ok=True)
     if KanllamaCLI.made is not None:
         remove_unused(KanllamaCLI.made)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kanllama_lightning.lm import FrozenLM
 from kanllama_lightning.splice import put, spliced_losses
 from kanllama_lightning.types import InputError, TokenBatch
+from kanllama_lightning.units import size
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +20,6 @@ ROWS, POSITIONS = 4, 128
 """How much text the checks look at."""
 CE_LIMIT = 0.8
 """Share of ln V (the loss of a uniform guess) above which a model does not know its tokens."""
-GIB = 1 << 30
 
 
 @torch.no_grad()
@@ -142,22 +142,21 @@ def check_room(heads: nn.Module, buffer_bytes: int, lm_bytes: int, folder: Path)
     disk = disk_bytes(weights, buffer_bytes)
     free_disk, free = shutil.disk_usage(folder).free, free_memory()
     log.info(
-        "needs about %.2f GiB of memory before batches (%.1f free) and %.2f GiB of disk (%.1f "
-        "free)",
-        memory / GIB,
-        free / GIB,
-        disk / GIB,
-        free_disk / GIB,
+        "needs about %s of memory before batches (%s free) and %s of disk (%s free)",
+        size(memory),
+        size(free),
+        size(disk),
+        size(free_disk),
     )
     if disk > free_disk:
         raise InputError(
-            f"run folder {str(folder)!r}: the run needs {disk / GIB:.1f} GiB, "
-            f"{free_disk / GIB:.1f} are free; choose another --runs_dir or a smaller buffer"
+            f"run folder {str(folder)!r}: the run needs {size(disk)}, {size(free_disk)} are "
+            "free; choose another --runs_dir or a smaller buffer"
         )
     if memory > max(free, 1) * 1.5:
         raise InputError(
-            f"memory: the run needs about {memory / GIB:.1f} GiB, {free / GIB:.1f} are "
-            "free; lower model.buffer.capacity_tokens, model.head.d_sae or use lm.dtype=bfloat16"
+            f"memory: the run needs about {size(memory)}, {size(free)} are free; "
+            "lower model.buffer.capacity_tokens, model.head.d_sae or use lm.dtype=bfloat16"
         )
 
 

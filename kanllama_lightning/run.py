@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,13 @@ def make_folder(folder: Path) -> Path:
 
 
 def remove_unused(folder: Path) -> None:
-    """Take away a run folder in which nothing was computed yet."""
-    if folder.is_dir() and {p.name for p in folder.iterdir()} <= {CONFIG, LOGGER_ID}:
-        for path in folder.iterdir():
-            path.unlink()
-        folder.rmdir()
+    """Take away a run folder in which nothing was computed yet: configurations and a W&B log."""
+    if not folder.is_dir():
+        return
+    logs = [folder / "wandb", folder / LOGGER_ID]
+    found = [p for p in folder.rglob("*") if not any(p == log or log in p.parents for log in logs)]
+    if all(path.is_dir() or path.name == CONFIG for path in found):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def prefixed(name: str, values: Mapping[str, Any]) -> dict[str, Any]:

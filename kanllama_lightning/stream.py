@@ -86,8 +86,9 @@ class TokenStream(IterableDataset):
             documents = self.corpus.documents(block * BLOCK_DOCUMENTS)
             for number, members in groupby(documents, lambda d: d.number // BLOCK_DOCUMENTS):
                 training = [d for d in members if d.share() >= self.held_out]
-                empty = empty and not training
-                yield epoch, number, self._rows(epoch, number, training)
+                rows = self._rows(epoch, number, training)
+                empty = empty and not len(rows.ids)
+                yield epoch, number, rows
             if whole and empty:
                 raise InputError(
                     f"train: {self.corpus.name} has no document left to train on beside the "

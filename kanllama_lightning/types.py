@@ -7,7 +7,6 @@ Axes, everywhere: `batch` sequences, `pos` positions in a sequence, `tok` tokens
 
 from collections.abc import Callable
 from functools import cached_property
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -251,29 +250,3 @@ class ValidationBatch(NamedTuple):
     """The activations under the mask, fp32, in the LM's units."""
     out: SAEOutput
     """The head's output on x, as at inference."""
-
-
-class CacheStopped(Exception):  # noqa: N818
-    """Writing a cache was interrupted; whole shards are kept.
-
-    Args:
-        folder: Of the cache.
-        rows: Activations in it.
-    """
-
-    def __init__(self, folder: Path, rows: int) -> None:
-        super().__init__(f"stopped; cache {folder} holds {rows:,} activations")
-        self.folder, self.rows = folder, rows
-
-
-class RunStopped(Exception):  # noqa: N818
-    """A run was asked to stop by a signal, and has saved.
-
-    Args:
-        signal_number: The signal.
-        step: Optimizer step at which it stopped.
-    """
-
-    def __init__(self, signal_number: int, step: int) -> None:
-        super().__init__(f"stopped by signal {signal_number} at step {step}")
-        self.signal_number, self.step = signal_number, step

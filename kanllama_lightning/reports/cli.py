@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Literal
 
 import pandas as pd
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.table import Table
 
 from kanllama_lightning import comparison
 from kanllama_lightning.cli import quiet
+from kanllama_lightning.entry import Aftermath, guarded
 from kanllama_lightning.reports.base import EvalRun, Report
 from kanllama_lightning.reports.capability import Capability
 from kanllama_lightning.reports.concepts import Concepts
@@ -370,6 +371,19 @@ def _explain(message: str) -> str:
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     quiet()
+    given = list(sys.argv[1:] if args is None else args)
+    place: list[Path] = []
+    after = Aftermath(
+        _explain,
+        lambda _: "stopped; finished reports are kept, the same command goes on from them",
+        lambda: place[0] if place else None,
+        lambda: "make room; finished reports are kept, the same command goes on from them",
+    )
+    return guarded(lambda: _run(given, place), given, after)
+
+
+def _run(given: list[str], place: list[Path]) -> int:
+    """The command itself; puts the folder that it writes into `place`."""
     parser = ArgumentParser(
         prog="evaluate.py",
         description="The research record of saved heads.",
@@ -381,18 +395,12 @@ def main(args: Sequence[str] | None = None) -> int:
         sub = ArgumentParser(description=run.__doc__, exit_on_error=False, allow_abbrev=False)
         add(sub)
         commands.add_subcommand(name, sub)
+    parsed = parser.parse_args(given)
+    chosen = parsed[parsed.subcommand]
+    first = (chosen.get("runs") or [chosen.get("run")])[0]
+    place.append(Path(chosen.get("out") or first))
     try:
-        given = parser.parse_args(list(sys.argv[1:] if args is None else args))
-        COMMANDS[given.subcommand][1](given[given.subcommand])
-    except InputError as e:
-        sys.stderr.write(f"error: {e}\n")
-        return 2
-    except ArgumentError as e:
-        sys.stderr.write(f"error: {_explain(str(e))}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("stopped; finished reports are kept, the same command goes on from them\n")
-        return 130
+        COMMANDS[parsed.subcommand][1](chosen)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

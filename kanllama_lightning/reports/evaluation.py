@@ -17,6 +17,7 @@ from kanllama_lightning.reports.send import send
 from kanllama_lightning.reports.subject import Subject, read_subject, shared_lm
 from kanllama_lightning.run import EVAL, read_json
 from kanllama_lightning.types import InputError
+from kanllama_lightning.wandb_logger import check_mode
 
 CTX_LEN = 512
 """Of a saved head without a run, unless another is asked for."""
@@ -65,6 +66,8 @@ def report(
     """
     if how.png:
         check_png()
+    if how.wandb:
+        check_mode()
     subjects = [read_subject(folder) for folder in runs]
     lm = shared_lm(subjects, how.lm, how.dtype)
     device = device_named(how.device)

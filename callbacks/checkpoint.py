@@ -1,16 +1,20 @@
 """Everything needed to go on exactly where a run stopped."""
 
 import logging
+import os
 import time
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from kanllama_lightning import stopping
 from kanllama_lightning.buffer import dealt
+from kanllama_lightning.entry import error_number
 from kanllama_lightning.functional import ranks
 from kanllama_lightning.run import CHECKPOINTS
 from kanllama_lightning.saved import Written, checkpoints, keep, remove, seal
@@ -149,14 +153,17 @@ class RunCheckpoint(L.Callback):
         stopping.obey()
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Save what a signal in a validation would lose; say what there is to go on from."""
-        if isinstance(exception, stopping.Stopped) and exception.step is None:
-            step = trainer.global_step
-            if self._validating and pl_module.started and step > self._saved_at:
-                stopping.hold("saving first (once more: at once, not saving)")
+        """Save what a signal, or a file that cannot be written, in a validation would lose."""
+        step, stopped = trainer.global_step, isinstance(exception, stopping.Stopped)
+        unsaved = self._validating and pl_module.started and step > self._saved_at
+        if unsaved and trainer.world_size == 1 and (stopped or isinstance(exception, OSError)):
+            stopping.hold("saving first (once more: at once, not saving)")
+            try:
                 self.save(trainer, pl_module)
-            if self._saved_at == step > 0:
-                exception.step = step
+            except OSError as e:
+                log.warning("step %d could not be saved (%s)", step, e.strerror)
+        if isinstance(exception, stopping.Stopped) and self._saved_at == step > 0:
+            exception.step = step
         stopping.release()
 
     def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
@@ -164,10 +171,22 @@ class RunCheckpoint(L.Callback):
         stopping.release()
 
     def save(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Write a checkpoint of this moment and drop the oldest ones."""
-        began = time.perf_counter()
+        """Write a checkpoint of this moment and drop the oldest ones.
+
+        Raises:
+            OSError: There is no room, say; nothing of it is left, and the others are as they were.
+        """
         folder = Path(trainer.default_root_dir)
         path = folder / CHECKPOINTS / f"step={trainer.global_step:09d}.ckpt"
+        try:
+            self._write(trainer, pl_module, folder, path)
+        except OSError:
+            if trainer.is_global_zero:
+                remove(path)
+            raise
+
+    def _write(self, trainer: L.Trainer, pl_module: Any, folder: Path, path: Path) -> None:
+        began = time.perf_counter()
         path.parent.mkdir(exist_ok=True)
         if trainer.is_global_zero:  # one of this step that is not whole, if any
             path.with_suffix(".json").unlink(missing_ok=True)
@@ -175,7 +194,7 @@ class RunCheckpoint(L.Callback):
         if self.buffer:
             sidecar = self._sidecar(path, trainer.global_rank)
             part = Path(f"{sidecar}.tmp")
-            save_file(pl_module.buffer.state(), part)
+            _save_tensors(pl_module.buffer.state(), part)
             written.append(keep(part, sidecar))
         part = path.with_name(path.name + ".tmp")
         trainer.save_checkpoint(part)
@@ -203,3 +222,14 @@ def _validate(trainer: L.Trainer) -> None:
     trainer.validating = True
     loop.run()
     trainer.training = True
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write safetensors; what cannot be written is an OSError with its number, as elsewhere."""
+    try:
+        save_file(tensors, path)
+    except SafetensorError as e:
+        number = error_number(e)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from e

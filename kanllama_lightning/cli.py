@@ -24,7 +24,14 @@ from kanllama_lightning.lm import FrozenLM
 from kanllama_lightning.module import SAEModule, check_precision
 from kanllama_lightning.preflight import check_room
 from kanllama_lightning.resume import find_checkpoint
-from kanllama_lightning.run import CHECKPOINTS, CONFIG, LOGGER_ID, make_folder, remove_unused
+from kanllama_lightning.run import (
+    CHECKPOINTS,
+    CONFIG,
+    LOGGER_ID,
+    make_folder,
+    remove_parts,
+    remove_unused,
+)
 from kanllama_lightning.saved import newest_whole
 from kanllama_lightning.schedule import Schedule
 from kanllama_lightning.stopping import CacheStopped, Stopped
@@ -363,12 +370,11 @@ def _onward() -> str:
     )
 
 
-def _clear() -> None:
+def _clear(disk: bool) -> None:
     """Leave no empty run behind a mistake, or behind Ctrl-C before the first step, and nothing
     half written behind a full disk."""
-    if KanllamaCLI.place is not None and is_first():
-        for part in KanllamaCLI.place.rglob("*.tmp"):
-            part.unlink(missing_ok=True)
+    if disk and KanllamaCLI.place is not None and is_first():
+        remove_parts(KanllamaCLI.place)
     if KanllamaCLI.made is not None:
         remove_unused(KanllamaCLI.made)
 

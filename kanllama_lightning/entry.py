@@ -1,5 +1,6 @@
 """What every command has in common: signals, secrets, and one line for whatever ends it."""
 
+import contextlib
 import errno
 import logging
 import os
@@ -41,7 +42,8 @@ class Aftermath:
         stopped: What to say after a signal; nothing if this process is not the one to say it.
         place: The folder that the command writes into; None while there is none.
         onward: How to go on once the disk has room again.
-        clear: Takes away what was made and holds nothing.
+        clear: Takes away what was made and holds nothing; after trouble with a disk (True) also
+            what was written half.
     """
 
     def __init__(
@@ -50,7 +52,7 @@ class Aftermath:
         stopped: Callable[[Stopped], str],
         place: Callable[[], Path | None],
         onward: Callable[[], str],
-        clear: Callable[[], None] = lambda: None,
+        clear: Callable[[bool], None],
     ) -> None:
         self.explain, self.stopped, self.place = explain, stopped, place
         self.onward, self.clear = onward, clear
@@ -87,7 +89,8 @@ def guarded(run: Callable[[], int], arguments: Sequence[str], aftermath: Afterma
             end = aftermath.of(e)
             if end is None:
                 raise
-            aftermath.clear()
+            with contextlib.suppress(OSError):
+                aftermath.clear(not isinstance(e, Stopped | InputError | ArgumentError))
             if end[1]:
                 say(scrubbed(end[1]))
             return end[0]
@@ -106,7 +109,7 @@ def disk_trouble(error: BaseException, place: Path | None) -> str | None:
     link: BaseException | None = error
     while link is not None and link not in seen:
         seen.append(link)
-        number = _number(link)
+        number = error_number(link)
         if number in DISK:
             path = link.filename if isinstance(link, OSError) else None
             named = Path(os.fsdecode(path)) if isinstance(path, str | bytes) else None
@@ -128,7 +131,7 @@ def _told(number: int, path: Path | None, place: Path | None) -> str:
     return f"{named}: cannot be used ({DISK[number]})"
 
 
-def _number(error: BaseException) -> int | None:
+def error_number(error: BaseException) -> int | None:
     """The operating system's number of an error; of those too that only quote it."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno

@@ -48,6 +48,13 @@ def remove_unused(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def remove_parts(folder: Path) -> None:
+    """Take away what was written half: files beside the place that they were for."""
+    for part in folder.rglob("*.tmp"):
+        if part.is_file():
+            part.unlink(missing_ok=True)
+
+
 def prefixed(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """Figures under the name of the head they are of; a head that is trained alone has none."""
     return {f"{name}/{key}" if name else key: value for key, value in values.items()}

@@ -34,7 +34,7 @@ from kanllama_lightning.reports.subject import (
     read_subject,
     shared_lm,
 )
-from kanllama_lightning.run import EVAL, SUMMARY, make_folder, read_json
+from kanllama_lightning.run import EVAL, SUMMARY, make_folder, read_json, remove_parts
 from kanllama_lightning.trial import show, try_text
 from kanllama_lightning.trial_page import trial_page
 from kanllama_lightning.types import InputError
@@ -372,18 +372,25 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     quiet()
     given = list(sys.argv[1:] if args is None else args)
-    place: list[Path] = []
+    places: list[Path] = []
+    kept = "finished reports are kept, the same command goes on from them"
+
+    def clear(disk: bool) -> None:
+        for place in places if disk else []:
+            remove_parts(place)
+
     after = Aftermath(
         _explain,
-        lambda _: "stopped; finished reports are kept, the same command goes on from them",
-        lambda: place[0] if place else None,
-        lambda: "make room; finished reports are kept, the same command goes on from them",
+        lambda _: f"stopped; {kept}",
+        lambda: next((place for place in places if place.is_dir()), None),
+        lambda: f"make room; {kept}",
+        clear,
     )
-    return guarded(lambda: _run(given, place), given, after)
+    return guarded(lambda: _run(given, places), given, after)
 
 
-def _run(given: list[str], place: list[Path]) -> int:
-    """The command itself; puts the folder that it writes into `place`."""
+def _run(given: list[str], places: list[Path]) -> int:
+    """The command itself; puts the folders that it writes into `places`."""
     parser = ArgumentParser(
         prog="evaluate.py",
         description="The research record of saved heads.",
@@ -396,11 +403,11 @@ def _run(given: list[str], place: list[Path]) -> int:
         add(sub)
         commands.add_subcommand(name, sub)
     parsed = parser.parse_args(given)
-    chosen = parsed[parsed.subcommand]
-    first = (chosen.get("runs") or [chosen.get("run")])[0]
-    place.append(Path(chosen.get("out") or first))
+    settings = parsed[parsed.subcommand]
+    runs = settings.get("runs") or [settings.get("run")]
+    places += [Path(str(run).rpartition("=")[2]) for run in runs]
     try:
-        COMMANDS[parsed.subcommand][1](chosen)
+        COMMANDS[parsed.subcommand][1](settings)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -353,6 +353,8 @@ def _stopped(e: Stopped) -> str:
             f"stopped at step {e.step}, everything is saved; the same command with "
             "`--ckpt_path last` goes on from here"
         )
+    if KanllamaCLI.made is None and KanllamaCLI.place is not None:
+        return f"stopped; {KanllamaCLI.place} is as it was, the same command goes on from there"
     return "stopped before there was anything to save; the same command does it all"
 
 

@@ -5,6 +5,18 @@ from collections.abc import Sequence
 
 from kanllama_lightning.stopping import answered
 
+ESSENTIAL = (
+    "callbacks.progress.Progress",
+    "callbacks.sparsity.Sparsity",
+    "callbacks.reconstruction.Reconstruction",
+    "callbacks.spliced_loss.SplicedLoss",
+    "callbacks.baselines.Baselines",
+    "callbacks.save_head.SaveHead",
+    "callbacks.summary.Summary",
+    "callbacks.checkpoint.RunCheckpoint",
+)
+"""What makes a run a run, whatever a config lists; an entry of the same class gives settings."""
+
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
@@ -13,7 +25,7 @@ def main(args: Sequence[str] | None = None) -> int:
         from callbacks.log_config import LogConfig
         from kanllama_lightning import cli
 
-        return cli.main(args, save_config_callback=LogConfig)
+        return cli.main(args, save_config_callback=LogConfig, essential=ESSENTIAL)
 
     return answered(run)
 

@@ -1,16 +1,22 @@
-"""Trains every head at equal sparsity and tabulates what each is worth.
+"""Trains heads at equal sparsity, each at its best learning rate, and tabulates what each is worth.
 
     .venv/bin/python benchmarks/compare_heads.py train stories --out runs/compare
     .venv/bin/python benchmarks/compare_heads.py table stories --out runs/compare
 
-A cell is one run of `train.py fit`, the command people type, with one thread; two run beside each
-other. What the LM computed for a batch of tokens is kept on disk and read by the next cell, bit for
-bit the same. A cell whose summary.json is there is not run again, so a stopped comparison goes on
-where it was. Each head is trained with several learning rates at the first seed and the first
-sparsity; the one with the lowest FVU serves for the other seeds and sparsities.
+The text is split once, by a hash of each document: what heads are trained on, what learning rates
+are chosen on, and what is reported. A cell is one run of `train.py fit`, the command people type,
+with one thread; two run beside each other. What the LM computed for a batch of tokens is kept on
+disk and read by the next cell, bit for bit the same. A cell that is finished is not run again, so
+the same command goes on where it was stopped.
 
-Studies: `stories` (a folder named by --model with stories260K in Hugging Face format, and text
-named by --text; neither is part of the project) and `embedded` (both shipped).
+Each head is trained with three learning rates at the first seed and sparsity, and, while the one
+with the lowest FVU on the choosing text is at an edge, with twice or half that; it serves for the
+other seeds and sparsities. A head whose L0 misses the target by more than a percent is trained once
+more at a larger one, for the slope along which differences are corrected. The table is made on the
+reporting text by the machinery of `evaluate.py compare`: paired intervals over documents and seeds.
+
+Study: `stories` (a folder named by --model with stories260K in Hugging Face format, and text named
+by --text; neither is part of the project). Its settings can be changed when it is begun.
 """
 
 import argparse
@@ -22,67 +28,82 @@ import logging
 import math
 import multiprocessing
 import os
+import shlex
 import shutil
+import signal
 import statistics
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-HEADS = (
-    "batch_topk",
-    "kan",
-    "mlp",
-    "wide_batch_topk",
-    "spline_hidden",
-    "kan_direct",
-    "spline_input",
-    "spline_latent",
-    "topk",
-    "matryoshka",
-    "only_kan",
-    "curved_dictionary",
-    "kan_relu_dense",
-    "jump_relu",
-    "gated",
-    "standard",
-    "random_dictionary",
-    "dense_only_kan",
-    "dense_kan_relu",
-    "kan_relu_dense_latent",
-)
-SEEDS = (0, 1, 2)
-RECORD = ("dense_only_kan", "dense_kan_relu", "kan_relu_dense_latent")
-"""Slow, and there for the record: one learning rate, seed and sparsity."""
-COLUMNS = ("fvu", "delta_ce", "ce_score", "l0", "dead_frac")
+from benchmarks.about import commit  # noqa: E402
+from benchmarks.table import grid  # noqa: E402
+from kanllama_lightning.types import InputError  # noqa: E402
+
+SHARES = {"train": 0.80, "choose": 0.05, "report": 0.15}
+"""Of the documents: what is trained on, what rates are chosen on, what is reported."""
+RATES = (6e-3, 1.2e-2, 2.4e-2)
+EXTENSIONS = 4
+"""So often a grid of learning rates grows by a factor 2, on the side where the best one is."""
+OFF_TARGET = 0.01
+"""Share by which L0 may miss its target before the slope is measured."""
+STEEPER = 1.25
+"""The L0 target of that run, as a multiple."""
+RIVALS = ("batch_topk", "wide_batch_topk", "mlp")
+"""Heads that every head is compared with."""
+FLOP_ROWS = 8
+"""Rows of the reporting text that operations are counted on."""
+CELL, STUDY, TEXT = "cell.json", "study.json", "text"
 
 
 class Study(NamedTuple):
-    """What all cells of a comparison share."""
+    """What all cells of a comparison share; kept as `study.json` where they are."""
 
     tokens: int
     d_sae: int
-    sparsities: tuple[int, ...]
-    """Target L0; the learning rate is chosen at the first."""
-    finalists: tuple[str, ...]
-    """Heads that are trained with all seeds at the other sparsities too."""
-    common: int | None
-    """Sparsity at which all heads are trained, with the first seed at least."""
+    l0: tuple[int, ...]
+    """Targets; the learning rate is chosen at the first."""
+    seeds: tuple[int, ...]
+    """The learning rate is chosen at the first."""
     heads: tuple[str, ...]
-    rates: tuple[float, ...]
+    """Names of configs; `name@width` for another number of latents than the study's."""
+    model: str
+    hook_point: str
+    text: str
+    text_sha256: str
+    also: tuple[str, ...]
+    """Further settings of `train.py`, each NAME=VALUE."""
 
 
-FINALISTS = ("batch_topk", "kan", "mlp", "wide_batch_topk", "spline_hidden", "only_kan")
-CURVED = (*FINALISTS, "curved_dictionary")
-RIVALS = ("batch_topk@2544",)
-"""As large as curved_dictionary and kan_direct with 512 latents at width 64."""
-RATES = (3e-3, 6e-3, 1.2e-2, 2.4e-2)
 STUDIES = {
-    "stories": Study(2_000_000, 512, (8, 4, 16), CURVED, 16, (*RIVALS, *HEADS), RATES),
-    "embedded": Study(600_000, 1024, (8,), (), None, CURVED, RATES[1:3]),
+    "stories": Study(
+        tokens=2_000_000,
+        d_sae=512,
+        l0=(8,),
+        seeds=(0, 1, 2),
+        heads=(
+            "batch_topk",
+            "wide_batch_topk",
+            "batch_topk@2544",  # as large as curved_dictionary with 512 latents at width 64
+            "kan",
+            "mlp",
+            "curved_dictionary",
+            "only_kan",
+            "jump_relu",
+        ),
+        model="../shared/data/stories260K-hf",
+        hook_point="model.layers.2",
+        text="../shared/data/tinystories_sample.jsonl",
+        text_sha256="",
+        also=(),
+    )
 }
 
 
@@ -90,8 +111,8 @@ class Cell(NamedTuple):
     """One run."""
 
     head: str
-    """Name of its config; `name@width` for another number of latents than the study's."""
     k: int
+    """Its L0 target."""
     lr: float
     seed: int
 
@@ -101,33 +122,184 @@ class Cell(NamedTuple):
         return f"{self.head}-l0_{self.k}-lr_{self.lr:g}-seed_{self.seed}"
 
 
-def arguments(study: str, cell: Cell, folder: Path, given: argparse.Namespace) -> list[str]:
+class Comparison:
+    """The cells of a study in a folder: which there are, which are wanted.
+
+    Args:
+        study: What they share.
+        out: The folder.
+    """
+
+    def __init__(self, study: Study, out: Path) -> None:
+        self.study, self.out = study, out
+
+    def result(self, cell: Cell) -> dict[str, Any] | None:
+        """The figures of a cell; None if it is not there, infinite FVU if it came to nothing."""
+        about = self.about(cell)
+        if about is None:
+            return None
+        if about["exit"] != 0:
+            return {"val/choose/fvu": math.inf}
+        found: dict[str, Any] = json.loads((self.out / cell.name / "summary.json").read_text())
+        return found
+
+    def about(self, cell: Cell) -> dict[str, Any] | None:
+        """How a cell was made; None if it is not there."""
+        path = self.out / cell.name / CELL
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def made(self) -> list[dict[str, Any]]:
+        """How the cells that are there were made."""
+        return [json.loads(path.read_text()) for path in sorted(self.out.glob(f"*/{CELL}"))]
+
+    def fvu(self, head: str, lr: float) -> float | None:
+        """FVU on the choosing text, at the first seed and sparsity; None if it is not there yet."""
+        result = self.result(Cell(head, self.study.l0[0], lr, self.study.seeds[0]))
+        if result is None:
+            return None
+        value = result.get("val/choose/fvu")
+        return float(value) if value is not None and math.isfinite(value) else math.inf
+
+    def rate(self, head: str) -> tuple[float, bool] | None:
+        """The best learning rate of a head, and whether others lie on both sides of it.
+
+        None while learning rates are missing (`missing_rates`).
+        """
+        grid_, found = self._rates(head)
+        if None in found.values():
+            return None
+        best = min(grid_, key=lambda lr: found[lr] or 0.0)
+        return best, grid_[0] < best < grid_[-1]
+
+    def missing_rates(self, head: str) -> list[float]:
+        """Learning rates that have to be tried before the best is known."""
+        grid_, found = self._rates(head)
+        return [lr for lr in grid_ if found[lr] is None]
+
+    def _rates(self, head: str) -> tuple[list[float], dict[float, float | None]]:
+        """The grid as far as is known, ascending, with the FVU of each."""
+        powers = list(range(len(RATES)))
+        while True:
+            lrs = [RATES[0] * 2.0**power for power in powers]
+            found = {lr: self.fvu(head, lr) for lr in lrs}
+            full = len(powers) == len(RATES) + EXTENSIONS
+            if full or None in found.values() or not math.isfinite(min(_known(found))):
+                return lrs, found
+            best = min(lrs, key=lambda lr: found[lr] or 0.0)
+            if best == lrs[0]:
+                powers.insert(0, powers[0] - 1)
+            elif best == lrs[-1]:
+                powers.append(powers[-1] + 1)
+            else:
+                return lrs, found
+
+    def finals(self, head: str, k: int) -> list[Cell]:
+        """The cells that the table is made of; none while the learning rate is open."""
+        rate = self.rate(head)
+        return [] if rate is None else [Cell(head, k, rate[0], s) for s in self.study.seeds]
+
+    def slope_cells(self, head: str, k: int) -> list[Cell]:
+        """A cell at a larger L0, where that of the head misses its target."""
+        cells = self.finals(head, k)
+        l0s = [(self.result(cell) or {}).get("val/report/l0") for cell in cells]
+        known = [l0 for l0 in l0s if l0 is not None]
+        if not cells or len(known) < len(cells):
+            return []
+        off = abs(statistics.fmean(known) / k - 1)
+        # where the study has other sparsities, they give the slope
+        steeper = max(k + 1, round(STEEPER * k))
+        if off <= OFF_TARGET or len(self.study.l0) > 1 or steeper > self.study.d_sae:
+            return []
+        return [cells[0]._replace(k=steeper)]
+
+    def wanted(self) -> list[Cell]:
+        """Cells that can be run now, in order of worth."""
+        s = self.study
+        cells = [
+            Cell(head, s.l0[0], lr, s.seeds[0])
+            for head in s.heads
+            for lr in self.missing_rates(head)
+        ]
+        for k in s.l0:
+            for head in s.heads:
+                cells += self.finals(head, k)
+        for k in s.l0:
+            for head in s.heads:
+                cells += self.slope_cells(head, k)
+        return [c for c in dict.fromkeys(cells) if self.about(c) is None]
+
+    def forget_failures(self) -> None:
+        """Let cells that came to nothing be tried again."""
+        for path in self.out.glob(f"*/{CELL}"):
+            if json.loads(path.read_text())["exit"] != 0:
+                path.unlink()
+
+
+def _known(values: Mapping[float, float | None]) -> list[float]:
+    return [value for value in values.values() if value is not None]
+
+
+def arguments(study: Study, cell: Cell, out: Path) -> list[str]:
     """The command line of a cell."""
-    s = STUDIES[study]
     head, _, width = cell.head.partition("@")
-    args = ["fit", "--config", str(ROOT / f"configs/{head}.yaml")]
-    args += ["--config", str(ROOT / "configs/embedded.yaml")]
-    args += ["--config", str(ROOT / "benchmarks/compare_heads.yaml")]
+    configs = [f"configs/{head}.yaml", "configs/embedded.yaml", "benchmarks/compare_heads.yaml"]
     values = {
-        "model.head.d_sae": width or s.d_sae,
+        "lm.name": study.model,
+        "lm.hook_point": study.hook_point,
+        "data.train": out / TEXT / "train.jsonl",
+        "data.val": json.dumps([str(out / TEXT / f"{name}.jsonl") for name in list(SHARES)[1:]]),
+        "model.head.d_sae": width or study.d_sae,
         "model.head.target_l0": cell.k,
-        "model.tokens": s.tokens,
+        "model.tokens": study.tokens,
         "model.optimizer.lr": cell.lr,
         "seed_everything": cell.seed,
-        "run": folder,
+        "run": out / cell.name,
     }
-    if study == "stories":
-        values |= {
-            "lm.name": given.model,
-            "lm.hook_point": "model.layers.2",
-            "data.train": given.text,
-            "data.append_eos": "false",
-        }
-    return args + [f"--{name}={value}" for name, value in values.items()]
+    args = [part for config in configs for part in ("--config", str(ROOT / config))]
+    return ["fit", *args, *(f"--{name}={value}" for name, value in values.items())] + [
+        f"--{setting}" for setting in study.also
+    ]
+
+
+def split_text(study: Study, out: Path) -> None:
+    """Write the documents of each part, chosen by a hash of their contents."""
+    from kanllama_lightning.corpus import resolve
+
+    folder = out / TEXT
+    if all((folder / f"{name}.jsonl").is_file() for name in SHARES):
+        return
+    corpus = resolve(study.text)
+    corpus.open()
+    parts: dict[str, list[str]] = {name: [] for name in SHARES}
+    for document in corpus.once():
+        if document.text is None:
+            raise InputError(f"--text {study.text}: holds token ids; give a text")
+        share = document.share()
+        for name, size in SHARES.items():
+            if share < size or name == list(SHARES)[-1]:
+                parts[name].append(json.dumps({"text": document.text}))
+                break
+            share -= size
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, lines in parts.items():
+        if not lines:
+            raise InputError(
+                f"--text {study.text}: its {sum(map(len, parts.values()))} documents leave none "
+                f"to {name}; give a longer text"
+            )
+        _write(folder / f"{name}.jsonl", "\n".join(lines) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file whole."""
+    part = path.with_name(path.name + ".tmp")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
 
 
 def remember_activations(folder: Path | None) -> None:
     """Let this process compute the activations of a batch of tokens only if no other one did."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if folder is None:
         return
     import numpy as np
@@ -149,173 +321,470 @@ def remember_activations(folder: Path | None) -> None:
     FrozenLM.acts = acts  # type: ignore[method-assign]
 
 
-def train(job: tuple[str, Cell, Path, argparse.Namespace]) -> str:
+def train(study: Study, cell: Cell, out: Path, code: str) -> str:
     """Run one cell in this process; what it printed lies beside its figures."""
     import torch
 
     from train import main
 
-    study, cell, folder, given = job
+    if commit() != code:
+        raise InputError(
+            f"the code changed from {code} to {commit()} while cells were trained; go back to "
+            f"{code} and run the same command again"
+        )
     torch.set_num_threads(1)
+    folder, args = out / cell.name, arguments(study, cell, out)
     shutil.rmtree(folder, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     for handler in logging.getLogger().handlers[:]:
         logging.getLogger().removeHandler(handler)
+    printed = out / f"{cell.name}.log"
     with (
-        (folder.parent / f"{cell.name}.log").open("w") as log,
+        printed.open("w") as log,
         contextlib.redirect_stdout(log),
         contextlib.redirect_stderr(log),
     ):
-        code = main(arguments(study, cell, folder, given))
-    return f"{cell.name}: exit {code}, {time.monotonic() - began:.0f} s"
+        exit_code = main(args)
+    seconds = time.monotonic() - began
+    if exit_code > 2:
+        return f"{cell.name}: stopped"
+    about = {
+        **cell._asdict(),
+        "commit": code,
+        "exit": exit_code,
+        "seconds": round(seconds, 1),
+        "command": shlex.join(["python", "train.py", *args]),
+    }
+    folder.mkdir(exist_ok=True)
+    _write(folder / CELL, json.dumps(about, indent=2) + "\n")
+    said = printed.read_text().strip().splitlines()[-1:] if exit_code else []
+    return "; ".join([f"{cell.name}: exit {exit_code}, {seconds:.0f} s", *said])
 
 
-def result(out: Path, cell: Cell) -> dict[str, Any] | None:
-    """The summary of a cell, if it was run."""
-    path = out / cell.name / "summary.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+def run_all(comparison: Comparison, code: str, workers: int, keep: bool) -> int:
+    """Run what is missing, several at a time; returns the exit code."""
+    kept = comparison.out / ".activations" if keep else None
+    comparison.forget_failures()
+    running: dict[Future[str], Cell] = {}
+    pool = ProcessPoolExecutor(
+        workers,
+        multiprocessing.get_context("spawn"),
+        remember_activations,
+        (kept,),
+        max_tasks_per_child=12,
+    )
+    stopped: set[Cell] = set()
+    try:
+        while True:
+            for cell in comparison.wanted():
+                if len(running) < workers and cell not in {*running.values(), *stopped}:
+                    job = pool.submit(train, comparison.study, cell, comparison.out, code)
+                    running[job] = cell
+            if not running:
+                break
+            for job in wait(running, return_when=FIRST_COMPLETED).done:
+                cell = running.pop(job)
+                _say(job.result())
+                if comparison.about(cell) is None:
+                    stopped.add(cell)
+    except (KeyboardInterrupt, BrokenProcessPool) as e:
+        for process in multiprocessing.active_children():
+            process.terminate()
+        pool.shutdown(cancel_futures=True)
+        why = "stopped" if isinstance(e, KeyboardInterrupt) else "error: a worker was killed"
+        sys.stderr.write(f"{why}; finished cells are kept, the same command goes on from them\n")
+        return 130 if isinstance(e, KeyboardInterrupt) else 1
+    finally:
+        pool.shutdown(cancel_futures=True)
+    for head in comparison.study.heads:
+        note = edge(comparison, head)
+        if note:
+            _say(f"{head}: {note}")
+    failed = [made for made in comparison.made() if made["exit"] != 0]
+    if failed or stopped:
+        _say(f"without a result: {', '.join([*map(_name, failed), *(c.name for c in stopped)])}")
+    return 1 if stopped else 0
 
 
-def best_rate(study: Study, out: Path, head: str) -> float | None:
-    """The learning rate with the lowest FVU at the first seed and sparsity, once all are there."""
-    k = study.sparsities[0]
-    results = {lr: result(out, Cell(head, k, lr, SEEDS[0])) for lr in rates(study, head)}
-    if any(r is None for r in results.values()):
-        return None
-
-    def fvu(lr: float) -> float:
-        value = results[lr]["val/fvu"]  # type: ignore[index]
-        return math.inf if math.isnan(value) else float(value)
-
-    return min(results, key=fvu)
+def _name(about: Mapping[str, Any]) -> str:
+    return Cell(*(about[key] for key in Cell._fields)).name
 
 
-def rates(study: Study, head: str) -> tuple[float, ...]:
-    """Learning rates that a head is trained with."""
-    return study.rates[1:2] if head in RECORD else study.rates
+def edge(comparison: Comparison, head: str) -> str:
+    """What to say of a learning rate that is not bracketed; empty if it is."""
+    rate = comparison.rate(head)
+    if rate is None or rate[1]:
+        return ""
+    return f"the best learning rate, {rate[0]:g}, is at the edge of what was tried"
 
 
-def seeds(study: Study, head: str, k: int) -> tuple[int, ...]:
-    """Seeds that a head is trained with at a sparsity."""
-    if head in RECORD:
-        return SEEDS[:1] if k == study.sparsities[0] else ()
-    if k == study.sparsities[0] or head in study.finalists:
-        return SEEDS
-    return SEEDS[:1] if k == study.common else ()
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
 
 
-def wanted(study: str, out: Path) -> list[Cell]:
-    """Cells that can be run now, in order of worth."""
-    s = STUDIES[study]
-    first = s.sparsities[0]
-    cells = [Cell(head, first, lr, SEEDS[0]) for head in s.heads for lr in rates(s, head)]
-    for k in s.sparsities:
-        for head in s.heads:
-            lr = best_rate(s, out, head)
-            if lr is not None:
-                cells += [Cell(head, k, lr, seed) for seed in seeds(s, head, k)]
-    return [c for c in dict.fromkeys(cells) if result(out, c) is None]
+def operations(folder: Path, x: Any) -> float:
+    """Floating-point operations of a forward pass per token: products, on real activations.
 
-
-def run_all(study: str, out: Path, given: argparse.Namespace) -> None:
-    """Run what is missing, two at a time."""
-    context = multiprocessing.get_context("spawn")
-    failed: set[Cell] = set()
-    while cells := [c for c in wanted(study, out) if c not in failed]:
-        kept = None if given.no_cache else out / ".activations"
-        with context.Pool(given.workers, remember_activations, (kept,), 12) as pool:
-            jobs = [(study, cell, out / cell.name, given) for cell in cells]
-            for line in pool.imap_unordered(train, jobs):
-                sys.stdout.write(line + "\n")
-                sys.stdout.flush()
-        failed |= {c for c in cells if result(out, c) is None}
-    if failed:
-        sys.stdout.write(f"without a result: {', '.join(c.name for c in failed)}\n")
-
-
-def flops(folder: Path) -> tuple[int, float]:
-    """Trained parameters, and floating-point operations of a forward pass per token.
-
-    The products are counted where they are made; decoding a sparse code is 2 * L0 * d_model.
+    Dense products are counted where they are made; a sum of dictionary rows costs two operations
+    per coordinate of each row that is summed, so that what a curve or a denser token costs counts.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     from kanllama_lightning.heads import SAEHead
 
+    def rows(table: Sequence[int], indices: Sequence[int], *_: Any, **__: Any) -> int:
+        return 2 * int(indices[0]) * int(table[1])
+
+    bags = (torch.ops.aten._embedding_bag, torch.ops.aten._embedding_bag_forward_only)
+    mapping: dict[Any, Any] = dict.fromkeys(bags, rows)
     head = SAEHead.load(folder / "head")
-    n = 256
-    x = torch.randn(n, head.d_model) / head.scale + head.x_mean
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        out = head(x)
-    sparse = hasattr(out.codes, "rows")
-    decode = 2 * head.target_l0 * head.d_model if sparse else 0  # type: ignore[operator]
-    return head.n_parameters(), counter.get_total_flops() / n + decode
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        head(x)
+    return float(counter.get_total_flops()) / len(x)
 
 
-def table(study: str, out: Path) -> list[dict[str, Any]]:
-    """One row per head and sparsity: means over seeds, and the range of each figure."""
-    s = STUDIES[study]
-    rows = []
-    for k in s.sparsities:
+def real_activations(folder: Path, text: Path) -> tuple[Any, int]:
+    """Activations of the reporting text as a cell sees it, and the tokens of its training text."""
+    from kanllama_lightning.corpus import resolve
+    from kanllama_lightning.lm import FrozenLM
+    from kanllama_lightning.reports.subject import read_subject
+    from kanllama_lightning.view import regular
+
+    subject = read_subject(folder)
+    lm = FrozenLM(**subject.lm_args()).load_()
+    data = subject.data(lm.tokenizer)
+    assert data is not None, "a cell has a config.yaml"
+    encoder = data.encoder
+    corpora = [resolve(str(text / f"{name}.jsonl")) for name in ("report", "train")]
+    for corpus in corpora:
+        corpus.open()
+    rows = encoder.first_rows(corpora[0].once(), FLOP_ROWS)
+    acts = lm.acts(rows.ids)
+    x = acts[rows.keep & regular(acts, subject.head.norm_limit)].float()
+    return x, sum(len(ids) for ids in encoder.encode(list(corpora[1].once())))
+
+
+class Tables(NamedTuple):
+    """What is known at the end."""
+
+    heads: list[dict[str, Any]]
+    """A row per head and sparsity."""
+    pairs: list[dict[str, Any]]
+    """A row per head, rival, sparsity and quantity: head minus rival."""
+    about: dict[str, Any]
+
+
+def tables(comparison: Comparison) -> Tables:
+    """Evaluate the finished cells on the reporting text, and compare them.
+
+    Raises:
+        InputError: There are none.
+    """
+    from kanllama_lightning import comparison as compare
+    from kanllama_lightning.cli import quiet
+    from kanllama_lightning.reports.evaluation import How, report
+    from kanllama_lightning.reports.losses import Losses
+    from kanllama_lightning.reports.sparsity import Sparsity
+
+    quiet()
+    s, out = comparison.study, comparison.out
+    groups: dict[tuple[str, int], list[Cell]] = {}
+    for k in s.l0:
         for head in s.heads:
-            lr = best_rate(s, out, head)
-            cells = [] if lr is None else [Cell(head, k, lr, seed) for seed in SEEDS]
-            found = [(c, r) for c in cells if (r := result(out, c)) is not None]
-            if not found:
-                continue
-            parameters, per_token = flops(out / found[0][0].name)
-            row: dict[str, Any] = {"target_l0": k, "head": head, "lr": lr, "seeds": len(found)}
-            for column in COLUMNS:
-                values = [r[f"val/{column}"] for _, r in found]
-                row[column] = statistics.fmean(values)
-                row[f"{column}_min"], row[f"{column}_max"] = min(values), max(values)
-            row["parameters"], row["flops_per_token"] = parameters, per_token
-            row["tokens_per_second"] = statistics.median(r["tokens_per_second"] for _, r in found)
-            rows.append(row)
-    return rows
-
-
-def write_table(study: str, out: Path) -> None:
-    """As CSV beside the runs, and as Markdown on the terminal."""
-    rows = table(study, out)
-    if not rows:
-        raise SystemExit(f"{out}: holds no finished head of {study}")
-    with (out / "table.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
-    say = sys.stdout.write
-    say("| L0 target | head | lr | L0 | FVU (range) | delta CE (range) | CE score | dead |")
-    say(" parameters | kFLOP/token | tokens/s | seeds |\n" + "|---" * 12 + "|\n")
-    for r in rows:
-        spread = [f"{r[c]:.4f} ({r[f'{c}_min']:.4f}-{r[f'{c}_max']:.4f})" for c in COLUMNS[:2]]
-        say(
-            f"| {r['target_l0']} | {r['head']} | {r['lr']:g} | {r['l0']:.2f} | {spread[0]} "
-            f"| {spread[1]} | {r['ce_score']:.4f} | {r['dead_frac']:.1%} | {r['parameters']:,} "
-            f"| {r['flops_per_token'] / 1000:.0f} | {r['tokens_per_second']:,.0f} "
-            f"| {r['seeds']} |\n"
+            cells = comparison.finals(head, k)
+            done = [c for c in cells if _finished(comparison, c)]
+            if done:
+                groups[head, k] = done
+            for cell in comparison.slope_cells(head, k):
+                if _finished(comparison, cell):
+                    groups[head, cell.k] = [cell]
+    every = [cell for cells in groups.values() for cell in cells]
+    if len(every) < 2:
+        raise InputError(f"--out {out}: holds {len(every)} finished heads; train some first")
+    folders = [out / cell.name for cell in every]
+    how = How(text=[str(out / TEXT / "report.jsonl")], wandb=False)
+    report(folders, [Losses(), Sparsity()], how)
+    runs = dict(zip(every, compare.load(folders, [c.name for c in every]), strict=True))
+    seeds = {
+        key: compare.Seeds(f"{key[0]} at L0 {key[1]}", [runs[c] for c in cells])
+        for key, cells in groups.items()
+    }
+    means = {
+        row["group"]: row for row in compare.seed_table(list(runs.values()), [*seeds.values()])
+    }
+    single = {row["run"]: row for row in compare.table(list(runs.values()))}
+    x, epoch = real_activations(folders[0], out / TEXT)
+    rows, pairs = [], []
+    for (head, k), cells in groups.items():
+        if k not in s.l0:
+            continue
+        mean, own = means[seeds[head, k].label], single[cells[0].name]
+        kept = [comparison.result(cell) or {} for cell in cells]
+        rows.append(
+            {
+                "target_l0": k,
+                "head": head,
+                "latents": own["d_sae"],
+                "parameters": own["parameters"],
+                "seeds": len(cells),
+                "l0": mean["l0"],
+                **{f"fvu{end}": mean[f"fvu{end}"] for end in ("", "_low", "_high")},
+                **{f"delta_ce{end}": mean[f"delta_ce{end}"] for end in ("", "_low", "_high")},
+                "delta_ce_of_mean_ablation": 1 - mean["ce_score_mean"],
+                "dead_frac": mean["dead_frac"],
+                "dead_tokens": own["dead_tokens"],
+                "flops_per_token": statistics.fmean(
+                    operations(out / cell.name, x) for cell in cells
+                ),
+                "tokens_per_second": statistics.median(r["tokens_per_second"] for r in kept),
+                "lr": cells[0].lr,
+                "lr_bracketed": not edge(comparison, head),
+                "passes": s.tokens / epoch,
+                "commit": " ".join(
+                    dict.fromkeys((comparison.about(c) or {})["commit"] for c in cells)
+                ),
+            }
         )
+    named = {group.label: key for key, group in seeds.items()}
+    for row in compare.differences(list(runs.values()), groups=list(seeds.values())):
+        (head, k), (other, other_k) = named[row["a"]], named[row["b"]]
+        if k == other_k and k in s.l0:
+            pairs += [_against(row, x, y) for x, y in ((head, other), (other, head)) if y in RIVALS]
+    return Tables(rows, pairs, {"epoch_tokens": epoch, **_about(runs[every[0]])})
 
 
-def main() -> None:
-    """Train what is missing, or tabulate what is there."""
+def _finished(comparison: Comparison, cell: Cell) -> bool:
+    about = comparison.about(cell)
+    return about is not None and about["exit"] == 0
+
+
+def _about(run: Any) -> dict[str, Any]:
+    """The text that figures are of."""
+    own = run.of(run.sets[0])
+    return {"documents": len(own), "n_targets": int(own["n_targets"].sum())}
+
+
+def _against(row: Mapping[str, Any], head: str, rival: str) -> dict[str, Any]:
+    """The difference as head minus rival, whichever way round it was made."""
+    turned = not row["a"].startswith(f"{head} at ")
+    sign = -1 if turned else 1
+    ends = [None if row[e] is None else sign * row[e] for e in ("low", "high")]
+    low, high = reversed(ends) if turned else ends
+    own, others = ("b", "a") if turned else ("a", "b")
+    value = row["difference"]
+    return {
+        "target_l0": int(row["a"].rsplit(" ", 1)[1]),
+        "head": head,
+        "rival": rival,
+        "quantity": row["quantity"],
+        "value": row[f"value_{own}"],
+        "rival_value": row[f"value_{others}"],
+        "difference": None if value is None else sign * value,
+        "low": low,
+        "high": high,
+        "covers": row["covers"],
+        "l0": row[f"l0_{own}"],
+        "rival_l0": row[f"l0_{others}"],
+        "matching": row["matching"],
+    }
+
+
+def write_tables(comparison: Comparison) -> None:
+    """As CSV beside the runs, and as Markdown on the terminal."""
+    found = tables(comparison)
+    for name, rows in (("table.csv", found.heads), ("differences.csv", found.pairs)):
+        with (comparison.out / f"{name}.tmp").open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0] if rows else ["head"])
+            writer.writeheader()
+            writer.writerows(rows)
+        (comparison.out / f"{name}.tmp").replace(comparison.out / name)
+    s, about, epoch = comparison.study, found.about, found.about["epoch_tokens"]
+    commits = ", ".join(sorted({row["commit"] for row in found.heads}))
+    _say(
+        f"At commit {commits}: {s.hook_point} of {Path(s.model).name}, {s.tokens:,} training "
+        f"tokens ({s.tokens / epoch:.2f} passes over {epoch:,}), seeds "
+        f"{', '.join(map(str, s.seeds))}. Figures are of {about['n_targets']:,} predicted tokens "
+        f"of {about['documents']:,} documents that took no part in training and in the choice of "
+        "learning rates. Brackets: 95 % interval over documents and seeds. Share: delta CE in "
+        "units of what mean ablation costs. Dead: fired on none of N tokens. kFLOP: products of "
+        "a forward pass on real activations.\n"
+    )
+    header = ["L0 target", "head", "lr", "L0", "FVU", "delta CE, nats", "share", "dead (N)"]
+    header += ["latents", "parameters", "kFLOP/token", "tokens/s", "passes", "seeds", "commit"]
+    _say(grid(header, [_line(row) for row in found.heads]) + "\n")
+    missing = [head for head in s.heads if head not in {row["head"] for row in found.heads}]
+    notes = [f"{head}: {note}" for head in s.heads if (note := edge(comparison, head))]
+    notes += [f"without a result: {', '.join(missing)}"] if missing else []
+    _say("\n".join(f"- {note}" for note in notes) + "\n" if notes else "")
+    header = ["L0 target", "head", "minus", "FVU", "delta CE, nats", "KL, nats", "L0, L0", "L0 is"]
+    _say(grid(header, _pair_lines(found.pairs)))
+
+
+def _line(row: Mapping[str, Any]) -> list[str]:
+    """A row of the table of heads, for people."""
+
+    def ranged(key: str) -> str:
+        low, high = row[f"{key}_low"], row[f"{key}_high"]
+        return f"{row[key]:.4f}" + ("" if low is None else f" ({low:.4f} to {high:.4f})")
+
+    return [
+        f"{row['target_l0']}",
+        row["head"],
+        f"{row['lr']:g}{'' if row['lr_bracketed'] else ' (edge)'}",
+        f"{row['l0']:.2f}",
+        ranged("fvu"),
+        ranged("delta_ce"),
+        f"{row['delta_ce_of_mean_ablation']:.1%}",
+        f"{row['dead_frac']:.1%} ({row['dead_tokens']:,.0f})",
+        f"{row['latents']:,}",
+        f"{row['parameters']:,}",
+        f"{row['flops_per_token'] / 1000:.1f}",
+        f"{row['tokens_per_second']:,.0f}",
+        f"{row['passes']:.2f}",
+        f"{row['seeds']}",
+        row["commit"],
+    ]
+
+
+def _pair_lines(pairs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """A line per head and rival; an interval that holds 0 shows no difference."""
+    lines: dict[tuple[int, str, str], list[str]] = {}
+    for row in pairs:
+        key = (row["target_l0"], row["head"], row["rival"])
+        line = lines.setdefault(key, [str(row["target_l0"]), row["head"], row["rival"]])
+        if row["difference"] is None or row["low"] is None:
+            line.append("no interval")
+            continue
+        share = f"{row['difference'] / row['rival_value']:+.1%}"
+        ends = f"{row['low']:+.4f} to {row['high']:+.4f}"
+        shown = "" if row["low"] > 0 or row["high"] < 0 else ", no difference shown"
+        line.append(f"{row['difference']:+.4f} ({ends}; {share}{shown})")
+    for row in pairs:
+        line = lines[row["target_l0"], row["head"], row["rival"]]
+        if len(line) < 8:
+            line += [f"{row['l0']:.2f}, {row['rival_l0']:.2f}", row["matching"]]
+    return [line[:8] for line in lines.values()]
+
+
+def begin(given: argparse.Namespace, out: Path) -> Study:
+    """The study of a folder: as it was begun, or begun now.
+
+    Raises:
+        InputError: It was begun with other settings, or is not there, or cannot be.
+    """
+    asked = {key: getattr(given, key) for key in ("tokens", "d_sae", "l0", "seeds", "heads")}
+    asked |= {key: getattr(given, key) for key in ("model", "hook_point", "text", "also")}
+    changed = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in asked.items()
+        if value is not None
+    }
+    path = out / STUDY
+    if given.what == "table" or path.is_file():
+        if not path.is_file():
+            raise InputError(f"--out {given.out}: holds no study {given.study}; train it first")
+        kept = json.loads(path.read_text())
+        study = Study(**{k: tuple(v) if isinstance(v, list) else v for k, v in kept.items()})
+        for key, value in changed.items():
+            if value != getattr(study, key):
+                raise InputError(
+                    f"--{key}: {value} was asked for, but the study in {out} was begun with "
+                    f"{getattr(study, key)}; leave it out, or give another --out"
+                )
+        if given.what == "train" and digest(study.text) != study.text_sha256:
+            raise InputError(f"--text {study.text}: changed since the study in {out} was begun")
+        return study
+    study = STUDIES[given.study]._replace(**changed)
+    study = study._replace(text_sha256=digest(study.text))
+    for head in study.heads:
+        name, mark, width = head.partition("@")
+        if not (ROOT / f"configs/{name}.yaml").is_file() or bool(mark) != width.isdigit():
+            raise InputError(f"--heads {head}: there is no configs/{name}.yaml, or no such width")
+    if not Path(study.model).is_dir():
+        raise InputError(f"--model {study.model}: no such folder; give that of the LM")
+    for key in ("tokens", "d_sae", "l0"):
+        values = getattr(study, key)
+        if min(values if isinstance(values, tuple) else (values,)) < 1:
+            raise InputError(f"--{key}={values}: must be at least 1")
+    if len(set(study.heads)) < 2:
+        raise InputError(f"--heads {' '.join(study.heads)}: name at least two to compare")
+    out.mkdir(parents=True, exist_ok=True)
+    split_text(study, out)
+    _write(path, json.dumps(study._asdict(), indent=2) + "\n")
+    return study
+
+
+def digest(text: str) -> str:
+    """Of a file of text."""
+    if not Path(text).is_file():
+        raise InputError(f"--text {text}: no such file; give one with text")
+    with Path(text).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_code(comparison: Comparison, given: argparse.Namespace) -> str:
+    """The commit that cells are made at.
+
+    Raises:
+        InputError: Files differ from it, or cells were made at another one.
+    """
+    code = commit() or "unknown"
+    if (code.endswith("-dirty") or code == "unknown") and not given.dirty:
+        raise InputError(
+            f"the code is at {code}: figures must belong to a commit; commit first, or give "
+            "--dirty to have them marked"
+        )
+    others = sorted({made["commit"] for made in comparison.made()} - {code})
+    if others and not given.mixed:
+        raise InputError(
+            f"--out {given.out}: holds cells of {', '.join(others)}, but the code is at {code}; "
+            "give another --out, or --mixed to go on and have each row say its commit"
+        )
+    return code
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Train what is missing, or tabulate what is there; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["train", "table"])
-    parser.add_argument("study", choices=list(STUDIES))
-    parser.add_argument("--out", type=Path, default=Path("runs/compare"))
-    parser.add_argument("--workers", type=int, default=2, help="cells that run beside each other")
-    parser.add_argument("--no_cache", action="store_true", help="run the LM for every cell")
-    parser.add_argument("--model", default="../shared/data/stories260K-hf")
-    parser.add_argument("--text", default="../shared/data/tinystories_sample.jsonl")
-    given = parser.parse_args()
+    add = parser.add_argument
+    add("what", choices=["train", "table"])
+    add("study", choices=list(STUDIES))
+    add("--out", type=Path, default=Path("runs/compare"), help="folder, made if it is missing")
+    add("--workers", type=int, default=2, help="cells that run beside each other")
+    add("--no_cache", action="store_true", help="run the LM for every cell")
+    add("--dirty", action="store_true", help="train though files differ from the commit")
+    add("--mixed", action="store_true", help="go on with cells of another commit")
+    add("--model", help="folder of the LM")
+    add("--hook_point", help="where activations are read")
+    add("--text", help="file of text, a JSON object per line")
+    add("--tokens", type=int, help="training tokens of a cell")
+    add("--d_sae", type=int, help="latents of the heads")
+    add("--l0", type=int, nargs="+", help="targets; learning rates are chosen at the first")
+    add("--seeds", type=int, nargs="+", help="learning rates are chosen at the first")
+    add("--heads", nargs="+", help="names of configs, or NAME@LATENTS")
+    add("--also", nargs="+", help="further settings of train.py for every cell, NAME=VALUE")
+    given = parser.parse_args(args)
     out = given.out.resolve() / given.study
-    if given.what == "train":
-        run_all(given.study, out, given)
-    else:
-        write_table(given.study, out)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        if given.workers < 1:
+            raise InputError(f"--workers={given.workers}: must be at least 1")
+        study = begin(given, out)
+        comparison = Comparison(study, out)
+        if given.what == "table":
+            write_tables(comparison)
+            return 0
+        code = check_code(comparison, given)
+        return run_all(comparison, code, given.workers, not given.no_cache)
+    except InputError as e:
+        sys.stderr.write(f"error: {e}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped; the same command goes on\n")
+        return 130
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

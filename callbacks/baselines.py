@@ -1,6 +1,8 @@
 """What a head is worth that learned nothing, on the same tokens."""
 
 import copy
+import logging
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -12,6 +14,8 @@ from callbacks.spliced_loss import splice_sums
 from kanllama_lightning.heads import PCA, BatchTopK, SAEHead
 from kanllama_lightning.metrics import Reconstruction, Sparsity, SplicedLoss
 from kanllama_lightning.run import head_folder
+
+log = logging.getLogger(__name__)
 
 FOLDER = "baselines"
 RANDOM_SEED = 1_000_003
@@ -33,7 +37,7 @@ class Baselines(L.Callback):
 
     def on_head_started(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Keep the untrained heads: nothing else can bring them back after a restart."""
-        if trainer.is_global_zero and not trainer.fast_dev_run:
+        if trainer.is_global_zero:
             for name, head in pl_module.heads().items():
                 folder = head_folder(trainer.default_root_dir, name)
                 copy.deepcopy(head).save(folder / FOLDER / "untrained")
@@ -41,7 +45,7 @@ class Baselines(L.Callback):
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """In the final validation: estimate the controls from training activations."""
         self._controls, self._of, self._meters = {}, {}, {}
-        if trainer.state.fn != TrainerFn.VALIDATING or not pl_module.buffer.filled:
+        if trainer.state.fn != TrainerFn.VALIDATING:
             return
         x = pl_module.sample(1 << 15)
         for name, head in pl_module.heads().items():
@@ -70,8 +74,12 @@ class Baselines(L.Callback):
                 control.start_(x)
                 control.norm_limit.copy_(head.norm_limit)
             own[title] = key
-        untrained = head_folder(trainer.default_root_dir, name) / FOLDER / "untrained"
-        if untrained.exists():
+        # a validation on its own looks at the run whose checkpoint it was given
+        run = Path(trainer.ckpt_path).parents[1] if trainer.ckpt_path else trainer.default_root_dir
+        untrained = Path(run) / name / FOLDER / "untrained"
+        if not untrained.exists():
+            log.warning("%s is missing: the head as it was at step 0 is not measured", untrained)
+        else:
             own["untrained head"] = f"untrained {name}"
             self._controls[own["untrained head"]] = SAEHead.load(untrained).to(x.device)
         return own

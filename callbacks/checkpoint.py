@@ -3,21 +3,22 @@
 import logging
 import os
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from kanllama_lightning import stopping
-from kanllama_lightning.buffer import dealt
 from kanllama_lightning.entry import error_number
+from kanllama_lightning.files import replacing
 from kanllama_lightning.functional import ranks
 from kanllama_lightning.run import CHECKPOINTS
-from kanllama_lightning.saved import Written, checkpoints, keep, remove, seal
+from kanllama_lightning.saved import Written, buffer_file, outdated, remove, seal, written
 from kanllama_lightning.types import InputError
 
 log = logging.getLogger(__name__)
@@ -72,14 +73,9 @@ class RunCheckpoint(L.Callback):
         self._validate_first = state_dict["validating"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Take the signals back from the trainer; bring the buffer back when continuing."""
+        """Take the signals back from the trainer; make a validation that one ended."""
         stopping.listen_again()
         self._saved_at, self._saved_when = trainer.global_step, time.monotonic()
-        if trainer.is_global_zero:  # what a killed run had not finished writing
-            for part in (Path(trainer.default_root_dir) / CHECKPOINTS).glob("*.tmp"):
-                part.unlink()
-        if trainer.ckpt_path:
-            self._restore_buffer(trainer, pl_module, Path(str(trainer.ckpt_path)))
         if self._validate_first:
             self._validate_first = False
             _validate(trainer)
@@ -103,21 +99,6 @@ class RunCheckpoint(L.Callback):
             self._validating = False
             stopping.hold(FIRST)
 
-    def _restore_buffer(self, trainer: L.Trainer, pl_module: Any, path: Path) -> None:
-        n = len(list(path.parent.glob(f"{path.stem}.rank*.safetensors")))
-        rank, world = trainer.global_rank, trainer.world_size
-        if n == world:
-            pl_module.buffer.load_(load_file(self._sidecar(path, rank)))
-        elif n:
-            states = [load_file(self._sidecar(path, r)) for r in range(n)]
-            pl_module.buffer.load_(dealt(states, rank, world))
-        else:
-            log.warning(
-                "%s is missing: the buffer is refilled with later text, so this run will not be "
-                "the same as an undisturbed one bit for bit",
-                self._sidecar(path, rank),
-            )
-
     def _asked(self, trainer: L.Trainer) -> tuple[int | None, bool]:
         """The signal, if any process got one, and whether a checkpoint is due by the clock: all
         processes have to stop, and save, at the same step."""
@@ -140,7 +121,7 @@ class RunCheckpoint(L.Callback):
         due = (late or step % self.every_n_steps == 0) and step > self._saved_at
         if not due and stop is None:
             return
-        if pl_module.started:
+        if pl_module.started and step > self._saved_at:
             self.save(trainer, pl_module)
         if stop is not None:
             raise stopping.Stopped(stop, step if pl_module.started else None)
@@ -190,28 +171,24 @@ class RunCheckpoint(L.Callback):
         path.parent.mkdir(exist_ok=True)
         if trainer.is_global_zero:  # one of this step that is not whole, if any
             path.with_suffix(".json").unlink(missing_ok=True)
-        written: list[Written] = []
+        files: list[Written] = []
         if self.buffer:
-            sidecar = self._sidecar(path, trainer.global_rank)
-            part = Path(f"{sidecar}.tmp")
-            _save_tensors(pl_module.buffer.state(), part)
-            written.append(keep(part, sidecar))
-        part = path.with_name(path.name + ".tmp")
-        trainer.save_checkpoint(part)
+            sidecar = buffer_file(path, trainer.global_rank)
+            with replacing(sidecar) as part:
+                _save_tensors(pl_module.buffer.state(), part)
+            files.append(written(sidecar))
+        with replacing(path) if trainer.is_global_zero else nullcontext(path) as part:
+            trainer.save_checkpoint(part)  # all processes together; the first one writes
         if trainer.is_global_zero:
-            written.append(keep(part, path))
+            files.append(written(path))
         with ranks.pooled():
-            written = ranks.lists(written)
+            files = ranks.lists(files)
         if trainer.is_global_zero:
-            seal(path, written)
-            for old in checkpoints(folder)[: -self.keep]:
-                remove(old)
+            seal(path, files)
+            for other in outdated(folder, path, self.keep):
+                remove(other)
         self._saved_at, self._saved_when = trainer.global_step, time.monotonic()
         log.debug("saved %s in %.1f s", path, time.perf_counter() - began)
-
-    @staticmethod
-    def _sidecar(path: Path, rank: int) -> Path:
-        return path.with_name(f"{path.stem}.rank{rank}.safetensors")
 
 
 def _validate(trainer: L.Trainer) -> None:

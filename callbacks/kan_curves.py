@@ -11,6 +11,7 @@ from torch import Tensor
 
 from callbacks.looking import LookingCallback
 from kanllama_lightning.figures import curves_figure, page
+from kanllama_lightning.files import write_text
 from kanllama_lightning.functional import ranks
 from kanllama_lightning.functional.curves import reading
 from kanllama_lightning.run import Table, head_folder, prefixed
@@ -91,12 +92,11 @@ class KANCurves(LookingCallback):
             logged.setdefault(f"val/kan_out_of_grid{which}", curves.mean_out_of_grid)
         self._warn(found)
         pl_module.log_dict(prefixed(name, logged) | {"tokens": float(pl_module.tokens_seen)})
-        if not trainer.is_global_zero or trainer.fast_dev_run:
+        if not trainer.is_global_zero:
             return
         table = Table(head_folder(trainer.default_root_dir, name) / TABLE, COLUMNS)
-        table.cut(trainer.global_step - 1)
         where = {"step": trainer.global_step, "tokens": pl_module.tokens_seen}
-        table.append([where | row for curves in found for row in _rows(curves)])
+        table.put(trainer.global_step, [where | row for curves in found for row in _rows(curves)])
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._draw(trainer, pl_module, name, found, rows)
 
@@ -130,9 +130,7 @@ class KANCurves(LookingCallback):
             f"curves are in {TABLE}."
         )
         path = head_folder(trainer.default_root_dir, name) / PAGE
-        part = path.with_name(path.name + ".tmp")
-        part.write_text(page(title, text, list(figures.values())), encoding="utf-8")
-        part.replace(path)
+        write_text(path, page(title, text, list(figures.values())))
         if isinstance(trainer.logger, WandbLogger):
             named = {f"val/curves/{k.replace(' ', '_')}": f for k, f in figures.items()}
             drawn = prefixed(name, named) | {"tokens": pl_module.tokens_seen}

@@ -1,5 +1,7 @@
 """The resolved configuration, beside the run and in the logger."""
 
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +10,16 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 
-from kanllama_lightning.run import CONFIG, head_folder
-from kanllama_lightning.secrets import scrubbed
+from kanllama_lightning.files import write_text
+from kanllama_lightning.run import CONFIG, SESSIONS, head_folder, read_json, write_json
+from kanllama_lightning.secrets import known, scrubbed
 from kanllama_lightning.side_by_side import SideBySide, alone_config
 
 
 class LogConfig(SaveConfigCallback):
     """Writes `config.yaml` into the run folder and sends it to W&B, without secrets.
+
+    Adds a session to `sessions.json`.
 
     Of heads side by side each folder gets the configuration that would train the head alone.
 
@@ -22,21 +27,30 @@ class LogConfig(SaveConfigCallback):
         args: Of Lightning's callback.
         resolved: The configuration as it was resolved, before the run folder and what follows from
             it was filled in: as YAML that runs again as `--config`.
+        execution: What concerns this one session of the run: its folder, what it goes on from.
         kwargs: Of Lightning's callback.
     """
 
-    def __init__(self, *args: Any, resolved: str, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, resolved: str, execution: dict[str, Any], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.resolved = scrubbed(resolved)
+        self.resolved, self.execution = scrubbed(resolved), known.scrubbed_tree(execution)
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Runs on rank zero only."""
         root, config = Path(trainer.default_root_dir), yaml.safe_load(self.resolved)
-        (root / CONFIG).write_text(self.resolved)
+        write_text(root / CONFIG, self.resolved)
+        self._note_session(root)
         together = getattr(pl_module, "together", None)
         if isinstance(together, SideBySide):
             for name in together.members:
                 own = yaml.safe_dump(alone_config(config, together, name), sort_keys=False)
-                (head_folder(root, name) / CONFIG).write_text(own)
+                write_text(head_folder(root, name) / CONFIG, own)
         if isinstance(trainer.logger, WandbLogger):
             trainer.logger.experiment.config.update({"cli": config}, allow_val_change=True)
+
+    def _note_session(self, root: Path) -> None:
+        """Add this session to those of the run."""
+        path = root / SESSIONS
+        known = read_json(path)["sessions"] if path.is_file() else []
+        now = {"started": time.strftime("%Y-%m-%d %H:%M:%S"), "host": socket.gethostname()}
+        write_json(path, {"sessions": [*known, now | self.execution]})

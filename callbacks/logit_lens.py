@@ -93,12 +93,12 @@ class LogitLens(LookingCallback):
         ).figures
         logged = {f"val/lens_{k}": value for k, value in found.items() if math.isfinite(value)}
         pl_module.log_dict(prefixed(name, logged) | {"tokens": float(pl_module.tokens_seen)})
-        if not trainer.is_global_zero or trainer.fast_dev_run:
+        if not trainer.is_global_zero:
             return
         table = Table(
             head_folder(trainer.default_root_dir, name) / TABLE,
             ["step", "tokens", *(f"lens_{name}" for name in FIGURES)],
         )
-        table.cut(trainer.global_step - 1)
         where = {"step": trainer.global_step, "tokens": pl_module.tokens_seen}
-        table.append([where | {f"lens_{name}": value for name, value in found.items()}])
+        row = where | {f"lens_{name}": value for name, value in found.items()}
+        table.put(trainer.global_step, [row])

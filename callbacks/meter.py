@@ -84,9 +84,9 @@ class ValidationMeter(L.Callback, ABC):
                 pl_module.log_dict(prefixed(name, logged))
             with ranks.pooled():
                 rows = ranks.lists(self._rows[name])
-            if self.file and trainer.is_global_zero and not trainer.fast_dev_run:
+            if self.file and trainer.is_global_zero:
                 table = Table(head_folder(trainer.default_root_dir, name) / self.file, columns)
-                table.cut(trainer.global_step - 1)
                 order = {which: i for i, which in enumerate(meters)}
-                table.append(sorted(rows, key=lambda row: (order[row["set"]], row["batch"])))
+                rows = sorted(rows, key=lambda row: (order[row["set"]], row["batch"]))
+                table.put(trainer.global_step, rows)
         pl_module.log("tokens", float(pl_module.tokens_seen))

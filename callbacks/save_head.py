@@ -6,7 +6,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 
-from kanllama_lightning.run import HEAD, head_folder
+from kanllama_lightning.run import HEAD, HEADS, head_folder
 
 
 class SaveHead(L.Callback):
@@ -34,13 +34,13 @@ class SaveHead(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Save if it is time."""
-        if not trainer.is_global_zero or trainer.fast_dev_run or not pl_module.started:
+        if not trainer.is_global_zero or not pl_module.started:
             return
         tokens = pl_module.tokens_seen
         if trainer.state.fn == TrainerFn.VALIDATING:
             where = Path(HEAD)
         elif tokens // self.every_tokens > self._last:
-            where = Path("heads") / f"tokens={tokens:012d}"
+            where = Path(HEADS) / f"tokens={tokens:012d}"
         else:
             return
         for name, head in pl_module.heads().items():

@@ -44,7 +44,7 @@ def read(path: Path, column: str) -> list[Point]:
             r["head"],
             int(r["parameters"]),
             float(r["l0"]),
-            *(float(r[column + end]) for end in ("", "_min", "_max")),
+            *(float(r[column + end]) for end in ("", "_low", "_high")),
         )
         for r in rows
         if r["head"] in STYLES

@@ -1,8 +1,11 @@
 """The command line: links, guards, run folders, and what happens after `fit`."""
 
+import argparse
 import difflib
+import inspect
 import logging
 import os
+import pydoc
 import re
 import sys
 import time
@@ -15,28 +18,35 @@ from typing import Any, ClassVar
 import torch
 import transformers
 import wandb
+import yaml
+from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from kanllama_lightning import heads
+from kanllama_lightning import heads, options
 from kanllama_lightning.cache.filling import fill_
 from kanllama_lightning.entry import Aftermath, guarded
+from kanllama_lightning.files import write_text
 from kanllama_lightning.lm import FrozenLM
+from kanllama_lightning.lock import RunLock, gone
 from kanllama_lightning.module import SAEModule, check_precision
 from kanllama_lightning.preflight import check_room
 from kanllama_lightning.resume import find_checkpoint
 from kanllama_lightning.run import (
-    CHECKPOINTS,
     CONFIG,
+    HEAD,
     LOGGER_ID,
+    SUMMARY,
     make_folder,
     remove_parts,
     remove_unused,
 )
+from kanllama_lightning.run_state import Kind, RunState, clear, look, step_of
 from kanllama_lightning.saved import newest_whole
 from kanllama_lightning.schedule import Schedule
-from kanllama_lightning.stopping import CacheStopped, Stopped
+from kanllama_lightning.stopping import CacheStopped, Stopped, say
 from kanllama_lightning.tokens import TokenData
-from kanllama_lightning.types import InputError
+from kanllama_lightning.types import InputError, RunFinished
 from kanllama_lightning.wandb_logger import check_mode
 
 log = logging.getLogger(__name__)
@@ -57,6 +67,11 @@ LINKED = {
 SUBCOMMANDS = ("fit", "validate")
 RUN_FOLDER = "KANLLAMA_RUN_FOLDER"
 """Environment variable in which the first process tells those it starts where the run goes."""
+EXECUTION = ("run", "runs_dir", "ckpt_path", "weights_only", "config")
+"""Arguments that say where and how a run happens, not what it is: kept in `sessions.json`."""
+OF_THIS_EXECUTION = ("run", "ckpt_path", "weights_only")
+"""Those that count on the command line alone."""
+LOGGER_ID_FORM = re.compile(r"[A-Za-z0-9_-]{1,64}")
 NOISE = (
     r".*LightningCLI's args parameter is intended.*",
     r".*`broadcast_buffers` is deprecated.*",
@@ -78,10 +93,33 @@ class KanllamaCLI(LightningCLI):
     """One module, one data module; variety comes in as injected objects."""
 
     run_folder: Path
-    made: ClassVar[Path | None] = None
-    """The folder made for the run, if it is new."""
+    lock: ClassVar[RunLock | None] = None
+    """The run folder, taken."""
+    made: ClassVar[bool] = False
+    """Whether the folder was made for the run."""
     place: ClassVar[Path | None] = None
     """The folder that the command writes into."""
+
+    def __init__(self, *args: Any, essential: Sequence[str] = (), **kwargs: Any) -> None:
+        self.essential = essential
+        super().__init__(*args, **kwargs)
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The seed is a number, from before anything is linked to it."""
+        parser.add_argument(
+            "--seed_everything",
+            type=options.seed_number,
+            default=0,
+            help="Seed of the head, of the order of the text and of the shuffling.",
+        )
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Hide the Trainer's options that mean nothing here; they are refused when given."""
+        super().add_core_arguments_to_parser(parser)
+        for action in parser._actions:
+            group, _, name = action.dest.partition(".")
+            if group == "trainer" and name and options.fixed(name.partition(".")[0]):
+                action.help = argparse.SUPPRESS
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The LM, the run folder, and the links that keep them consistent."""
@@ -95,8 +133,19 @@ class KanllamaCLI(LightningCLI):
         parser.link_arguments("lm", "model.lm", apply_on="instantiate")
         parser.link_arguments("lm.tokenizer", "data.tokenizer", apply_on="instantiate")
         parser.link_arguments("lm.d_model", "model.head.init_args.d_model", apply_on="instantiate")
-        for seed in ("model.seed", "model.head.init_args.seed", "data.seed"):
-            parser.link_arguments("seed_everything", seed, compute_fn=int)
+        parser.add_argument(
+            "--head_seed",
+            type=int | None,
+            default=None,
+            help="Seed of the head's start, where it is not that of the run.",
+        )
+        for seed in ("model.seed", "data.seed"):
+            parser.link_arguments("seed_everything", seed)
+        parser.link_arguments(
+            ("seed_everything", "head_seed"),
+            "model.head.init_args.seed",
+            compute_fn=lambda of_run, own: of_run if own is None else own,
+        )
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -107,42 +156,62 @@ class KanllamaCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Checkpoints hold no arguments here: the configuration always counts."""
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and refuse what could only fail later or would change the experiment."""
+        super().parse_arguments(parser, args)
+        config = self.config[self.config["subcommand"]]
+        for key in OF_THIS_EXECUTION:
+            if config.get(key) is not None and not _on_command_line(args, key):
+                log.info(
+                    "%s in a config is left out of account (%s): give --%s on the command line",
+                    key,
+                    config[key],
+                    key,
+                )
+                config[key] = None
+        check_precision(str(config.trainer.precision))  # a CPU's trainer changes it silently
+        options.check(config)
+        Schedule.of(config.model.tokens, config.model.sae_batch_tokens)
+
     def before_instantiate_classes(self) -> None:
-        """Choose the run folder, find what to continue, derive the clock."""
+        """Choose the run folder and take it, find what to continue, derive the clock."""
         config = self.config[self.subcommand]
         trainer, model = config.trainer, config.model
         if "RunLogger" in str(trainer.logger):
             check_mode()
-        check_precision(str(trainer.precision))  # on a CPU the trainer would change it silently
+        trainer.callbacks = _with_essential(trainer.callbacks, self.essential)
         resolved = self._parser(self.subcommand).dump(config, skip_unset=False)
-        self.save_config_kwargs["resolved"] = resolved
+        self.save_config_kwargs["resolved"] = resolved = recipe(resolved)
         fit = self.subcommand == "fit"
-        self.run_folder = self._folder(config)
-        if config.get("ckpt_path"):
-            checkpoint = find_checkpoint(
-                config.ckpt_path, config.runs_dir, resolved, config.run, fit
-            )
-            config.ckpt_path = str(checkpoint)
-            log.info("continuing from %s", checkpoint)
-            if fit:
-                self.run_folder = checkpoint.parent.parent
-        elif fit and is_first() and any((self.run_folder / CHECKPOINTS).glob("step=*")):
-            raise InputError(
-                f"run folder {str(self.run_folder)!r}: holds a run already; continue it with "
-                f"--ckpt_path {self.run_folder}, or choose another --run"
-            )
-        if trainer.accelerator == "auto" and not torch.cuda.is_available():
-            trainer.accelerator = "cpu"  # Apple's GPUs have no fp64, which the metrics need
-        new = is_first() and not self.run_folder.exists()
-        make_folder(self.run_folder)
-        KanllamaCLI.made = self.run_folder if new else None
-        KanllamaCLI.place = self.run_folder
-        os.environ[RUN_FOLDER] = str(self.run_folder)
-        config.run = trainer.default_root_dir = str(self.run_folder)
-        trainer.max_epochs = -1
         steps = Schedule.of(model.tokens, model.sae_batch_tokens).steps
         asked = trainer.max_steps if trainer.max_steps is not None else -1
         trainer.max_steps = steps if asked < 0 else min(asked, steps)
+        trainer.max_epochs = -1
+        self.save_config_kwargs["execution"] = execution = {
+            key: None if config.get(key) is None else str(config[key]) for key in EXECUTION
+        }
+        named = config.run or self._told()
+        if config.get("ckpt_path"):
+            where = named if fit else None  # a validation has a folder of its own
+            checkpoint = find_checkpoint(config.ckpt_path, config.runs_dir, resolved, where, fit)
+            config.ckpt_path = execution["ckpt_path"] = str(checkpoint)
+        elif not fit:
+            raise InputError(
+                "validate: nothing to validate; name a run or one of its checkpoints with "
+                "--ckpt_path (a saved head is measured by `python evaluate.py report HEAD`)"
+            )
+        goes_on = fit and bool(config.get("ckpt_path"))
+        self.run_folder = checkpoint.parent.parent if goes_on else self._folder(config, named)
+        if is_first():
+            if goes_on:
+                _refuse_finished(checkpoint, trainer.max_steps)
+            self._take(goes_on)
+        if config.get("ckpt_path"):
+            log.info("continuing from %s" if fit else "validating %s", config.ckpt_path)
+        if trainer.accelerator == "auto" and not torch.cuda.is_available():
+            trainer.accelerator = "cpu"  # Apple's GPUs have no fp64, which the metrics need
+        os.environ[RUN_FOLDER] = str(self.run_folder)
+        config.run = execution["run"] = trainer.default_root_dir = str(self.run_folder)
         if isinstance(trainer.logger, bool) or trainer.logger is None:
             return
         loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
@@ -152,22 +221,50 @@ class KanllamaCLI(LightningCLI):
                 logger.init_args.name = logger.init_args.name or self.run_folder.name
                 logger.init_args.id = logger.init_args.id or _logger_id(self.run_folder)
 
-    def _folder(self, config: Any) -> Path:
-        """The run folder, the same in all processes of a run."""
-        if config.run:
-            return Path(config.run)
-        if is_first() and not _started_with_others():
-            return Path(self._new_name(config))
-        told = os.environ.get(RUN_FOLDER)
-        if told is None:
-            raise InputError(
-                "--run: several processes were started from outside and would each choose a folder "
-                f"of their own; name one with --run FOLDER, or with {RUN_FOLDER}=FOLDER in the "
-                "environment"
+    def _take(self, goes_on: bool) -> None:
+        """Make the run folder this process's own, empty unless a run goes on in it."""
+        folder = self.run_folder
+        new = not folder.exists()
+        make_folder(folder)
+        KanllamaCLI.lock = RunLock.take(folder)
+        KanllamaCLI.made, KanllamaCLI.place = new, folder
+        if goes_on:
+            return
+        state = look(folder, mine=True, was_left=KanllamaCLI.lock.was_left)
+        if state.kind == Kind.DEBRIS:
+            log.info(
+                "run folder %s: a run ended there before its first checkpoint; what it left is "
+                "cleared away (%s), and the run starts afresh",
+                folder,
+                ", ".join(state.left),
             )
-        return Path(told)
+            clear(state)
+        elif state.kind != Kind.FRESH:
+            raise InputError(f"run folder {str(folder)!r}: {_occupied(state)}")
 
-    def _new_name(self, config: Any) -> str:
+    def _told(self) -> str | None:
+        """The run folder in the environment: of a launcher's user, or of the first process."""
+        return os.environ.get(RUN_FOLDER) or None
+
+    def _folder(self, config: Any, named: str | None) -> Path:
+        """The run folder, the same in all processes of a run."""
+        told = self._told()
+        if config.run and told and Path(told).resolve() != Path(config.run).resolve():
+            raise InputError(
+                f"--run {config.run}: the environment says {RUN_FOLDER}={told}; name one folder"
+            )
+        if named:
+            return Path(named)
+        if is_first() and not _started_with_others():
+            return self._new_folder(config)
+        raise InputError(
+            "--run: several processes were started from outside and would each choose a folder "
+            f"of their own; name one with --run FOLDER, or with {RUN_FOLDER}=FOLDER in the "
+            "environment"
+        )
+
+    def _new_folder(self, config: Any) -> Path:
+        """A folder that was not there, so that runs that start at once have one each."""
         stems = [Path(str(c)).stem for c in (config.get("config") or [])[1:]]
         if self.subcommand != "fit":
             stems.append(self.subcommand)
@@ -176,7 +273,7 @@ class KanllamaCLI(LightningCLI):
         while folder.exists():
             n += 1
             folder = Path(config.runs_dir) / f"{name}-{n}"
-        return str(folder)
+        return folder
 
     def before_fit(self) -> None:
         """Refuse unusable data, and what cannot fit into memory or onto the disk."""
@@ -196,9 +293,20 @@ class KanllamaCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Calibrate, validate and save, in that order."""
-        if self.trainer.fast_dev_run:
-            return
         self.trainer.validate(self.model, self.datamodule, verbose=False)
+        if is_first():
+            missing = [
+                f for f in (HEAD, SUMMARY) for part in self._parts() if not (part / f).exists()
+            ]
+            if missing:
+                raise InputError(
+                    f"run folder {str(self.run_folder)!r}: the run ended without {missing[0]} in "
+                    f"it; go on with --ckpt_path {self.run_folder}"
+                )
+
+    def _parts(self) -> list[Path]:
+        """The folders that heads are saved in."""
+        return [self.run_folder / name for name in self.model.heads()]
 
 
 def is_first() -> bool:
@@ -215,9 +323,88 @@ def _started_with_others() -> bool:
 def _logger_id(folder: Path) -> str:
     """The W&B id of a run: made once, kept beside it, used again when it is continued."""
     path = folder / LOGGER_ID
-    if not path.exists():
-        path.write_text(uuid.uuid4().hex[:8] + "\n")
-    return path.read_text().strip()
+    known = path.read_bytes().decode(errors="replace").strip() if path.is_file() else None
+    if known and LOGGER_ID_FORM.fullmatch(known):
+        return known
+    made = uuid.uuid4().hex[:8]
+    if is_first():
+        if known is not None:
+            log.warning("%s: holds no id (%r); W&B logs go to a new run, %s", path, known, made)
+        write_text(path, made + "\n")
+    return made
+
+
+def recipe(resolved: str) -> str:
+    """A configuration without what concerns one execution: as YAML that runs as `--config`."""
+    tree = yaml.safe_load(resolved)
+    return yaml.safe_dump({k: v for k, v in tree.items() if k not in EXECUTION}, sort_keys=False)
+
+
+def _on_command_line(args: Any, key: str) -> bool:
+    given = args if isinstance(args, list) else sys.argv[1:]
+    return any(a == f"--{key}" or a.startswith(f"--{key}=") for a in given)
+
+
+def _with_essential(given: Any, essential: Sequence[str]) -> list[Any]:
+    """The callbacks of a run: those that make it one, with the settings given, and the extras.
+
+    Args:
+        given: What configs and the command line list: extras, and essential ones with settings.
+        essential: Class paths, in their order; extras come before `...SaveHead`, which is the first
+            of those that look at what all others have found.
+    """
+    listed = {} if given is None else {c.class_path: c for c in given}
+    own = [listed.pop(path, None) or _by_default(path) for path in essential]
+    at = next((i for i, c in enumerate(own) if c.class_path.endswith("SaveHead")), len(own))
+    return [*own[:at], *listed.values(), *own[at:]]
+
+
+def _by_default(class_path: str) -> Namespace:
+    """A callback with its default settings, as a config would say it."""
+    kind: Any = pydoc.locate(class_path)
+    settings = {name: p.default for name, p in inspect.signature(kind).parameters.items()}
+    return Namespace(class_path=class_path, init_args=Namespace(**settings))
+
+
+def _refuse_finished(checkpoint: Path, max_steps: int) -> None:
+    """Do nothing to a run in which nothing is left to do.
+
+    Raises:
+        RunFinished: It has all that was asked for.
+        InputError: It has been further already.
+    """
+    state, step = look(checkpoint.parent.parent), step_of(checkpoint)
+    if step > max_steps:
+        raise InputError(
+            f"run folder {str(state.folder)!r}: its checkpoint is of step {step}, and "
+            f"--model.tokens or --trainer.max_steps ask for {max_steps} only; ask for more "
+            "to extend the run"
+        )
+    if step == max_steps and state.summary_steps == step:
+        raise RunFinished(
+            f"run folder {state.folder}: nothing is left to do, the run has its {step:,} steps "
+            f"({state.tokens:,} tokens) and is finished; nothing was written. To extend it: "
+            f"--ckpt_path {state.folder} --model.tokens MORE"
+        )
+
+
+def _occupied(state: RunState) -> str:
+    """Why nothing can be started in a folder, and what to do instead."""
+    folder = state.folder
+    if state.kind == Kind.FINISHED:
+        return (
+            f"holds a run already, finished after {state.tokens:,} tokens; extend it with "
+            f"--ckpt_path {folder} --model.tokens MORE, or choose another --run"
+        )
+    if state.kind == Kind.RESUMABLE:
+        return (
+            f"holds a run already, saved at step {state.step}; go on with it: "
+            f"--ckpt_path {folder}; or choose another --run"
+        )
+    return (
+        "holds a run already, but no whole checkpoint to go on from; choose another --run, or "
+        "delete the folder if its results are not wanted"
+    )
 
 
 def _with_base(args: list[str]) -> list[str]:
@@ -308,7 +495,8 @@ def _run(given: list[str], started: bool, kwargs: dict[str, Any]) -> int:
     own = sys.argv
     # what a launcher of further processes starts again
     sys.argv = own if started else [str(ROOT / "train.py"), *given]
-    KanllamaCLI.made = KanllamaCLI.place = None
+    told, unused = os.environ.get(RUN_FOLDER), False
+    KanllamaCLI.made, KanllamaCLI.place = False, None
     try:
         kind = KanllamaCLI
         if given[:1] == ["plan"]:
@@ -320,7 +508,6 @@ def _run(given: list[str], started: bool, kwargs: dict[str, Any]) -> int:
             SAEModule,
             TokenData,
             save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
-            seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             parser_kwargs={
@@ -331,12 +518,46 @@ def _run(given: list[str], started: bool, kwargs: dict[str, Any]) -> int:
             args=_with_base(given),
             **kwargs,
         )
+    except RunFinished as e:
+        say(str(e))
+    except InputError:
+        unused = True
+        raise
+    except Stopped as e:
+        unused = e.step is None
+        raise
+    except MisconfigurationException as e:
+        unused = True
+        raise InputError(f"Lightning refuses this configuration: {e}") from e
+    except Exception as e:
+        if KanllamaCLI.lock is None or not KanllamaCLI.lock.lost:
+            raise
+        raise InputError(gone(KanllamaCLI.lock.folder)) from e
     finally:
         sys.argv = own
         os.environ.pop(RUN_FOLDER, None)
+        if told is not None:
+            os.environ[RUN_FOLDER] = told
         if wandb.run is not None:
             wandb.finish()
+        _let_go(unused)
     return 0
+
+
+def _let_go(unused: bool) -> None:
+    """Give the run folder back; leave no empty run behind a mistake or an early Ctrl-C.
+
+    Args:
+        unused: Whether the run ended before it began, as far as is known.
+    """
+    lock, KanllamaCLI.lock = KanllamaCLI.lock, None
+    if lock is None:
+        return
+    folder, gone_already = lock.folder, lock.lost
+    lock.release()
+    if gone_already or not unused or not KanllamaCLI.made:
+        return
+    remove_unused(folder)
 
 
 def _stopped(e: Stopped) -> str:
@@ -353,7 +574,7 @@ def _stopped(e: Stopped) -> str:
             f"stopped at step {e.step}, everything is saved; the same command with "
             "`--ckpt_path last` goes on from here"
         )
-    if KanllamaCLI.made is None and KanllamaCLI.place is not None:
+    if not KanllamaCLI.made and KanllamaCLI.place is not None:
         return f"stopped; {KanllamaCLI.place} is as it was, the same command goes on from there"
     return "stopped before there was anything to save; the same command does it all"
 
@@ -373,12 +594,9 @@ def _onward() -> str:
 
 
 def _clear(disk: bool) -> None:
-    """Leave no empty run behind a mistake, or behind Ctrl-C before the first step, and nothing
-    half written behind a full disk."""
+    """Leave nothing half written behind a full disk."""
     if disk and KanllamaCLI.place is not None and is_first():
         remove_parts(KanllamaCLI.place)
-    if KanllamaCLI.made is not None:
-        remove_unused(KanllamaCLI.made)
 
 
 def quiet() -> None:

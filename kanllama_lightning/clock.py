@@ -68,8 +68,17 @@ class StepClock:
 
     def overall(self) -> dict[str, float]:
         """Share of each part in the time of all steps so far."""
+        return _shares(self.state())
+
+    def state(self) -> dict[str, float]:
+        """Seconds of each part so far, for a checkpoint."""
         self._read()
-        return _shares({part: s + self._seconds[part] for part, s in self._before.items()})
+        return {part: s + self._seconds[part] for part, s in self._before.items()}
+
+    def load_(self, state: dict[str, float]) -> None:
+        """Go on from a checkpoint."""
+        self.reset()
+        self._before |= {part: s for part, s in state.items() if part in self._before}
 
 
 def _shares(seconds: dict[str, float]) -> dict[str, float]:

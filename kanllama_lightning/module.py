@@ -3,12 +3,14 @@
 import logging
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from jaxtyping import Float
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from kanllama_lightning.buffer import ShuffleBuffer
@@ -18,8 +20,10 @@ from kanllama_lightning.functional import ranks
 from kanllama_lightning.functional.moments import norms
 from kanllama_lightning.heads.base import SAEHead, Trained
 from kanllama_lightning.lm import FrozenLM
+from kanllama_lightning.optim import Adam
 from kanllama_lightning.phase import Phase
 from kanllama_lightning.preflight import preflight
+from kanllama_lightning.saved import buffer_file, load_buffer_
 from kanllama_lightning.schedule import Schedule
 from kanllama_lightning.side_by_side import SideBySide
 from kanllama_lightning.trainee import Trainee
@@ -77,7 +81,7 @@ class SAEModule(L.LightningModule):
         self,
         lm: FrozenLM,
         head: Trained,
-        optimizer: OptimizerCallable = torch.optim.Adam,
+        optimizer: OptimizerCallable = Adam,
         buffer: ShuffleBuffer | None = None,
         tokens: int = 300_000_000,
         sae_batch_tokens: int = 4096,
@@ -86,7 +90,7 @@ class SAEModule(L.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if clip_ratio <= 1:
+        if not clip_ratio > 1:
             raise InputError(f"model.clip_ratio={clip_ratio}: must be larger than 1 (default 5)")
         self.lm, self.optimizer = lm, optimizer
         self.buffer = buffer or ShuffleBuffer()
@@ -143,15 +147,20 @@ class SAEModule(L.LightningModule):
         if stage == "fit":
             self.clock = StepClock(cuda=device.type == "cuda")
         self.lm.load_(device)
-        if stage == "fit" and not self.buffer.allocated:
-            data: Any = self.trainer.datamodule
-            self.buffer.allocate_(
-                self.lm.d_model,
-                self.batch_rows + data.lm_batch_seqs * data.ctx_len,
-                device,
-                self.seed + self.trainer.global_rank,
-                world,
-            )
+        if stage == "fit":
+            self._allocate_buffer()
+
+    def _allocate_buffer(self) -> None:
+        if self.buffer.allocated:
+            return
+        data: Any = self.trainer.datamodule
+        self.buffer.allocate_(
+            self.lm.d_model,
+            self.batch_rows + data.lm_batch_seqs * data.ctx_len,
+            self.trainer.strategy.root_device,
+            self.seed + self.trainer.global_rank,
+            self.trainer.world_size,
+        )
 
     @property
     def filling_rows(self) -> int:
@@ -325,20 +334,49 @@ class SAEModule(L.LightningModule):
     # -------------------------------------------------------------- validation
 
     def on_validation_start(self) -> None:
-        """Calibrate what inference needs on training activations, where there are any."""
-        if self.buffer.filled:
-            x = self.sample(CALIBRATION_TOKENS)
-            for head in self.heads().values():
-                head.calibrate_(x)
+        """Calibrate what inference needs on training activations."""
+        x = self.sample(CALIBRATION_TOKENS)
+        for head in self.heads().values():
+            head.calibrate_(x)
 
     def on_validation_end(self) -> None:
         """Validation is no part of a step."""
         self.clock.restart()
 
     def sample(self, n: int) -> Float[Tensor, "tok d_model"]:
-        """Training activations of all processes, fp32, the same ones for each of them."""
+        """Training activations of all processes, fp32, the same ones for each of them.
+
+        Those that the buffer holds; if it holds none (it is turned off, or a checkpoint did not
+        keep it), those that the text would give next.
+        """
         with ranks.pooled():
-            return ranks.rows(self.buffer.sample(n // ranks.world()))
+            own = n // ranks.world()
+            return ranks.rows(self.buffer.sample(own) if self.buffer.filled else self._ahead(own))
+
+    @torch.no_grad()
+    def _ahead(self, n: int) -> Float[Tensor, "tok d_model"]:
+        """Activations of the text that comes next; training will read it as if for the first time.
+
+        Raises:
+            InputError: Nothing was trained or loaded, so that nobody knows where the text goes on.
+        """
+        if not self.started:
+            raise InputError(
+                "validate: the head was neither trained nor loaded; name a run or a checkpoint "
+                "with --ckpt_path"
+            )
+        data: Any = self.trainer.datamodule
+        began = data.position
+        data.resume_from(self.data_position)
+        loader = data.train_dataloader()
+        data.resume_from(began)
+        parts: list[Tensor] = []
+        for batch in loader:
+            rows = batch.to(self.device).activations(self.lm.acts).float()
+            parts.append(rows[regular(rows, self.head.norm_limit)])
+            if sum(len(part) for part in parts) >= n:
+                break
+        return torch.cat(parts)[:n]
 
     def validation_step(
         self, batch: TokenBatch, batch_idx: int, dataloader_idx: int = 0
@@ -353,6 +391,7 @@ class SAEModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Nothing but tensors and plain values: checkpoints load with `weights_only=True`."""
         checkpoint["tokens_seen"] = self.tokens_seen
+        checkpoint["clock"] = self.clock.state()
         with ranks.pooled():
             checkpoint["data_positions"] = ranks.rows(
                 self.data_position[None].to(self.device)
@@ -360,8 +399,21 @@ class SAEModule(L.LightningModule):
             checkpoint["seen"] = ranks.rows(self.seen[None].to(self.device)).cpu()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Let the data go on behind the last batch that was used."""
+        """Bring everything back, whatever is done next: training, its last validation, or another.
+
+        The data goes on behind the last batch that was used.
+
+        Raises:
+            InputError: The checkpoint is from before the loss of all heads had one unit (0.1.0).
+        """
+        if not any(name.endswith(".x_variance") for name in checkpoint["state_dict"]):
+            raise InputError(
+                "ckpt_path: the checkpoint was written before the loss was divided by the variance "
+                "of the activations; its optimizer state does not fit this loss. Its head can be "
+                "read; to train, start a new run from its config.yaml"
+            )
         self.tokens_seen = checkpoint["tokens_seen"]
+        self.clock.load_(checkpoint.get("clock", {}))
         positions, seen = checkpoint["data_positions"], checkpoint["seen"]
         rank, world = self.trainer.global_rank, self.trainer.world_size
         if len(positions) == world:
@@ -377,3 +429,15 @@ class SAEModule(L.LightningModule):
             )
         data: Any = self.trainer.datamodule
         data.resume_from(self.data_position)
+        self._allocate_buffer()
+        path = Path(str(self.trainer.ckpt_path))
+        if not load_buffer_(self.buffer, path, rank, world) and self.buffer.capacity_tokens:
+            log.warning(
+                "%s is missing: the buffer is refilled with later text, so this run will not be "
+                "the same as an undisturbed one bit for bit",
+                buffer_file(path, rank),
+            )
+        if self.trainer.state.fn != TrainerFn.FITTING:  # then Lightning does it
+            for callback in self.trainer.callbacks:
+                if callback.state_key in checkpoint["callbacks"]:
+                    callback.load_state_dict(checkpoint["callbacks"][callback.state_key])

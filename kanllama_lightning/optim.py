@@ -5,6 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+EPS = 1e-12
+"""Of every Adam here: far below any gradient. The loss has no unit, so its gradients are small: at
+d_model 2,048 those of a latent that rarely fires are below torch's default of 1e-8."""
+
 
 class Adam(torch.optim.Adam):
     """`torch.optim.Adam`; transposed matrices go to its kernels as what they are in memory.
@@ -14,6 +18,9 @@ class Adam(torch.optim.Adam):
     the transposed one, torch 2.13's fused CPU kernel first copies every gradient, which at
     16,384 x 2,048 costs 84 of 99 ms and 128 MiB (LOG.md). The numbers are the same bit for bit.
     """
+
+    def __init__(self, params: Any, eps: float = EPS, **kwargs: Any) -> None:
+        super().__init__(params, eps=eps, **kwargs)
 
     def _init_group(self, group: dict[str, Any], *lists: Any) -> bool:
         has_complex: bool = super()._init_group(group, *lists)

@@ -1,14 +1,19 @@
 """Finding the checkpoint to go on from, and refusing one of another run."""
 
-import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from kanllama_lightning.run import CONFIG, SUMMARY
+from kanllama_lightning.lock import in_use
+from kanllama_lightning.options import fixed
+from kanllama_lightning.run import CONFIG
+from kanllama_lightning.run_state import Kind, look, states
 from kanllama_lightning.saved import checkpoints, damage, newest_whole
 from kanllama_lightning.types import InputError
+
+log = logging.getLogger(__name__)
 
 FREE = (
     "ckpt_path",
@@ -17,8 +22,6 @@ FREE = (
     "runs_dir",
     "model.tokens",
     "weights_only",
-    "trainer.default_root_dir",
-    "trainer.max_epochs",
     "trainer.max_steps",
     "trainer.max_time",
     "trainer.logger",
@@ -26,8 +29,6 @@ FREE = (
     "trainer.devices",
     "trainer.num_nodes",
     "trainer.strategy",
-    "trainer.enable_progress_bar",
-    "trainer.enable_model_summary",
     "trainer.log_every_n_steps",
     "trainer.profiler",
 )
@@ -43,41 +44,48 @@ def find_checkpoint(asked: Any, runs_dir: str, config: str, run: str | None, exa
         runs_dir: Where runs are.
         config: The resolved configuration, as YAML.
         run: The run named with `--run`, if any.
-        exact: Whether the configuration must be that of the run.
+        exact: Whether the configuration must be that of the run, as in training.
 
     Raises:
-        InputError: There is none, or it belongs to another configuration.
+        InputError: There is none, it belongs to another configuration or another folder than the
+            one named, or its run is in use.
     """
-    if str(asked) == "last" and run is None:
+    last = str(asked) == "last"
+    if last and run is None:
         return _newest(Path(runs_dir), config)
-    path = Path(run) if run and str(asked) == "last" else Path(str(asked))
+    path = Path(run) if run and last else Path(str(asked))
     if path.is_dir():
-        found = newest_whole(path)
-        if found is None:
-            raise InputError(
-                f"ckpt_path={str(asked)!r}: {path} holds no whole checkpoint to go on from; leave "
-                "--ckpt_path out to start anew"
-            )
-        path = found
+        path = _newest_of(path, asked)
     elif not path.is_file():
-        raise InputError(
-            f"ckpt_path={str(asked)!r}: no such file; give a checkpoint file, a run folder, or "
-            "`last`"
+        hint = (
+            "nothing was run there; leave --ckpt_path out to start"
+            if last
+            else "give a checkpoint file, a run folder, or `last`"
         )
+        raise InputError(f"ckpt_path={str(asked)!r}: {str(path)!r}: no such file; {hint}")
     elif torn := damage(path):
         raise InputError(
             f"ckpt_path={str(asked)!r}: this checkpoint is damaged: {torn}; give the run folder "
             f"{path.parent.parent} instead, for the newest one that is whole"
         )
-    beside = path.parent.parent / CONFIG
+    folder = path.parent.parent
+    beside = folder / CONFIG
     if not beside.is_file():
         raise InputError(
             f"ckpt_path={str(asked)!r}: no {CONFIG} beside it ({beside}); a checkpoint is "
             "continued inside its run folder"
         )
     if exact:
-        differences = compare(beside.read_text(), config)
-        if differences:
+        if run is not None and Path(run).resolve() != folder.resolve():
+            raise InputError(
+                f"--run {run}: the checkpoint to go on from ({path}) is of the run in {folder}, "
+                "and a run goes on in its own folder; leave --run out to go on there, or "
+                f"--ckpt_path to start a run in {run}"
+            )
+        state = look(folder)
+        if state.holder is not None:
+            raise InputError(in_use(folder, state.holder))
+        if differences := compare(beside.read_text(), config):
             listed = "\n".join(f"  {line}" for line in differences[:8])
             raise InputError(
                 f"ckpt_path={str(asked)!r}: the checkpoint belongs to another configuration:\n"
@@ -86,16 +94,39 @@ def find_checkpoint(asked: Any, runs_dir: str, config: str, run: str | None, exa
     return path
 
 
+def _newest_of(folder: Path, asked: Any) -> Path:
+    """The newest whole checkpoint of a run."""
+    found = newest_whole(folder)
+    if found is None:
+        state = look(folder)
+        if state.holder is not None:
+            raise InputError(in_use(folder, state.holder))
+        anew = state.kind in (Kind.FRESH, Kind.DEBRIS)
+        how = (
+            "leave --ckpt_path out to start anew there"
+            if anew
+            else "leave --ckpt_path out and choose another --run to start anew"
+        )
+        raise InputError(
+            f"ckpt_path={str(asked)!r}: {folder} holds no whole checkpoint to go on from; {how}"
+        )
+    return found
+
+
 def _newest(runs_dir: Path, config: str) -> Path:
-    unfinished = [
-        folder
-        for folder in (runs_dir.iterdir() if runs_dir.is_dir() else [])
-        if (folder / CONFIG).is_file() and not _finished(folder) and checkpoints(folder)
-    ]
+    """The newest checkpoint of the unfinished runs of a configuration."""
+    known = states(runs_dir)
+    unfinished = [s.folder for s in known if s.kind in (Kind.RESUMABLE, Kind.DAMAGED)]
+    unfinished = [folder for folder in unfinished if checkpoints(folder)]
     unfinished.sort(key=lambda folder: checkpoints(folder)[-1].stat().st_mtime)
     near: list[str] = []
     for folder in reversed(unfinished):
-        differences = compare((folder / CONFIG).read_text(), config)
+        try:
+            differences = compare((folder / CONFIG).read_text(), config)
+        except (OSError, ValueError, AttributeError, yaml.YAMLError) as e:
+            why = str(e).splitlines()[0]
+            log.warning("%s is left out: its %s cannot be read (%s)", folder, CONFIG, why)
+            continue
         if not differences:
             whole = newest_whole(folder)
             if whole is not None:
@@ -103,15 +134,16 @@ def _newest(runs_dir: Path, config: str) -> Path:
             differences = ["nothing, but has no whole checkpoint"]
         near.append(f"  {folder} differs in {differences[0]}")
     listed = "\nUnfinished runs of other configurations:\n" + "\n".join(near) if near else ""
+    others = [
+        f"\n  {state.folder} {state.kind.value}" + (f" by {state.holder}" if state.holder else "")
+        for state in known
+        if state.kind in (Kind.IN_USE, Kind.DEBRIS)
+    ]
+    listed += "\nNot gone on with:" + "".join(others) if others else ""
     raise InputError(
         f"ckpt_path='last': nothing to go on with: {runs_dir}/ holds no unfinished run of this "
         f"configuration; leave --ckpt_path out to start one{listed}"
     )
-
-
-def _finished(folder: Path) -> bool:
-    summary = folder / SUMMARY
-    return summary.is_file() and bool(json.loads(summary.read_text()).get("finished"))
 
 
 def compare(saved: str, given: str) -> list[str]:
@@ -125,6 +157,8 @@ def compare(saved: str, given: str) -> list[str]:
 
 
 def _free(key: str) -> bool:
+    if key.startswith("trainer.") and fixed(key.split(".")[1]):
+        return True  # older configurations still say it
     return any(key == free or key.startswith(f"{free}.") for free in FREE)
 
 

@@ -1,6 +1,7 @@
 """A run's folder: where it is, what is in it, and how to find the one to go on with."""
 
 import csv
+import io
 import json
 import os
 import shutil
@@ -8,13 +9,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kanllama_lightning.files import replacing, write_text
+from kanllama_lightning.lock import confirm_mine
 from kanllama_lightning.types import InputError
 
-CONFIG, SUMMARY, CHECKPOINTS, HEAD, LOGGER_ID, EVAL = (
+CONFIG, SESSIONS, SUMMARY, CHECKPOINTS, HEAD, HEADS, LOGGER_ID, EVAL = (
     "config.yaml",
+    "sessions.json",
     "summary.json",
     "checkpoints",
     "head",
+    "heads",
     "wandb_id",
     "eval",
 )
@@ -42,7 +47,7 @@ def remove_unused(folder: Path) -> None:
     """Take away a run folder in which nothing was computed yet: configurations and a W&B log."""
     if not folder.is_dir():
         return
-    logs = [folder / "wandb", folder / LOGGER_ID]
+    logs = [folder / "wandb", folder / LOGGER_ID, folder / SESSIONS]
     found = [p for p in folder.rglob("*") if not any(p == log or log in p.parents for log in logs)]
     if all(path.is_dir() or path.name == CONFIG for path in found):
         shutil.rmtree(folder, ignore_errors=True)
@@ -62,8 +67,10 @@ def prefixed(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def head_folder(root: str | Path, name: str) -> Path:
     """Where what belongs to one head of a run is kept: the run folder itself, or one inside it."""
+    confirm_mine(Path(root))
     folder = Path(root) / name
-    folder.mkdir(exist_ok=True)
+    if name:
+        folder.mkdir(exist_ok=True)
     return folder
 
 
@@ -76,9 +83,7 @@ def members(folder: Path) -> list[Path]:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Replace a JSON file whole."""
-    part = path.with_name(path.name + ".tmp")
-    part.write_text(json.dumps(values, indent=2) + "\n")
-    part.replace(path)
+    write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -107,25 +112,34 @@ class Table:
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
         self.path, self.columns = path, list(columns)
 
-    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Add rows; floats are written so that they read back exactly."""
-        new = not self.path.exists() or not self.path.stat().st_size
-        with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, self.columns)
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
+    def put(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Put the rows of a step in the place of those of this step and of later ones.
 
-    def cut(self, after_step: int) -> None:
-        """Drop rows of later steps, and a last line cut short: a run goes on from before them."""
-        if not self.path.exists():
-            return
-        whole, _, _ = self.path.read_bytes().rpartition(b"\r\n")
-        rows = csv.DictReader(whole.decode().splitlines())
-        kept = [row for row in rows if int(row["step"]) <= after_step]
-        part = self.path.with_name(self.path.name + ".tmp")
-        with part.open("w", newline="") as file:
+        So a run that goes on from before them leaves neither hole nor repeat; a last line cut short
+        goes too. The file is replaced whole; floats are written so that they read back exactly.
+
+        Raises:
+            InputError: The file is there and is no such table.
+        """
+        with replacing(self.path) as part, part.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
-            writer.writerows(kept)
-        part.replace(self.path)
+            writer.writerows(self._before(step))
+            writer.writerows(rows)
+
+    def _before(self, step: int) -> list[dict[str, str]]:
+        """Rows of earlier steps."""
+        if not self.path.exists():
+            return []
+        whole, _, _ = self.path.read_bytes().rpartition(b"\r\n")
+        try:
+            rows = list(csv.DictReader(io.StringIO(whole.decode(), newline="")))
+            kept = [row for row in rows if int(row["step"]) < step]
+            if any(set(row) != set(self.columns) or None in row.values() for row in kept):
+                raise ValueError("rows that are not as its columns say")
+        except (ValueError, KeyError, TypeError, csv.Error) as e:
+            raise InputError(
+                f"{self.path}: is no table with the columns {', '.join(self.columns)} ({e}); move "
+                "it away, a new one is begun"
+            ) from e
+        return kept

@@ -2,17 +2,20 @@
 
 import json
 import logging
-import os
+import re
 import zlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from safetensors.torch import load_file
+
+from kanllama_lightning.buffer import ShuffleBuffer, dealt
 from kanllama_lightning.run import CHECKPOINTS, write_json
 
 log = logging.getLogger(__name__)
 
 CHUNK = 1 << 24
+NAME = re.compile(r"step=\d{9,}\.ckpt")
 
 
 class Written(NamedTuple):
@@ -23,13 +26,10 @@ class Written(NamedTuple):
     crc32: int
 
 
-def keep(part: Path, path: Path) -> Written:
-    """Bring a file that was written beside its place into it: on the disk first, then renamed."""
-    with part.open("rb+") as file:
-        os.fsync(file.fileno())
-        crc = _crc32(file)
-    part.replace(path)
-    return Written(path.name, path.stat().st_size, crc)
+def written(path: Path) -> Written:
+    """What a seal has to say of a file that was just written."""
+    with path.open("rb") as file:
+        return Written(path.name, path.stat().st_size, _crc32(file))
 
 
 def _crc32(file: BinaryIO) -> int:
@@ -47,7 +47,9 @@ def seal(checkpoint: Path, files: list[Written]) -> None:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Checkpoints of a run, oldest first, whole or not."""
-    return sorted((folder / CHECKPOINTS).glob("step=*.ckpt"))
+    return sorted(
+        path for path in (folder / CHECKPOINTS).glob("step=*.ckpt") if NAME.fullmatch(path.name)
+    )
 
 
 def remove(checkpoint: Path) -> None:
@@ -57,14 +59,52 @@ def remove(checkpoint: Path) -> None:
         file.unlink()
 
 
-def damage(checkpoint: Path) -> str | None:
-    """Why a checkpoint cannot be gone on from; None if it is whole."""
+def outdated(folder: Path, newest: Path, keep: int) -> list[Path]:
+    """Checkpoints to take away once a new one is whole.
+
+    All but the `keep` newest; and those of later steps, which a run that went on from before them
+    has left behind: they would pass for its newest.
+    """
+    steps = checkpoints(folder)
+    later = [path for path in steps if path.stem > newest.stem]
+    return later + [path for path in steps if path.stem <= newest.stem][:-keep]
+
+
+def buffer_file(checkpoint: Path, rank: int) -> Path:
+    """Where a checkpoint keeps what one process held in its buffer."""
+    return checkpoint.with_name(f"{checkpoint.stem}.rank{rank}.safetensors")
+
+
+def load_buffer_(buffer: ShuffleBuffer, checkpoint: Path, rank: int, world: int) -> bool:
+    """Bring a buffer back as a checkpoint keeps it, whatever number of processes wrote it.
+
+    Returns:
+        Whether the checkpoint keeps any.
+    """
+    n = len(list(checkpoint.parent.glob(f"{checkpoint.stem}.rank*.safetensors")))
+    if n == world:
+        buffer.load_(load_file(buffer_file(checkpoint, rank)))
+    elif n:
+        states = [load_file(buffer_file(checkpoint, r)) for r in range(n)]
+        buffer.load_(dealt(states, rank, world))
+    return n > 0
+
+
+def damage(checkpoint: Path, through: bool = True) -> str | None:
+    """Why a checkpoint cannot be gone on from; None if it is whole.
+
+    Args:
+        checkpoint: Its `.ckpt` file.
+        through: Whether its files are read through; if not, that they are there, as long as they
+            were, has to do.
+    """
     seal_path = checkpoint.with_suffix(".json")
     if not seal_path.is_file():
         return f"{seal_path.name}, which is written last, is missing"
     try:
-        listed: Mapping[str, Mapping[str, int]] = json.loads(seal_path.read_text())
-    except ValueError:
+        said = json.loads(seal_path.read_text())
+        listed = {name: Written(name, int(f["size"]), int(f["crc32"])) for name, f in said.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
         return f"{seal_path.name} cannot be read"
     if checkpoint.name not in listed:
         return f"{seal_path.name} does not list it"
@@ -72,11 +112,9 @@ def damage(checkpoint: Path) -> str | None:
         path = checkpoint.with_name(name)
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != want["size"]:
-            return f"{name} has {path.stat().st_size:,} bytes instead of {want['size']:,}"
-        with path.open("rb") as file:
-            crc = _crc32(file)
-        if crc != want["crc32"]:
+        if path.stat().st_size != want.size:
+            return f"{name} has {path.stat().st_size:,} bytes instead of {want.size:,}"
+        if through and written(path).crc32 != want.crc32:
             return f"{name} is not what was written (its checksum differs)"
     return None
 

@@ -250,3 +250,7 @@ class ValidationBatch(NamedTuple):
     """The activations under the mask, fp32, in the LM's units."""
     out: SAEOutput
     """The head's output on x, as at inference."""
+
+
+class RunFinished(Exception):
+    """There is nothing left to do in the run that was named; nothing was written."""

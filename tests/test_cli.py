@@ -122,11 +122,9 @@ def test_killed_run_goes_on_from_its_last_checkpoint(
 ) -> None:
     """A crash after a validation that the checkpoint does not know of: no repeat in the CSVs."""
     callbacks = str(tmp_path / "callbacks.yaml")
-    base = yaml.safe_load((ROOT / "configs" / "base.yaml").read_text())["trainer"]["callbacks"]
-    for entry in base:
-        if entry["class_path"].endswith("RunCheckpoint"):
-            entry["init_args"] = {"every_n_steps": 15}
-    Path(callbacks).write_text(yaml.safe_dump({"trainer": {"callbacks": base}}))
+    often = {"class_path": "callbacks.checkpoint.RunCheckpoint"}
+    often["init_args"] = {"every_n_steps": 15}
+    Path(callbacks).write_text(yaml.safe_dump({"trainer": {"callbacks": [often]}}))
     assert fit(f"--config={callbacks}", runs_dir=str(tmp_path / "undisturbed")) == 0
     (undisturbed,) = (tmp_path / "undisturbed").iterdir()
 
@@ -171,17 +169,22 @@ def test_run_cut_short_is_unfinished(fit: Fit, tmp_path: Path) -> None:
 def test_validate_leaves_the_run_alone(run_folder: Path, tmp_path: Path) -> None:
     before = {p: p.read_bytes() for p in run_folder.glob("*.*")}
     config = run_folder / "config.yaml"
-    code = main(["validate", f"--config={config}", f"--ckpt_path={run_folder}"])
-    assert code == 0
+    given = [f"--config={config}", f"--ckpt_path={run_folder}", f"--runs_dir={tmp_path / 'runs'}"]
+    assert main(["validate", *given]) == 0
     assert {p: p.read_bytes() for p in run_folder.glob("*.*")} == before
     (folder,) = (tmp_path / "runs").glob("*validate")
     old, new = (json.loads((f / "summary.json").read_text()) for f in (run_folder, folder))
     assert new["tokens"] == old["tokens"]
-    assert new["val/fvu"] == pytest.approx(old["val/fvu"], rel=1e-5)
+    assert {k: v for k, v in new.items() if k != "finished"} == {
+        k: v for k, v in old.items() if k != "finished"
+    }
 
 
 def test_resolved_config_runs_again(run_folder: Path, tmp_path: Path) -> None:
-    assert main(["fit", f"--config={run_folder / 'config.yaml'}"]) == 0
+    config = yaml.safe_load((run_folder / "config.yaml").read_text())
+    assert not config.keys() & {"run", "runs_dir", "ckpt_path", "weights_only"}
+    runs_dir = f"--runs_dir={tmp_path / 'runs'}"
+    assert main(["fit", f"--config={run_folder / 'config.yaml'}", runs_dir]) == 0
     again = next(f for f in (tmp_path / "runs").iterdir() if f != run_folder)
     assert all(torch.equal(v, weights(again)[k]) for k, v in weights(run_folder).items())
 
@@ -202,10 +205,6 @@ def test_mixed_precision_keeps_fp32_weights(fit: Fit, tmp_path: Path, precision:
     assert all(v.dtype == torch.float32 for v in head.values())
     summary = json.loads((only_run(tmp_path) / "summary.json").read_text())
     assert summary["val/fvu"] < 1
-
-
-def test_fast_dev_run(fit: Fit) -> None:
-    assert fit(trainer__fast_dev_run="true") == 0
 
 
 def test_base_config_is_read_from_anywhere(

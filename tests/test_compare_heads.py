@@ -1,73 +1,222 @@
-"""The comparison of heads: what is run, in which order, and what the table says."""
+"""The comparison of heads: what is run, in which order, and what the tables say."""
 
+import csv
 import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from benchmarks import compare_heads
 from benchmarks.compare_heads import (
-    HEADS,
     RATES,
-    RECORD,
-    SEEDS,
+    SHARES,
     STUDIES,
     Cell,
-    table,
-    wanted,
+    Comparison,
+    arguments,
+    main,
+    split_text,
 )
-from kanllama_lightning.heads import BatchTopK
+from kanllama_lightning.corpus import resolve
+from kanllama_lightning.heads import BatchTopK, CurvedDictionary, SAEHead
 
-OTHERS = {"base", "embedded", "multi_gpu", "side_by_side"}
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-
-
-def finish(out: Path, cell: Cell, fvu: float) -> None:
-    """As if the cell had been run."""
-    folder = out / cell.name
-    summary = {"val/fvu": fvu, "val/delta_ce": 2 * fvu, "val/ce_score": 1 - fvu}
-    summary |= {"val/l0": float(cell.k), "val/dead_frac": 0.0, "tokens_per_second": 1000.0}
-    BatchTopK(8, 32, cell.k).save(folder / "head")
-    (folder / "summary.json").write_text(json.dumps(summary))
+ROOT = Path(__file__).resolve().parents[1]
+STORIES = STUDIES["stories"]
 
 
-def test_every_head_with_a_config_is_compared() -> None:
-    configured = {p.stem for p in CONFIGS.glob("*.yaml")} - OTHERS
-    assert set(HEADS) == configured
-    assert set(HEADS) < set(STUDIES["stories"].heads)
+def finish(comparison: Comparison, cell: Cell, fvu: float, l0: float | None = None) -> None:
+    """As if the cell had been run; an infinite FVU: as if it had failed."""
+    folder = comparison.out / cell.name
+    folder.mkdir(parents=True)
+    failed = fvu == float("inf")
+    about = {**cell._asdict(), "commit": "abc", "exit": 2 if failed else 0}
+    (folder / "cell.json").write_text(json.dumps(about))
+    summary = {"val/choose/fvu": fvu, "val/report/l0": cell.k if l0 is None else l0}
+    if not failed:
+        (folder / "summary.json").write_text(json.dumps(summary))
 
 
-def test_first_the_rates_then_the_seeds_and_sparsities(tmp_path: Path) -> None:
-    study = STUDIES["stories"]
-    cells = wanted("stories", tmp_path)
-    assert {c.seed for c in cells} == {SEEDS[0]}
-    assert len(cells) == (len(study.heads) - len(RECORD)) * len(RATES) + len(RECORD)
-    fvus = dict(zip(RATES, (0.3, 0.1, 0.2, 0.4), strict=True))
-    for head in ("kan", "topk"):
-        for lr, fvu in fvus.items():
-            finish(tmp_path, Cell(head, study.sparsities[0], lr, SEEDS[0]), fvu)
-    later = [c for c in wanted("stories", tmp_path) if c.head in ("kan", "topk")]
-    assert {c.lr for c in later} == {RATES[1]}
-    assert {(c.k, c.seed) for c in later if c.head == "kan"} == {
-        (8, 1), (8, 2), (4, 0), (4, 1), (4, 2), (16, 0), (16, 1), (16, 2),
-    }  # fmt: skip
-    assert {(c.k, c.seed) for c in later if c.head == "topk"} == {(8, 1), (8, 2), (16, 0)}
+def tried(comparison: Comparison, head: str, fvu: dict[float, float]) -> list[float]:
+    """Learning rates that are asked for one after the other, if each has this FVU."""
+    asked: list[float] = []
+    while missing := comparison.missing_rates(head):
+        asked += missing
+        for lr in missing:
+            finish(comparison, Cell(head, 8, lr, 0), fvu[round(lr, 6)])
+    return asked
 
 
-def test_a_finished_cell_is_not_run_again(tmp_path: Path) -> None:
-    cell = wanted("stories", tmp_path)[0]
-    finish(tmp_path, cell, 0.1)
-    assert cell not in wanted("stories", tmp_path)
+@pytest.fixture
+def comparison(tmp_path: Path) -> Comparison:
+    return Comparison(STORIES, tmp_path)
 
 
-def test_the_table_has_means_and_ranges(tmp_path: Path) -> None:
-    for lr in RATES:
-        finish(tmp_path, Cell("kan", 8, lr, 0), 0.1 if lr == RATES[0] else 0.5)
-    for seed, fvu in ((1, 0.2), (2, 0.3)):
-        finish(tmp_path, Cell("kan", 8, RATES[0], seed), fvu)
-    [row] = table("stories", tmp_path)
-    assert (row["head"], row["target_l0"], row["lr"], row["seeds"]) == ("kan", 8, RATES[0], 3)
-    assert row["fvu"] == pytest.approx(0.2)
-    assert (row["fvu_min"], row["fvu_max"]) == (0.1, 0.3)
-    assert row["parameters"] == BatchTopK(8, 32, 8).n_parameters()
-    # the encoder product and the sparse decoding; b_dec costs next to nothing
-    assert row["flops_per_token"] == pytest.approx(2 * 8 * 32 + 2 * 8 * 8, rel=0.01)
+def test_every_head_of_the_study_has_a_config() -> None:
+    for head in STORIES.heads:
+        assert (ROOT / f"configs/{head.partition('@')[0]}.yaml").is_file()
+
+
+def test_first_the_rates_then_the_seeds(comparison: Comparison) -> None:
+    cells = comparison.wanted()
+    assert {(c.seed, c.k) for c in cells} == {(0, 8)}
+    assert [c.lr for c in cells if c.head == "kan"] == list(RATES)
+    for lr, fvu in zip(RATES, (0.3, 0.1, 0.2), strict=True):
+        finish(comparison, Cell("kan", 8, lr, 0), fvu)
+    assert comparison.rate("kan") == (RATES[1], True)
+    later = [c for c in comparison.wanted() if c.head == "kan"]
+    assert later == [Cell("kan", 8, RATES[1], seed) for seed in (1, 2)]
+
+
+def test_the_grid_grows_on_the_side_of_the_best(comparison: Comparison) -> None:
+    falling = {0.006: 0.5, 0.012: 0.4, 0.024: 0.3, 0.048: 0.2, 0.096: 0.25}
+    assert tried(comparison, "kan", falling) == pytest.approx([0.006, 0.012, 0.024, 0.048, 0.096])
+    assert comparison.rate("kan") == (pytest.approx(0.048), True)
+    rising = {0.0015: 0.3, 0.003: 0.2, 0.006: 0.25, 0.012: 0.4, 0.024: float("nan")}
+    assert tried(comparison, "mlp", rising) == pytest.approx([0.006, 0.012, 0.024, 0.003, 0.0015])
+    assert comparison.rate("mlp") == (pytest.approx(0.003), True)
+
+
+def test_a_rate_that_stays_at_the_edge_is_told(comparison: Comparison) -> None:
+    falling = {round(RATES[0] * 2.0**i, 6): 1 / (2 + i) for i in range(10)}
+    assert len(tried(comparison, "kan", falling)) == len(RATES) + compare_heads.EXTENSIONS
+    best, bracketed = comparison.rate("kan") or (0, True)
+    assert (best, bracketed) == (pytest.approx(0.384), False)
+    assert "0.384, is at the edge" in compare_heads.edge(comparison, "kan")
+
+
+def test_a_run_that_came_to_nothing_is_the_worst_and_is_tried_again(
+    comparison: Comparison,
+) -> None:
+    broken = {0.006: 0.2, 0.012: 0.1, 0.024: float("inf")}
+    tried(comparison, "kan", broken)
+    assert comparison.rate("kan") == (0.012, True)
+    comparison.forget_failures()
+    assert comparison.missing_rates("kan") == [0.024]
+
+
+def test_the_slope_is_measured_where_l0_misses_its_target(comparison: Comparison) -> None:
+    for head, l0 in (("kan", 8.3), ("mlp", 8.05)):
+        for lr, fvu in zip(RATES, (0.3, 0.1, 0.2), strict=True):
+            finish(comparison, Cell(head, 8, lr, 0), fvu, l0)
+        for seed in (1, 2):
+            finish(comparison, Cell(head, 8, RATES[1], seed), 0.1, l0)
+    found = [c for c in comparison.wanted() if c.head in ("kan", "mlp")]
+    assert found == [Cell("kan", 10, RATES[1], 0)]
+
+
+def test_parts_of_the_text_share_no_document(tmp_path: Path, text_file: Path) -> None:
+    twice = tmp_path / "twice.jsonl"
+    twice.write_text(text_file.read_text() * 2)
+    study = STORIES._replace(text=str(twice))
+    split_text(study, tmp_path)
+    parts = {
+        name: {d.text for d in resolve(str(tmp_path / "text" / f"{name}.jsonl")).once()}
+        for name in SHARES
+    }
+    whole = {d.text for d in resolve(str(text_file)).once()}
+    assert set.union(*parts.values()) == whole
+    assert sum(map(len, parts.values())) == len(whole)
+    for name, share in SHARES.items():
+        assert len(parts[name]) / len(whole) == pytest.approx(share, abs=0.06)
+
+
+def test_a_cell_reads_the_parts_as_what_they_are(tmp_path: Path) -> None:
+    args = arguments(STORIES, Cell("batch_topk@2544", 8, 6e-3, 1), tmp_path)
+    assert f"--data.train={tmp_path / 'text/train.jsonl'}" in args
+    val = [str(tmp_path / f"text/{name}.jsonl") for name in ("choose", "report")]
+    assert f"--data.val={json.dumps(val)}" in args
+    assert "--model.head.d_sae=2544" in args
+    assert "--seed_everything=1" in args
+
+
+def started(head: SAEHead) -> tuple[SAEHead, torch.Tensor]:
+    """A head as it is after the start statistics, calibrated, and activations."""
+    x = torch.randn(2048, head.d_model, generator=torch.Generator().manual_seed(0)) + 0.5
+    head.start_(x)
+    head.calibrate_(x)
+    return head.eval(), x
+
+
+@pytest.mark.parametrize(("kind", "planes"), [(BatchTopK, 1), (CurvedDictionary, 9)])
+def test_operations_are_those_of_the_latents_that_fire(
+    tmp_path: Path, kind: type[SAEHead], planes: int
+) -> None:
+    """A curve costs as many rows as it has planes; a denser batch costs more."""
+    head, x = started(kind(32, 64, target_l0=6))
+    head.save(tmp_path / "head")
+    for rows in (x, 3 * x[:500]):
+        l0 = float(head(rows).codes.l0().double().mean())
+        encoder = 2 * 32 * 64 * (1 + 1 / len(rows))  # b_dec goes through the encoder once
+        expected = encoder + l0 * planes * 2 * 32
+        assert compare_heads.operations(tmp_path, rows) == pytest.approx(expected, rel=1e-6)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    assert main(args) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    return said
+
+
+def test_mistakes_are_one_line(
+    tmp_path: Path,
+    text_file: Path,
+    tiny_lm_dir: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    there = ["--out", str(tmp_path / "out"), "--text", str(text_file), "--model", str(tiny_lm_dir)]
+    assert "train it first" in refused(capsys, "table", "stories", "--out", str(tmp_path))
+    assert "no such file" in refused(capsys, "train", "stories", "--text", str(tmp_path / "no"))
+    assert "configs/nan.yaml" in refused(
+        capsys, "train", "stories", *there, "--heads", "kan", "nan"
+    )
+    assert "at least 1" in refused(capsys, "train", "stories", *there, "--tokens", "0")
+    monkeypatch.setattr(compare_heads, "commit", lambda: "abc-dirty")
+    assert "--dirty" in refused(capsys, "train", "stories", *there)
+    assert "200 was asked for" in refused(capsys, "train", "stories", *there, "--tokens", "200")
+    monkeypatch.setattr(compare_heads, "commit", lambda: "def")
+    finish(Comparison(STORIES, tmp_path / "out/stories"), Cell("kan", 8, 6e-3, 0), 0.1)
+    assert "--mixed" in refused(capsys, "train", "stories", *there)
+
+
+@pytest.mark.slow
+def test_a_study_of_two_heads_from_text_to_tables(
+    tmp_path: Path,
+    text_file: Path,
+    tiny_lm_dir: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(compare_heads, "EXTENSIONS", 1)
+    out = ["stories", "--out", str(tmp_path / "out")]
+    lm = ["--model", str(tiny_lm_dir), "--hook_point", "model.layers.1.mlp"]
+    size = ["--tokens", "4096", "--d_sae", "24", "--l0", "4", "--seeds", "0", "1"]
+    also = ["lm.untrained=true", "model.start_tokens=512", "model.buffer.capacity_tokens=2048"]
+    also += ["data.ctx_len=32", "data.val_tokens=512", "model.sae_batch_tokens=256"]
+    begun = ["--text", str(text_file), *lm, *size, "--heads", "batch_topk", "mlp", "--also", *also]
+    assert main(["train", *out, *begun, "--dirty", "--workers", "1"]) == 0
+    done = capsys.readouterr().out
+    assert done.count("exit 0") >= 8
+    assert "exit 2" not in done
+    assert main(["train", *out, "--dirty"]) == 0
+    assert "exit" not in capsys.readouterr().out, "a finished cell is not run again"
+    assert main(["table", *out]) == 0
+    said = capsys.readouterr().out
+    assert "| mlp | batch_topk |" in said
+    assert "seeds 0, 1" in said
+    with (tmp_path / "out/stories/table.csv").open(newline="") as file:
+        linear, mlp = csv.DictReader(file)
+    folder = next((tmp_path / "out/stories").glob(f"mlp-l0_4-lr_{float(mlp['lr']):g}-seed_0"))
+    assert json.loads((folder / "summary.json").read_text())["val/report/fvu"] > 0
+    assert float(mlp["fvu_low"]) < float(mlp["fvu"]) < float(mlp["fvu_high"])
+    assert int(mlp["parameters"]) > int(linear["parameters"])
+    assert mlp["commit"] == json.loads((folder / "cell.json").read_text())["commit"]
+    with (tmp_path / "out/stories/differences.csv").open(newline="") as file:
+        pairs = {(r["head"], r["rival"], r["quantity"]): r for r in csv.DictReader(file)}
+    there, back = pairs["mlp", "batch_topk", "fvu"], pairs["batch_topk", "mlp", "fvu"]
+    assert float(there["difference"]) == pytest.approx(float(mlp["fvu"]) - float(linear["fvu"]))
+    assert float(there["low"]) == pytest.approx(-float(back["high"]))
+    assert there["covers"] == "documents and seeds"

@@ -119,7 +119,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before_it(
     with monkeypatch.context() as patch:
         filling_at(patch, disk, Trainee, "step", 8)
         # rows still go into the page that the file has
-        patch.setattr(Table, "append", lambda *_: None)
+        patch.setattr(Table, "put", lambda *_: None)
         code = fit(config, run=str(run), **given)
     line = one_line(capsys, code, "the disk is full")
     assert "goes on from step=000000005.ckpt, which is whole" in line

@@ -14,7 +14,6 @@ import torch
 from callbacks.logit_lens import LogitLens
 from kanllama_lightning.heads import SAEHead
 from kanllama_lightning.lens import FIGURES
-from kanllama_lightning.types import InputError
 from tests.conftest import Fit, only_run
 
 OFTEN = {"trainer__val_check_interval": "5"}
@@ -97,11 +96,6 @@ def test_stopped_and_continued_leaves_the_same_table(
     (folder / "lens.csv").write_bytes((",".join(COLUMNS) + "\r\n" + stale).encode())
     assert fit("--ckpt_path=last", **OFTEN) == 0
     assert (folder / "lens.csv").read_text() == (undisturbed / "lens.csv").read_text()
-
-
-def test_fast_dev_run_writes_nothing(fit: Fit, tmp_path: Path) -> None:
-    assert fit("--trainer.fast_dev_run=true") == 0
-    assert not list(tmp_path.rglob("lens.csv"))
 
 
 @pytest.mark.parametrize("name", ["every_n_validations", "block"])

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from kanllama_lightning.resume import compare, find_checkpoint
-from kanllama_lightning.saved import keep, remove, seal
+from kanllama_lightning.saved import remove, seal, written
 from kanllama_lightning.types import InputError
 
 CONFIG = {
@@ -36,11 +36,14 @@ def run(folder, config=None, steps=(1,), finished=None, age=0):
     (folder / "config.yaml").write_text(config or text())
     for step in steps:
         path = folder / "checkpoints" / f"step={step:09d}.ckpt"
-        path.with_suffix(".tmp").touch()
-        seal(path, [keep(path.with_suffix(".tmp"), path)])
+        path.touch()
+        seal(path, [written(path)])
         os.utime(path, (1e9 - age, 1e9 - age))
     if finished is not None:
-        (folder / "summary.json").write_text(json.dumps({"finished": finished}))
+        summary = {"finished": finished, "steps": steps[-1], "tokens": 1000}
+        (folder / "summary.json").write_text(json.dumps(summary))
+        (folder / "head").mkdir()
+        (folder / "head" / "head.json").touch()
     return folder
 
 
@@ -169,8 +172,8 @@ def test_no_such_file(tmp_path, exact):
 def test_a_checkpoint_outside_its_run(tmp_path):
     alone = tmp_path / "a" / "step=000000001.ckpt"
     alone.parent.mkdir()
-    (alone.parent / "part").touch()
-    seal(alone, [keep(alone.parent / "part", alone)])
+    alone.touch()
+    seal(alone, [written(alone)])
     with pytest.raises(InputError, match=r"no config\.yaml beside it"):
         find(str(alone))
 
@@ -193,11 +196,9 @@ def saved(tmp_path):
     for step in (1, 2):
         path = folder / "checkpoints" / f"step={step:09d}.ckpt"
         files = [path, path.with_suffix(".rank0.safetensors")]
-        written = []
         for file in files:
-            file.with_name("part").write_bytes(b"some bytes of " + file.name.encode())
-            written.append(keep(file.with_name("part"), file))
-        seal(path, written)
+            file.write_bytes(b"some bytes of " + file.name.encode())
+        seal(path, [written(file) for file in files])
     return folder
 
 

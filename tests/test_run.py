@@ -17,11 +17,15 @@ def steps(path):
     return [int(row["step"]) for row in read_rows(path)]
 
 
+def row(step, name="n", loss=1.5):
+    return {"step": step, "name": name, "loss": loss}
+
+
 @pytest.fixture
 def table(tmp_path):
     made = Table(tmp_path / "t.csv", COLUMNS)
-    made.append([{"step": s, "name": f"n{s}", "loss": s / 3} for s in (1, 2)])
-    made.append([{"step": 2, "name": 'a "b", c', "loss": math.pi * 1e-20}])
+    made.put(1, [row(1, "n1", 1 / 3)])
+    made.put(2, [row(2, "n2", 2 / 3), row(2, 'a "b", c', math.pi * 1e-20)])
     return made
 
 
@@ -35,53 +39,57 @@ def test_rows_read_back_exactly(table):
     assert table.path.read_text().count("step") == 1  # one header
 
 
-def test_cut_drops_later_steps(table):
+def test_rows_of_a_step_take_the_place_of_those_of_it_and_later_ones(table):
     before = table.path.read_bytes()
-    table.cut(2)
+    table.put(3, [])
     assert table.path.read_bytes() == before
-    table.cut(1)
-    assert steps(table.path) == [1]
-    table.cut(0)
+    table.put(2, [row(2, "again")])
+    assert [(r["step"], r["name"]) for r in read_rows(table.path)] == [("1", "n1"), ("2", "again")]
+    table.put(1, [])
     assert steps(table.path) == []
-    table.append([{"step": 9, "name": "n", "loss": 0.5}])
+    table.put(9, [row(9)])
     assert steps(table.path) == [9]
     assert [p.name for p in table.path.parent.iterdir()] == ["t.csv"]
 
 
 @pytest.mark.parametrize("left", ["2", "2,", "2,n"])
-def test_cut_drops_a_last_line_that_misses_columns(table, left):
+def test_a_last_line_that_misses_columns_goes(table, left):
     with table.path.open("a", newline="") as file:
         file.write(left)
-    table.cut(100)
-    assert steps(table.path) == [1, 2, 2]
-    table.append([{"step": 3, "name": "n", "loss": 1.5}])
+    table.put(3, [row(3)])
+    assert steps(table.path) == [1, 2, 2, 3]
     assert read_rows(table.path)[-1] == {"step": "3", "name": "n", "loss": "1.5"}
 
 
 @pytest.mark.parametrize("n_left", [0, 1, 20])
-def test_cut_drops_a_last_line_cut_short_within_its_last_field(table, n_left):
+def test_a_last_line_cut_short_within_its_last_field_goes(table, n_left):
     """3.14...e-20 would become nothing, 3, or 3.14...e-2."""
     data = table.path.read_bytes()
     table.path.write_bytes(data[: data.rindex(b",") + 1 + n_left])
-    table.cut(100)
+    table.put(100, [])
     assert steps(table.path) == [1, 2]
 
 
-def test_cut_of_a_torn_header_leaves_an_empty_table(table):
+def test_a_torn_header_leaves_an_empty_table(table):
     table.path.write_text("step,na")
-    table.cut(100)
-    table.append([{"step": 3, "name": "n", "loss": 1.5}])
+    table.put(3, [row(3)])
     assert read_rows(table.path) == [{"step": "3", "name": "n", "loss": "1.5"}]
 
 
-def test_cut_without_a_file(tmp_path):
-    Table(tmp_path / "none.csv", COLUMNS).cut(3)
-    assert not list(tmp_path.iterdir())
+def test_a_table_of_others_is_named_and_left_alone(table):
+    for data in (b"step,name\r\n1,a\r\n", b"\xff\xfe\r\n\r\n", b"step,name,loss\r\nx,y,z\r\n"):
+        table.path.write_bytes(data)
+        with pytest.raises(InputError, match=r"t\.csv: is no table with the columns step, name"):
+            table.put(9, [row(9)])
+        assert table.path.read_bytes() == data
+    assert [p.name for p in table.path.parent.iterdir()] == ["t.csv"]
 
 
 def test_unknown_columns_are_refused(table):
+    before = table.path.read_bytes()
     with pytest.raises(ValueError, match="los"):
-        table.append([{"step": 1, "name": "", "los": 1.0}])
+        table.put(1, [{"step": 1, "name": "", "los": 1.0}])
+    assert table.path.read_bytes() == before
 
 
 def test_make_folder(tmp_path):

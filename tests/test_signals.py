@@ -126,7 +126,7 @@ PLACES = {
     "training": At("kanllama_lightning.trainee:Trainee.step", 5, f"step 5, {GONE_ON}", True),
     "calibration": At(f"{MODULE}.sample", 1, f"step 10, {GONE_ON}", True),
     "validation": At(f"{MODULE}.validation_step", 2, f"step 10, {GONE_ON}", True),
-    "a CSV row": At("kanllama_lightning.run:Table.append", 2, f"step 10, {GONE_ON}", True),
+    "a CSV row": At("kanllama_lightning.run:Table.put", 2, f"step 10, {GONE_ON}", True),
     "final validation": At(f"{MODULE}.validation_step", 6, f"step 20, {GONE_ON}", True),
     "controls": At("callbacks.baselines:Baselines._add", 1, f"step 20, {GONE_ON}", True),
     "saving the head": At("callbacks.save_head:SaveHead._provenance", 1, "step 20", True),

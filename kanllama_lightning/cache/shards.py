@@ -1,7 +1,6 @@
 """A cache folder: raw shards of activation rows, and a manifest that says whose they are."""
 
 import json
-import os
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ import torch
 from jaxtyping import BFloat16
 from torch import Tensor
 
+from kanllama_lightning.files import replacing
 from kanllama_lightning.types import InputError
 
 MANIFEST = "manifest.json"
@@ -193,13 +193,9 @@ def _bytes(rows: BFloat16[Tensor, "tok d_model"]) -> memoryview:
 
 def _replace(path: Path, data: memoryview) -> None:
     """Put a whole file in the place of another, and on the disk."""
-    part = path.with_name(path.name + ".tmp")
     try:
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        with replacing(path) as part:
+            part.write_bytes(data)
     except OSError as e:
         raise InputError(
             f"data.cache={str(path.parent)!r}: {path.name} cannot be written ({e.strerror}); what "

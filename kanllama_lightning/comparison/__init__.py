@@ -8,11 +8,21 @@ from kanllama_lightning.comparison.alike import conflicts
 from kanllama_lightning.comparison.page import render, write
 from kanllama_lightning.comparison.plots import figures
 from kanllama_lightning.comparison.reading import Evaluated, labelled, load
-from kanllama_lightning.comparison.tables import PAIR, differences, seed_table, seeds, table
+from kanllama_lightning.comparison.tables import (
+    MATCHED,
+    PAIR,
+    Seeds,
+    differences,
+    seed_table,
+    seeds,
+    table,
+)
 
 __all__ = [
+    "MATCHED",
     "PAIR",
     "Evaluated",
+    "Seeds",
     "conflicts",
     "differences",
     "figures",

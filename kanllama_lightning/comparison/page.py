@@ -12,8 +12,16 @@ from rich.text import Text
 
 from kanllama_lightning.comparison.plots import Row, figures
 from kanllama_lightning.comparison.reading import Evaluated
-from kanllama_lightning.comparison.tables import PAIR, QUANTITIES, differences, seed_table, table
+from kanllama_lightning.comparison.tables import (
+    MATCHED,
+    PAIR,
+    QUANTITIES,
+    differences,
+    seed_table,
+    table,
+)
 from kanllama_lightning.figures import page
+from kanllama_lightning.files import write_text
 from kanllama_lightning.run import make_folder
 
 SEEDS_OF_A_CLAIM = 3
@@ -54,7 +62,7 @@ BRIEF = ("parameters", "l0", "fvu", "delta_ce", "ce_score", "kl", "dead_frac")
 
 
 def write(
-    out: Path, runs: Sequence[Evaluated], flags: Sequence[str] = (), tolerance: float = 0.1
+    out: Path, runs: Sequence[Evaluated], flags: Sequence[str] = (), tolerance: float = MATCHED
 ) -> list[Path]:
     """Write the comparison into a folder; returns the files.
 
@@ -75,7 +83,7 @@ def write(
     }
     if means:
         files["seeds.csv"] = pd.DataFrame(means)
-    written = [_replace(out / name, frame.to_csv(index=False)) for name, frame in files.items()]
+    written = [write_text(out / name, frame.to_csv(index=False)) for name, frame in files.items()]
     text = (
         f"{len(runs)} runs at {runs[0].summary.get('hook_point')} of {runs[0].summary.get('lm')}. "
         "Lower FVU, delta CE and KL are better; losses in nats per token. Below a figure: its 95 % "
@@ -83,14 +91,7 @@ def write(
     )
     body = _body(rows, means, pairs, flags, tolerance)
     html = page("Comparison", text, figures(runs), body)
-    return [*written, _replace(out / "comparison.html", html)]
-
-
-def _replace(path: Path, text: str) -> Path:
-    """Write a file whole."""
-    part = path.with_name(path.name + ".tmp")
-    part.write_text(text, encoding="utf-8")
-    return part.replace(path)
+    return [*written, write_text(out / "comparison.html", html)]
 
 
 def _body(
@@ -115,14 +116,20 @@ def _body(
     if beside:
         parts += ["<h2>Latents, concepts, training</h2>", _of_runs(main, beside)]
     if means:
-        parts.append("<h2>Over seeds: mean and range</h2>")
+        parts.append("<h2>Over seeds: means</h2>")
+        parts.append(
+            "<p>FVU, delta CE and KL: 95 % interval over documents and seeds; others: range.</p>"
+        )
         keys = [k for k in COLUMNS if any(row.get(k) is not None for row in means)]
-        cells = [[row["group"], *(_cell(row, c, ("_min", "_max")) for c in keys)] for row in means]
+        cells = [[row["group"], *(_cell(row, c) for c in keys)] for row in means]
         parts.append(_html(["group", *(COLUMNS[c][0] for c in keys)], cells, 1))
     parts.append(f"<h2>Differences at matched L0 (within {tolerance:.0%})</h2>")
     levels = [level for level in ("seeds", "run") if any(row["level"] == level for row in pairs)]
     if not levels:
-        parts.append("<p>No two runs have the same L0: compare along the curves below.</p>")
+        parts.append(
+            "<p>No two runs have the same L0, and none have a slope to correct along: compare "
+            "along the curves below.</p>"
+        )
     for level in levels:
         own = [row for row in pairs if row["level"] == level]
         table_ = _html(["a", "b", "L0", *QUANTITIES.values()], _paired(own), 2)
@@ -151,6 +158,8 @@ def _paired(pairs: Sequence[Row]) -> list[list[str]]:
     found: dict[tuple[str, str], list[str]] = {}
     for row in pairs:
         l0 = f"{row['l0_a']:.2f}, {row['l0_b']:.2f}"
+        if row["matching"] != "matched":
+            l0 += f"\ncorrected: {row['matching']}"
         cells = found.setdefault((row["a"], row["b"]), [row["a"], row["b"], l0])
         if row["difference"] is None:
             cells.append(f"\n{row['verdict']}")
@@ -181,12 +190,15 @@ def _of_runs(rows: Sequence[Row], columns: Sequence[str]) -> str:
     return _html(["run", "head", *(COLUMNS[c][0] for c in columns)], cells, 2)
 
 
-def _cell(row: Row, key: str, ends: tuple[str, str] = ("_low", "_high")) -> str:
-    """A figure as text; its interval, if it has one, on a second line."""
+def _cell(row: Row, key: str) -> str:
+    """A figure as text; its interval or range, if it has one, on a second line."""
     show, value = COLUMNS[key][1], row.get(key)
     if value is None:
         return ""
-    low, high = (row.get(f"{key}{end}") for end in ends)
+    low, high = (
+        row.get(f"{key}_{end}", row.get(f"{key}_{other}"))
+        for end, other in (("low", "min"), ("high", "max"))
+    )
     return show(value) + (f"\n{show(low)} to {show(high)}" if low is not None else "")
 
 
@@ -203,7 +215,9 @@ def _html(head: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> str
     return f'<div class="wide"><table>{"".join(lines)}</table></div>'
 
 
-def render(runs: Sequence[Evaluated], flags: Sequence[str] = (), tolerance: float = 0.1) -> Lines:
+def render(
+    runs: Sequence[Evaluated], flags: Sequence[str] = (), tolerance: float = MATCHED
+) -> Lines:
     """The main figures, the differences at matched L0 and the flags, for a terminal.
 
     Args:

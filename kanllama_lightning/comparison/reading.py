@@ -166,7 +166,15 @@ def text_of(own: pd.DataFrame) -> str:
     return hashlib.sha256(said.encode()).hexdigest()
 
 
+FAMILY = ("class_path", "d_sae", "parameters", "train_tokens", "train_data")
+"""What runs share that differ in seed and sparsity alone."""
+
+
+def family_of(run: Evaluated) -> str:
+    """What runs share that differ in their seed and their L0 target alone."""
+    return as_json([run.summary.get(key) for key in FAMILY])
+
+
 def kind_of(run: Evaluated) -> str:
     """What runs share that differ in their seed alone."""
-    keys = ("class_path", "d_sae", "target_l0", "parameters", "train_tokens", "train_data")
-    return as_json([run.summary.get(key) for key in keys])
+    return family_of(run) + as_json(run.summary.get("target_l0"))

@@ -11,15 +11,26 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kanllama_lightning.comparison.reading import LOSSES, Evaluated, kind_of, ratio, text_of
-from kanllama_lightning.functional.bootstrap import contrast, middle, ratios
+from kanllama_lightning.comparison.reading import (
+    LOSSES,
+    Evaluated,
+    family_of,
+    kind_of,
+    ratio,
+    text_of,
+)
+from kanllama_lightning.functional.bootstrap import centre, contrast, middle, ratios
 from kanllama_lightning.metrics import score
 
 PAIR = (
-    *("level", "a", "b", "l0_a", "l0_b", "seeds_a", "seeds_b", "quantity", "value_a", "value_b"),
-    *("difference", "low", "high", "covers", "verdict"),
+    *("level", "a", "b", "l0_a", "l0_b", "matching", "seeds_a", "seeds_b", "quantity"),
+    *("value_a", "value_b", "difference", "low", "high", "covers", "verdict"),
 )
 """Columns of `differences.csv`."""
+MATCHED = 0.02
+"""Share by which the larger of two L0 may exceed the smaller for them to count as matched."""
+CORRECTED = 0.1
+"""The same for a difference that is corrected along a measured slope."""
 QUANTITIES = {"fvu": "FVU", "delta_ce": "delta CE", "kl": "KL"}
 """What has intervals; lower is better."""
 
@@ -72,6 +83,7 @@ def _row(run: Evaluated, name: str, drawn: Drawn) -> dict[str, Any]:
         row[f"{key}_low"], row[f"{key}_high"] = middle(drawn.draws[:, i])
     scores = score(means, int(targets))
     row |= {key: scores[key] for key in ("ce_clean", "ce_score", "ce_score_mean")}
+    row["dead_tokens"] = run.figure("sparsity", "sparsity_tokens", name)
     for report, names in {
         "sparsity": ("dead_frac", "dense_frac"),
         "reconstruction": ("cosine", "bias"),
@@ -82,7 +94,7 @@ def _row(run: Evaluated, name: str, drawn: Drawn) -> dict[str, Any]:
         row |= {key: run.figure(report, key, name) for key in names}
     row |= {key: run.summary.get(key) for key in ("train_tokens", "train_tokens_per_second")}
     row |= {"n_tokens": int(tokens), "n_targets": int(targets), "documents": len(own)}
-    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
+    return {k: None if _is_nan(v) else v for k, v in row.items()}
 
 
 def _draw(runs: Sequence[Evaluated], name: str) -> list[Drawn]:
@@ -112,7 +124,7 @@ def _sums(
     return top, bottom
 
 
-def seeds(runs: Sequence[Evaluated], tolerance: float = 0.1) -> list[Seeds]:
+def seeds(runs: Sequence[Evaluated], tolerance: float = MATCHED) -> list[Seeds]:
     """The runs, those put together that differ in their seed alone.
 
     That is: same head class, width, parameters, L0 target, training data and token budget, and
@@ -146,27 +158,49 @@ def _matched(a: float, b: float, tolerance: float) -> bool:
     return max(a, b) <= (1 + tolerance) * min(a, b)
 
 
-def seed_table(runs: Sequence[Evaluated]) -> list[dict[str, Any]]:
-    """Mean and range over seeds on the main set, one row per group of several seeds."""
+def seed_table(
+    runs: Sequence[Evaluated], groups: Sequence[Seeds] | None = None
+) -> list[dict[str, Any]]:
+    """Means over seeds on the main set, one row per group.
+
+    FVU, delta CE and KL have a 95 % interval over documents and seeds (`_low`, `_high`;
+    `functional.bootstrap.centre`), the other figures the range over seeds (`_min`, `_max`).
+
+    Args:
+        runs: To be compared.
+        groups: How they are put together; left out, those that differ in their seed alone, where
+            there are several.
+    """
     by_label = {row["run"]: row for row in table(runs) if row["set"] == runs[0].sets[0]}
+    drawn = dict(zip((r.label for r in runs), _draw_main(runs), strict=True))
+    if groups is None:
+        groups = [group for group in seeds(runs) if len(group.runs) > 1]
     rows = []
-    for group in seeds(runs):
+    for group in groups:
         own = [by_label[run.label] for run in group.runs if run.label in by_label]
-        if len(own) < 2:
+        if len(own) < len(group.runs):
             continue
         row: dict[str, Any] = {"group": group.label, "seeds": len(own)}
         row["runs"] = " ".join(run.label for run in group.runs)
-        for key in ("l0", *QUANTITIES, "ce_score", "dead_frac", "recovered_frac"):
+        part = [drawn[run.label] for run in group.runs]
+        for i, key in enumerate(QUANTITIES):
+            whole, draws = _stacked(part, i)
+            row[key], row[f"{key}_low"], row[f"{key}_high"] = centre(whole, draws)
+        for key in ("l0", "ce_score", "ce_score_mean", "dead_frac", "recovered_frac"):
             values = [r[key] for r in own if r[key] is not None]
-            whole = len(values) == len(own)
-            row[key] = statistics.fmean(values) if whole else None
-            row[f"{key}_min"] = min(values) if whole else None
-            row[f"{key}_max"] = max(values) if whole else None
-        rows.append(row)
+            known = len(values) == len(own)
+            row[key] = statistics.fmean(values) if known else None
+            row[f"{key}_min"] = min(values) if known else None
+            row[f"{key}_max"] = max(values) if known else None
+        rows.append({k: None if _is_nan(v) else v for k, v in row.items()})
     return rows
 
 
-def differences(runs: Sequence[Evaluated], tolerance: float = 0.1) -> list[dict[str, Any]]:
+def differences(
+    runs: Sequence[Evaluated],
+    tolerance: float = MATCHED,
+    groups: Sequence[Seeds] | None = None,
+) -> list[dict[str, Any]]:
     """Differences a - b on the main set, of every pair at matched L0.
 
     Pairs of runs (`level` = run): the 95 % interval covers the documents, drawn alike for both; it
@@ -175,28 +209,37 @@ def differences(runs: Sequence[Evaluated], tolerance: float = 0.1) -> list[dict[
     seeds (`functional.bootstrap.contrast`); a claim about two kinds of head needs three seeds of
     each. Intervals are not corrected for the number of pairs: of many, one in twenty misses.
 
+    A pair further apart in L0 than the tolerance, by up to a tenth, is brought to one L0 along the
+    slope of one of the two, measured between it and the nearest runs of its kind with another L0
+    (`matching` says so); without such runs it is left out.
+
     Args:
         runs: To be compared.
         tolerance: Share by which the larger L0 may exceed the smaller.
+        groups: How the runs are put together, to compare these groups alone; left out, those that
+            differ in their seed alone, and each run with each as well.
     """
-    groups = seeds(runs, tolerance)
     drawn = dict(zip((r.label for r in runs), _draw_main(runs), strict=True))
-    pairs = [("seeds", a, b) for a, b in combinations(groups, 2) if len(a.runs) + len(b.runs) > 2]
-    single = [Seeds(run.label, [run]) for run in runs]
-    pairs += [("run", a, b) for a, b in combinations(single, 2)]
+    known = list(seeds(runs, tolerance) if groups is None else groups)
+    pairs = list(combinations(known, 2))
+    if groups is None:
+        pairs = [(a, b) for a, b in pairs if len(a.runs) + len(b.runs) > 2]
+        pairs += combinations([Seeds(run.label, [run]) for run in runs], 2)
     rows = []
-    for level, a, b in pairs:
-        if not _matched(a.l0(), b.l0(), tolerance):
-            continue
+    for a, b in pairs:
         parts = [[drawn[run.label] for run in group.runs] for group in (a, b)]
+        matching = _to_one_l0(a, b, parts, known, drawn, tolerance)
+        if matching is None:
+            continue
         for i, quantity in enumerate(QUANTITIES):
             rows.append(
                 {
-                    "level": level,
+                    "level": "seeds" if len(a.runs) + len(b.runs) > 2 else "run",
                     "a": a.label,
                     "b": b.label,
                     "l0_a": a.l0(),
                     "l0_b": b.l0(),
+                    "matching": matching,
                     "seeds_a": len(a.runs),
                     "seeds_b": len(b.runs),
                     "quantity": quantity,
@@ -204,6 +247,62 @@ def differences(runs: Sequence[Evaluated], tolerance: float = 0.1) -> list[dict[
                 | _difference(a.label, b.label, parts, i)
             )
     return rows
+
+
+def _to_one_l0(
+    a: Seeds,
+    b: Seeds,
+    parts: list[list[Drawn]],
+    groups: Sequence[Seeds],
+    drawn: dict[str, Drawn],
+    tolerance: float,
+) -> str | None:
+    """How a and b are brought to one L0, moving one of `parts` there; None if they cannot be."""
+    if _matched(a.l0(), b.l0(), tolerance):
+        return "matched"
+    if not _matched(a.l0(), b.l0(), CORRECTED):
+        return None
+    for i, (own, other) in enumerate([(a, b), (b, a)]):
+        way = other.l0() - own.l0()
+        near = [
+            group
+            for group in groups
+            if family_of(group.runs[0]) == family_of(own.runs[0])
+            and abs(group.l0() - own.l0()) >= abs(way)
+            and {drawn[run.label].text for run in group.runs} == {d.text for d in parts[i]}
+        ]
+        if near:
+            there = min(near, key=lambda group: abs(group.l0() - own.l0()))
+            share = way / (there.l0() - own.l0())
+            ahead = [drawn[run.label] for run in there.runs]
+            parts[i] = _moved(parts[i], ahead, share)
+            return (
+                f"{own.label} moved from L0 {own.l0():.2f} to {other.l0():.2f} along its slope "
+                f"to {there.l0():.2f}"
+            )
+    return None
+
+
+def _moved(part: Sequence[Drawn], ahead: Sequence[Drawn], share: float) -> list[Drawn]:
+    """Runs, moved a share of the way from their mean to that of others; draw by draw."""
+    step = torch.stack([d.whole for d in ahead]).mean(0) - torch.stack(
+        [d.whole for d in part]
+    ).mean(0)
+    steps = torch.stack([d.draws for d in ahead]).mean(0) - torch.stack(
+        [d.draws for d in part]
+    ).mean(0)
+    return [Drawn(d.whole + share * step, d.draws + share * steps, d.text) for d in part]
+
+
+def _stacked(
+    part: Sequence[Drawn], i: int
+) -> tuple[Float[Tensor, " runs"], Float[Tensor, "resamples runs"]]:
+    """The quantity at place i of several runs."""
+    return torch.stack([d.whole[i] for d in part]), torch.stack([d.draws[:, i] for d in part], 1)
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
 
 
 def _draw_main(runs: Sequence[Evaluated]) -> list[Drawn]:
@@ -217,14 +316,13 @@ def _draw_main(runs: Sequence[Evaluated]) -> list[Drawn]:
 
 def _difference(a: str, b: str, parts: Sequence[Sequence[Drawn]], i: int) -> dict[str, Any]:
     """Values, difference, interval and verdict for the quantity at place i."""
-    whole = [torch.stack([d.whole[i] for d in part]) for part in parts]
-    row: dict[str, Any] = {"value_a": float(whole[0].mean()), "value_b": float(whole[1].mean())}
-    covers = "documents and seeds" if len(whole[0]) + len(whole[1]) > 2 else "documents"
+    (whole_a, draws_a), (whole_b, draws_b) = (_stacked(part, i) for part in parts)
+    row: dict[str, Any] = {"value_a": float(whole_a.mean()), "value_b": float(whole_b.mean())}
+    covers = "documents and seeds" if len(whole_a) + len(whole_b) > 2 else "documents"
     if len({d.text for part in parts for d in part}) > 1:
         blank = dict.fromkeys(("difference", "low", "high"))
         return row | blank | {"covers": None, "verdict": "not comparable: different documents"}
-    draws = [torch.stack([d.draws[:, i] for d in part], 1) for part in parts]
-    value, low, high = contrast(whole[0], draws[0], whole[1], draws[1])
+    value, low, high = contrast(whole_a, draws_a, whole_b, draws_b)
     if math.isnan(low) or math.isnan(high):
         verdict = "no interval"
     elif high < 0:

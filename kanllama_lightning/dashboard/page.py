@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from kanllama_lightning.dashboard.data import Column, Curve, Dashboard, Latent
+from kanllama_lightning.files import replacing
 from kanllama_lightning.prompts.reading import visible
 
 CHUNK = 64
@@ -49,11 +50,9 @@ def write_dashboard(path: Path, data: Dashboard) -> None:
         "script": lambda: [script],
         "blocks": lambda: _blocks(data, by_count),
     }
-    part = path.with_name(path.name + ".tmp")
-    with part.open("w", encoding="utf-8", newline="\n") as file:
+    with replacing(path) as part, part.open("w", encoding="utf-8", newline="\n") as file:
         for i, text in enumerate(re.split(r"\{(\w+)\}", _beside("page.html"))):
             file.writelines(fields[text]() if i % 2 else [text])
-    part.replace(path)
 
 
 def _beside(name: str) -> str:

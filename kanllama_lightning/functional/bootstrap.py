@@ -117,6 +117,26 @@ def contrast(
     return float(whole_a.mean() - whole_b.mean()), *middle(draws)
 
 
+def centre(
+    whole: Float[Tensor, " runs"], draws: Float[Tensor, "resamples runs"], seed: int = 0
+) -> tuple[float, float, float]:
+    """Mean of runs that differ in their seed, and its interval over documents and seeds.
+
+    The seeds' part is that of a one-sample t-test, for the reason given at `contrast`; of one run
+    the interval covers the documents alone.
+
+    Args:
+        whole: Ratio of each run over all documents.
+        draws: The same over each resample, from `ratios`.
+        seed: Of the seeds' part.
+    """
+    n, mean = len(whole), draws.mean(1)
+    if n > 1:
+        error = (whole.var(correction=1) / n).sqrt()
+        mean = mean + error * _student(len(draws), n - 1, seed + 1)
+    return float(whole.mean()), *middle(mean)
+
+
 def ratios(
     numerators: Float[Tensor, "doc quantity"],
     denominators: Float[Tensor, "doc quantity"],

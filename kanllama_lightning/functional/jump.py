@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 
 def jump_relu(
-    p: Float[Tensor, "*rows n"], theta: Float[Tensor, " n"], bandwidth: float
+    p: Float[Tensor, "*rows n"], theta: Float[Tensor, " n"], bandwidth: Float[Tensor, ""] | float
 ) -> Float[Tensor, "*rows n"]:
     """z = p 1[p > theta], with straight-through gradients in a window around the threshold.
 
@@ -32,20 +32,24 @@ def jump_relu(
 class _Jump(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, p: Float[Tensor, "tok n"], theta: Float[Tensor, " n"], bandwidth: float
-    ) -> Float[Tensor, "tok n"]:
+        ctx: Any,
+        p: Float[Tensor, "*rows n"],
+        theta: Float[Tensor, " n"],
+        bandwidth: Float[Tensor, ""] | float,
+    ) -> Float[Tensor, "*rows n"]:
         ctx.save_for_backward(p, theta)
         ctx.bandwidth = bandwidth
         return torch.where(p > theta, p, 0.0)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Float[Tensor, "tok n"]) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Float[Tensor, "*rows n"]) -> tuple[Tensor | None, ...]:
         p, theta = ctx.saved_tensors
         # one pass each, without masks: these keep a gradient where lower < value < upper (K), and
-        # where value > lower, and are 0 elsewhere
-        above, half = p - theta, ctx.bandwidth / 2
-        near = torch.ops.aten.hardtanh_backward(grad, above, -half, half)
+        # where value > lower, and are 0 elsewhere; their bounds are numbers of the host, so the
+        # distance is taken in bandwidths
+        above = (p - theta).div_(ctx.bandwidth)
+        near = torch.ops.aten.hardtanh_backward(grad, above, -0.5, 0.5)
         slope = theta / ctx.bandwidth
         to_p = to_theta = None
         if ctx.needs_input_grad[0]:

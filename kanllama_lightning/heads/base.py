@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from kanllama_lightning.files import replacing, write_text
+from kanllama_lightning.functional.losses import reconstruction
 from kanllama_lightning.functional.moments import mean_and_std, norms
 from kanllama_lightning.types import Curves, InputError, SAEOutput, StepContext
 
@@ -42,6 +44,7 @@ class SAEHead(Trained, ABC):
     scale: Tensor
     norm_limit: Tensor
     x_mean: Tensor
+    x_variance: Tensor
 
     def __init__(self, d_model: int, d_sae: int, seed: int = 0) -> None:
         super().__init__()
@@ -54,6 +57,8 @@ class SAEHead(Trained, ABC):
         self.register_buffer("norm_limit", torch.full((), torch.inf))
         # mean raw activation of the start sample: what mean ablation splices in
         self.register_buffer("x_mean", torch.zeros(d_model))
+        # of the start sample, summed over coordinates, in the head's units: the unit of the loss
+        self.register_buffer("x_variance", torch.ones(()))
 
     @abstractmethod
     def encode(self, x: Float[Tensor, "tok d_model"]) -> Float[Tensor, "tok d_sae"]:
@@ -71,13 +76,40 @@ class SAEHead(Trained, ABC):
     def losses(
         self, x: Float[Tensor, "tok d_model"], out: SAEOutput, ctx: StepContext
     ) -> dict[str, Float[Tensor, ""]]:
-        """Already weighted loss terms, in normalised units; the first is the reconstruction."""
+        """Already weighted loss terms; the first is the reconstruction.
+
+        All are in one unit (METHODS A3): squared errors over the variance of the start sample
+        (`unexplained`), penalties over its square root where they are in units of activations.
+        So no coefficient depends on d_model or on the units of the activations.
+        """
+
+    def unexplained(
+        self, x: Float[Tensor, "tok d_model"], x_hat: Float[Tensor, "tok d_model"]
+    ) -> Float[Tensor, ""]:
+        """Mean squared error, summed over d_model, as a share of the start sample's variance.
+
+        Args:
+            x: Activations in the head's units.
+            x_hat: Their reconstructions, in the same units.
+        """
+        return reconstruction(x, x_hat) / self.x_variance
 
     def start_(self, x: Float[Tensor, "tok d_model"]) -> None:
-        """Estimate once, from a sample of raw activations, everything that comes from data."""
+        """Estimate once, from a sample of raw activations, everything that comes from data.
+
+        Raises:
+            InputError: The activations do not vary, or are not finite.
+        """
         self.scale.copy_(self.d_model**0.5 / norms(x).double().mean())
         mean, std = mean_and_std(x)
         self.x_mean.copy_(mean)
+        self.x_variance.copy_((std * self.scale).square().sum())
+        if not 0 < self.x_variance < torch.inf:
+            raise InputError(
+                f"the {len(x):,} activations of the start sample have a variance of "
+                f"{self.x_variance:.3g} about their mean; it must be positive and finite for a "
+                "head to learn from them: check lm.name and lm.hook_point"
+            )
         self.standardise_(mean * self.scale, std * self.scale)
 
     def standardise_(  # noqa: B027
@@ -181,6 +213,13 @@ class SAEHead(Trained, ABC):
         """
         return torch.ones_like(upto)
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # heads saved before the loss had this unit: they infer as ever, and cannot be trained on
+        state_dict.setdefault(f"{prefix}x_variance", torch.full((), torch.nan))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def init_args(self) -> dict[str, Any]:
         """The constructor arguments this head was built with."""
         names = [n for n in inspect.signature(type(self).__init__).parameters if n != "self"]
@@ -206,10 +245,9 @@ class SAEHead(Trained, ABC):
             "provenance": provenance or {},
         }
         state = {k: v.detach().contiguous().cpu() for k, v in self.state_dict().items()}
-        save_file(state, folder / f"{WEIGHTS}.tmp")
-        (folder / f"{CARD}.tmp").write_text(json.dumps(card, indent=2) + "\n")
-        for name in (WEIGHTS, CARD):
-            (folder / f"{name}.tmp").replace(folder / name)
+        with replacing(folder / WEIGHTS) as part:
+            save_file(state, part)
+        write_text(folder / CARD, json.dumps(card, indent=2) + "\n")
 
     @staticmethod
     def load(folder: str | Path) -> "SAEHead":

@@ -7,7 +7,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from kanllama_lightning.functional.curves import straightness
-from kanllama_lightning.functional.losses import reconstruction
 from kanllama_lightning.heads.base import SAEHead
 from kanllama_lightning.heads.hidden import own_stream
 from kanllama_lightning.heads.kan_linear import KANLinear
@@ -18,7 +17,7 @@ STRAIGHT_POINTS = 32
 
 
 class DenseKAN(SAEHead):
-    """Nothing makes the code sparse: the loss is the squared error alone (METHODS B4).
+    """Nothing makes the code sparse: the loss is the reconstruction's alone (METHODS B4).
 
     A reproduction of earlier behaviour, on activations of the right scale. L0 is close to d_sae,
     so its figures stand beside no sparse head's.
@@ -75,8 +74,8 @@ class DenseKAN(SAEHead):
     def losses(
         self, x: Float[Tensor, "tok d_model"], out: SAEOutput, ctx: StepContext
     ) -> dict[str, Float[Tensor, ""]]:
-        """`mse` (sum over d_model, normalised units)."""
-        return {"mse": reconstruction(x.float() * self.scale, out.x_hat * self.scale)}
+        """`reconstruction`: FVU of the start sample."""
+        return {"reconstruction": self.unexplained(x.float() * self.scale, out.x_hat * self.scale)}
 
 
 class DenseOnlyKAN(DenseKAN):

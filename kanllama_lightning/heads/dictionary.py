@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from kanllama_lightning.functional.losses import auxk, geometric_median, reconstruction
+from kanllama_lightning.functional.losses import auxk, geometric_median
 from kanllama_lightning.heads.base import SAEHead
 from kanllama_lightning.types import InputError, SAEOutput, StepContext
 
@@ -47,7 +47,7 @@ class Dictionary(SAEHead):
                 f"head.target_l0={target_l0}: must be from 1 to d_sae={d_sae}; lower it or widen "
                 "the dictionary"
             )
-        if alpha_aux < 0:
+        if not alpha_aux >= 0:
             raise InputError(f"head.alpha_aux={alpha_aux}: must be 0 or more (default 1/32)")
         self.target_l0, self.alpha_aux = target_l0, alpha_aux
         self.W_dec = nn.Parameter(first_directions(d_sae, d_model, seed))
@@ -65,6 +65,7 @@ class Dictionary(SAEHead):
         copied = copy.deepcopy(self)
         for name in self.in_units:
             getattr(copied, name).div_(self.scale)
+        copied.x_variance.div_(self.scale.square())
         copied.scale.fill_(1.0)
         return copied
 
@@ -136,9 +137,9 @@ class Dictionary(SAEHead):
     def losses(
         self, x: Float[Tensor, "tok d_model"], out: SAEOutput, ctx: StepContext
     ) -> dict[str, Float[Tensor, ""]]:
-        """`mse` (sum over d_model, normalised units) and `auxk` while latents are dead."""
+        """`reconstruction` (FVU of the start sample), and `auxk` while latents are dead."""
         x_n, x_hat_n = x.float() * self.scale, out.x_hat.float() * self.scale
-        terms = {"mse": reconstruction(x_n, x_hat_n)}
+        terms = {"reconstruction": self.unexplained(x_n, x_hat_n)}
         if self.alpha_aux and len(ctx.dead):
             error = (x_n - x_hat_n).detach()
             pre = self.pre_acts(x, ctx.dead) if out.pre_acts is None else out.pre_acts(ctx.dead)
@@ -149,11 +150,21 @@ class Dictionary(SAEHead):
         self, pre_acts: Float[Tensor, "tok n_dead"], dead: Int[Tensor, " n_dead"]
     ) -> Float[Tensor, "tok d_model"]:
         """What the k_aux best dead latents make of x, without b_dec."""
-        acts = pre_acts.relu()
+        acts = self.dead_acts(pre_acts)
         k_aux = min(self.d_model // 2, len(dead))
-        top = acts.topk(k_aux, dim=1)
-        kept = torch.zeros_like(acts).scatter(1, top.indices, top.values)
+        best = self.dead_sizes(acts, dead).topk(k_aux, dim=1).indices
+        kept = torch.zeros_like(acts).scatter(1, best, acts.gather(1, best))
         return self.decode_some(kept, dead)
+
+    def dead_acts(self, pre_acts: Float[Tensor, "tok n_dead"]) -> Float[Tensor, "tok n_dead"]:
+        """Activations that AuxK gives dead latents: ReLU(p), as they would have were they kept."""
+        return pre_acts.relu()
+
+    def dead_sizes(
+        self, acts: Float[Tensor, "tok n_dead"], dead: Int[Tensor, " n_dead"]
+    ) -> Float[Tensor, "tok n_dead"]:
+        """By which AuxK takes the best dead latents of each token."""
+        return acts
 
     def decode_some(
         self, latents: Float[Tensor, "tok some"], which: Int[Tensor, " some"]

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from kanllama_lightning.functional.jump import jump_relu
 from kanllama_lightning.heads.dictionary import MEDIAN_ROWS
-from kanllama_lightning.heads.penalised import FreeNorms, start_weight
+from kanllama_lightning.heads.penalised import FreeNorms, positive
 from kanllama_lightning.types import InputError, SAEOutput, StepContext
 
-SHARPNESS = 4.0
-"""c of tanh(c z): above z = 0.5 a latent counts as one, whatever its size (METHODS A5)."""
+SHARPNESS = 16.0
+"""c of tanh(c z ||w|| / sqrt(V)): well above sqrt(V) / c a latent counts as one."""
 START_L0 = 1e4
 """Latents that fire on a token at the start, where so many are less than half (METHODS A5)."""
 LEAST_THETA = 0.01
@@ -26,30 +26,33 @@ LATENTS_AT_ONCE = 1024
 class JumpReLU(FreeNorms):
     """z_j = p_j 1[p_j > theta_j], p = (x - b_dec) W_enc + b_enc; x_hat = z W_dec + b_dec.
 
-    L = ||e||^2 + lambda sum_j tanh(4 z_j ||w_j||)
-        + lambda_P sum_dead ReLU(theta_j - p_j) sg(||w_j||),
+    L = ||e||^2 / V + lambda sum_j tanh(c z_j ||w_j|| / sqrt(V))
+        + alpha_aux * AuxK + lambda_P sum_dead ReLU(theta_j - p_j) sg(||w_j||) / sqrt(V),
 
-    means over tokens, sg a stop-gradient (ours: without it the last term shrinks w_j to nothing).
+    means over tokens, V the variance of the start sample, sg a stop-gradient (ours: without it the
+    last term shrinks w_j to nothing). c, the bandwidth and theta at the start are in units of
+    sqrt(V), so that all of it is the same at every width (METHODS A5 has them in the head's units,
+    for one width that it does not name).
     Anthropic's form ("Dictionary learning optimization techniques",
     transformer-circuits.pub, January 2025) of Rajamanoharan et al. 2024 (arXiv 2407.14435): the
     straight-through estimator of the jump reaches p as well as theta (`jump_relu`). theta is
     trained itself, not its logarithm, in fp32 and kept > 0. Norms of the dictionary rows w_j
     are free; latents are reported as z_j ||w_j||. The pre-activation loss is for dead latents only
-    and takes AuxK's place; lambda is steered to target_l0, which takes its own ramp's place.
+    and off by default: AuxK leaves a tenth as many dead at the same FVU (LOG.md). lambda is
+    steered to target_l0, which takes its own ramp's place.
 
     Args:
         d_model: Width of the activations (linked from the LM on the command line).
         d_sae: Number of latents.
         target_l0: Non-zero latents per token on average (L0) that lambda is steered to.
-        tanh_coefficient: lambda at the start, at d_model 2048; at other widths in proportion to
-            d_model, as the squared error is.
-        pre_act_coefficient: lambda_P, which revives dead latents; 0 leaves it out.
+        tanh_coefficient: lambda at the start.
+        pre_act_coefficient: lambda_P, Anthropic's own pull on dead latents; 0 leaves it out.
         bandwidth: Width of the window around theta in which the estimator is not zero, in units
-            of p.
-        theta_init: theta of all latents at the start, in units of p.
+            of sqrt(V).
+        theta_init: theta of all latents at the start, in units of sqrt(V).
         sparsity_ramp: Share of the token budget in which the wanted L0 falls from that of the
             start to target_l0.
-        alpha_aux: Weight of AuxK beside the pre-activation loss; 0 leaves it out.
+        alpha_aux: Weight of AuxK, which revives dead latents; 0 leaves it out.
         seed: Seed of the initial weights (linked to `seed_everything`).
     """
 
@@ -60,27 +63,23 @@ class JumpReLU(FreeNorms):
         d_model: int,
         d_sae: int,
         target_l0: int,
-        tanh_coefficient: float = 10.0,
-        pre_act_coefficient: float = 3e-6,
-        bandwidth: float = 2.0,
-        theta_init: float = 0.1,
+        tanh_coefficient: float = 0.005,
+        pre_act_coefficient: float = 0.0,
+        bandwidth: float = 0.5,
+        theta_init: float = 0.025,
         sparsity_ramp: float = 0.05,
-        alpha_aux: float = 0.0,
+        alpha_aux: float = 1 / 32,
         seed: int = 0,
     ) -> None:
-        weight = start_weight("tanh_coefficient", tanh_coefficient, d_model, power=2)
+        weight = positive("tanh_coefficient", tanh_coefficient, "0.005")
         super().__init__(d_model, d_sae, target_l0, weight, sparsity_ramp, alpha_aux, seed)
-        if pre_act_coefficient < 0:
+        if not pre_act_coefficient >= 0:
             raise InputError(
-                f"head.pre_act_coefficient={pre_act_coefficient}: must be 0 or more (default 3e-6)"
+                f"head.pre_act_coefficient={pre_act_coefficient}: must be 0 or more (default 0)"
             )
-        if bandwidth <= 0:
-            raise InputError(f"head.bandwidth={bandwidth}: must be larger than 0 (default 2)")
-        if theta_init <= 0:
-            raise InputError(
-                f"head.theta_init={theta_init}: must be larger than 0 (default 0.1); the "
-                "gradient of theta is in proportion to theta, so 0 would stay 0"
-            )
+        positive("bandwidth", bandwidth, "0.5")
+        # the gradient of theta is in proportion to theta, so that 0 would stay 0
+        positive("theta_init", theta_init, "0.025")
         self.tanh_coefficient, self.pre_act_coefficient = tanh_coefficient, pre_act_coefficient
         self.bandwidth, self.theta_init = bandwidth, theta_init
         self.theta = nn.Parameter(torch.full((d_sae,), float(theta_init)))
@@ -94,6 +93,7 @@ class JumpReLU(FreeNorms):
         c Q a latent is theta + c (q_j - Q_j) where q_j > Q_j: the best c is a least squares fit.
         """
         super().start_(x)
+        self.theta.fill_(self.theta_init).mul_(self.deviation())
         target = self.centred(x[:MEDIAN_ROWS])
         q = target @ self.W_dec.T
         fires = round(len(q) * min(0.5, START_L0 / self.d_sae))
@@ -116,14 +116,14 @@ class JumpReLU(FreeNorms):
 
     def levels(self) -> list[Float[Tensor, " d_sae"] | float]:
         """The lower end of the window, a little lowered (it is found by rounding), and theta."""
-        theta = self.theta.detach()
-        return [theta - 0.5 * self.bandwidth - 1e-6 * (theta + self.bandwidth), theta]
+        theta, width = self.theta.detach(), self.bandwidth * self.deviation()
+        return [theta - 0.5 * width - 1e-6 * (theta + width), theta]
 
     def latents(
         self, pre_acts: Float[Tensor, "*tok n"], vectors: Sequence[Float[Tensor, " n"]]
     ) -> Float[Tensor, "*tok n"]:
         """p above the threshold, else 0."""
-        return jump_relu(pre_acts, vectors[1], self.bandwidth)
+        return jump_relu(pre_acts, vectors[1], self.bandwidth * self.deviation())
 
     def penalties(
         self,
@@ -131,23 +131,23 @@ class JumpReLU(FreeNorms):
         z: Float[Tensor, "*tok n"],
         vectors: Sequence[Float[Tensor, " n"]],
     ) -> Float[Tensor, ""]:
-        """Sum of tanh(4 z_j ||w_j||)."""
-        return torch.tanh(z * (SHARPNESS * vectors[0])).sum()
+        """Sum of tanh(c z_j ||w_j|| / sqrt(V))."""
+        return torch.tanh(z * (SHARPNESS / self.deviation() * vectors[0])).sum()
 
     def losses(
         self, x: Float[Tensor, "tok d_model"], out: SAEOutput, ctx: StepContext
     ) -> dict[str, Float[Tensor, ""]]:
-        """`mse`, `tanh` (the penalty) and, while latents are dead, `pre_act` (and `auxk`)."""
+        """`reconstruction`, `tanh` (the penalty); `pre_act`, `auxk` while latents are dead."""
         counted = self.by_products(x, out).penalty
         terms = super().losses(x, out, ctx) | {"tanh": self.sparsity_coefficient() * counted}
         if self.pre_act_coefficient and len(ctx.dead):
             short = (self.theta[ctx.dead] - self.pre_acts(x, ctx.dead)).relu()
             # a gradient for ||w_j|| would shrink dead latents to nothing before it revived them
             short_by = (short * self.row_norms()[ctx.dead].detach()).sum(1).mean()
-            terms["pre_act"] = self.pre_act_coefficient * short_by
+            terms["pre_act"] = self.pre_act_coefficient * short_by / self.deviation()
         return terms
 
     @torch.no_grad()
     def project_(self) -> None:
         """Keep the thresholds above zero, where they could not come back from."""
-        self.theta.clamp_min_(LEAST_THETA * self.theta_init)
+        self.theta.clamp_(min=LEAST_THETA * self.theta_init * self.deviation())

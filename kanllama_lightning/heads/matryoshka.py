@@ -4,7 +4,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kanllama_lightning.functional.losses import reconstruction
 from kanllama_lightning.functional.sparse import Pattern, sparse_decode
 from kanllama_lightning.heads.thresholded import Thresholded
 from kanllama_lightning.types import InputError, SAEOutput, SparseCodes, StepContext
@@ -16,7 +15,8 @@ FRACTIONS = (1 / 32, 3 / 32, 7 / 32, 15 / 32)
 class Matryoshka(Thresholded):
     """BatchTopK whose nested prefixes of latents each reconstruct x.
 
-    L = 1/G sum_g ||x - b_dec - z[:m_g] W_dec[:m_g]||^2 + alpha_aux * AuxK (of the last residual).
+    L = 1/G sum_g ||x - b_dec - z[:m_g] W_dec[:m_g]||^2 / V + alpha_aux * AuxK (of the last
+    residual), V the variance of the start sample.
     Bussmann et al. 2025 (arXiv 2503.17547). One code, selected over the whole dictionary; coarse
     features gather in the inner groups. A lower explained variance than BatchTopK is its price.
 
@@ -52,10 +52,10 @@ class Matryoshka(Thresholded):
     def losses(
         self, x: Float[Tensor, "tok d_model"], out: SAEOutput, ctx: StepContext
     ) -> dict[str, Float[Tensor, ""]]:
-        """`mse` of the whole dictionary and `nested` of the inner groups, each over G; `auxk`."""
+        """`reconstruction` of the whole, `nested` of the inner groups, each over G; `auxk`."""
         terms = super().losses(x, out, ctx)
         share = 1 / len(self.ends)
-        terms["mse"] = share * terms["mse"]
+        terms["reconstruction"] = share * terms["reconstruction"]
         if len(self.ends) > 1:
             terms["nested"] = share * self._nested(x, out)
         return terms
@@ -72,5 +72,5 @@ class Matryoshka(Thresholded):
                 pattern = Pattern(flat, codes.n_rows, self.d_sae)
                 part = sparse_decode(codes.values[inside], pattern, self.W_dec)
                 missing = missing - part
-                total = total + reconstruction(missing, torch.zeros_like(missing))
+                total = total + self.unexplained(missing, torch.zeros_like(missing))
         return total

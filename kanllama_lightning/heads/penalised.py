@@ -30,36 +30,21 @@ CHECK_STEPS = 250
 """The controller's bound is looked at so often: reading it waits for the GPU."""
 STUCK_HORIZONS = 3.0
 """At a bound for so many horizons with L0 off, the controller is said to have failed."""
-REFERENCE_WIDTH = 2048
-"""d_model that the default coefficients are for."""
 LAST_LOOK, TOLERANCE = 0.95, 0.1
 """Share of the budget at which L0 should be within that share of its target."""
 FREE_NORM = 0.1
 """Norm of the dictionary rows at the start where norms are free (METHODS A0)."""
 
 
-def start_weight(name: str, given: float, d_model: int, power: int) -> float:
-    """Weight of a penalty at the start: what was given is for REFERENCE_WIDTH.
-
-    Activations have norm sqrt(d_model) here, so the squared error grows with d_model, and what
-    weighs a penalty against it has to grow as well: a penalty in units of activations by
-    sqrt(d_model), one that counts latents by d_model.
-
-    Args:
-        name: The argument, for messages.
-        given: Its value.
-        d_model: Width of the activations.
-        power: Of the norm of activations, by which the weight goes.
+def positive(name: str, value: float, default: str) -> float:
+    """The value of a head's argument that must be larger than 0.
 
     Raises:
-        InputError: The value is not positive.
+        InputError: It is not, or it is NaN.
     """
-    if not given > 0:
-        raise InputError(
-            f"head.{name}={given}: must be larger than 0; it is where the search for the weight "
-            "that gives target_l0 begins"
-        )
-    return float(given * (d_model / REFERENCE_WIDTH) ** (power / 2))
+    if not value > 0:
+        raise InputError(f"head.{name}={value}: must be larger than 0 (default {default})")
+    return float(value)
 
 
 Made = tuple[Codes, Float[Tensor, ""], list[Float[Tensor, "tok d_model"]]]
@@ -90,7 +75,7 @@ class ByProducts(NamedTuple):
 
 
 class Penalised(Dictionary):
-    """z is an elementwise function of p (`activate`); L = ||e||^2 + coefficient * penalty + ...
+    """z is an elementwise function of p (`activate`); L = FVU + coefficient * penalty + ...
 
     The coefficient is no setting: a controller (`SparsityController`) moves it from the given
     value until the mean L0 of the training batches is `target_l0`. It is saved with the head.
@@ -99,14 +84,12 @@ class Penalised(Dictionary):
         d_model: Width of the activations (linked from the LM on the command line).
         d_sae: Number of latents.
         target_l0: Non-zero latents per token on average (L0) that the penalty is steered to.
-        coefficient: Weight of the penalty at the start (`start_weight`).
+        coefficient: Weight of the penalty at the start.
         sparsity_ramp: Share of the token budget in which the wanted L0 falls from that of the
             start to target_l0.
         alpha_aux: Weight of AuxK, which revives dead latents; 0 leaves it out.
         seed: Seed of the initial weights (linked to `seed_everything`).
     """
-
-    x_variance: Tensor
 
     def __init__(
         self,
@@ -126,14 +109,11 @@ class Penalised(Dictionary):
             )
         self.sparsity_ramp = sparsity_ramp
         self.controller = SparsityController(coefficient, target_l0, sparsity_ramp)
-        # of the start sample, summed over coordinates, in the head's units
-        self.register_buffer("x_variance", torch.full((), torch.nan))
         self._steps, self._warned, self._ended = 0, False, False
 
-    @torch.no_grad()
-    def standardise_(self, mean: Float[Tensor, " d_model"], std: Float[Tensor, " d_model"]) -> None:
-        """Keep the variance that reconstructions are held against."""
-        self.x_variance.copy_(std.square().sum())
+    def deviation(self) -> Float[Tensor, ""]:
+        """Root of the start sample's variance: the unit that penalties of activations are in."""
+        return self.x_variance.sqrt()
 
     @abstractmethod
     def vectors(self) -> list[Float[Tensor, " d_sae"]]:
@@ -245,6 +225,10 @@ class Penalised(Dictionary):
         (z,), penalty = self.made(values, *pattern.of_latents(vectors))
         return Kept(pattern, z, penalty)
 
+    def dead_acts(self, pre_acts: Float[Tensor, "tok n_dead"]) -> Float[Tensor, "tok n_dead"]:
+        """p itself: a dead latent has p <= 0 on every token, where a ReLU has no gradient."""
+        return pre_acts
+
     def by_products(self, x: Float[Tensor, "tok d_model"], out: SAEOutput) -> ByProducts:
         """Those of `out`, or of another forward pass where it has none."""
         found = out.by_products if isinstance(out, PenalisedOutput) else None
@@ -262,9 +246,7 @@ class Penalised(Dictionary):
         """Steer the penalty's weight by the batch's L0; warn once where it is at its bound."""
         n_tokens = max(1, len(out.x_hat)) * ranks.world()
         l0 = ranks.total(out.codes.l0().sum()) / n_tokens
-        # 1 where a head was never started and the activations' variance is not known
-        variance = ranks.summed_squares(out.x_hat * self.scale) / n_tokens
-        kept = (variance / self.x_variance).nan_to_num(1.0)
+        kept = ranks.summed_squares(out.x_hat * self.scale) / n_tokens / self.x_variance
         self.controller.update_(l0, kept, ctx.progress, ctx.rate)
         self._steps += 1
         ending = ctx.progress >= LAST_LOOK and not self._ended
@@ -309,7 +291,7 @@ class FreeNorms(Penalised):
         d_model: Width of the activations (linked from the LM on the command line).
         d_sae: Number of latents.
         target_l0: Non-zero latents per token on average (L0) that the penalty is steered to.
-        coefficient: Weight of the penalty at the start (`start_weight`).
+        coefficient: Weight of the penalty at the start.
         sparsity_ramp: Share of the token budget in which the wanted L0 falls from that of the
             start to target_l0.
         alpha_aux: Weight of AuxK, which revives dead latents; 0 leaves it out.
@@ -351,15 +333,11 @@ class FreeNorms(Penalised):
         """w_j / ||w_j||, as the latents are z_j ||w_j||."""
         return (self.W_dec / self.row_norms().clamp_min(1e-30).unsqueeze(1)).detach()
 
-    def _dead_reconstruction(
-        self, pre_acts: Float[Tensor, "tok n_dead"], dead: Int[Tensor, " n_dead"]
-    ) -> Float[Tensor, "tok d_model"]:
-        """As with unit rows, the best being those with the largest p_j ||w_j|| (METHODS A3 a)."""
-        acts = pre_acts.relu()
-        k_aux = min(self.d_model // 2, len(dead))
-        best = (acts * self.row_norms()[dead]).topk(k_aux, dim=1).indices
-        kept = torch.zeros_like(acts).scatter(1, best, acts.gather(1, best))
-        return (kept @ self.W_dec[dead]).float()
+    def dead_sizes(
+        self, acts: Float[Tensor, "tok n_dead"], dead: Int[Tensor, " n_dead"]
+    ) -> Float[Tensor, "tok n_dead"]:
+        """p_j ||w_j||: the best are those that write most (METHODS A3 a)."""
+        return acts * self.row_norms()[dead]
 
     def project_grad_(self) -> None:
         """Nothing: norms are free."""

@@ -16,7 +16,8 @@ class Selecting(Dictionary):
     """z is the kept part of ReLU(p); a subclass says which part (`select`).
 
     After the selection nothing of shape [tok d_sae] is held: decoding and all gradients touch
-    kept activations only. L = ||e||^2 + alpha_aux * AuxK (Gao et al. 2024, arXiv 2406.04093).
+    kept activations only. L = ||e||^2 / V + alpha_aux * AuxK, V the variance of the start sample
+    (Gao et al. 2024, arXiv 2406.04093).
 
     Args:
         d_model: Width of the activations (linked from the LM on the command line).

@@ -29,7 +29,7 @@ class SplineLatent(Thresholded):
     same seed to 1e-5. While the first `frozen_share` of the budget is trained the splines rest and
     R_j follows the activations; then R_j rests and the splines are trained. `monotone` makes the
     coefficients a running sum of softplus, so that a larger activation is more of the feature.
-    Loss: + smoothness * mean_j sum_c (second difference of S_j's coefficients)^2.
+    Loss: FVU + AuxK + smoothness * mean_j sum_c (second difference of S_j's coefficients)^2.
     After KAN-SAE (arXiv 2605.17493), with a hard zero and a structural sparsity in its place.
 
     Args:
@@ -66,7 +66,7 @@ class SplineLatent(Thresholded):
             raise InputError(f"head.grid_size={grid_size}: must be at least 1 (default 5)")
         if not 0 <= frozen_share < 1:
             raise InputError(f"head.frozen_share={frozen_share}: must be from 0 to below 1")
-        if smoothness < 0:
+        if not smoothness >= 0:
             raise InputError(f"head.smoothness={smoothness}: must be 0 or more (default 1e-3)")
         self.grid_size, self.monotone = grid_size, monotone
         self.frozen_share, self.smoothness = frozen_share, smoothness
@@ -146,7 +146,7 @@ class SplineLatent(Thresholded):
     def losses(
         self, x: Float[Tensor, "tok d_model"], out: SAEOutput, ctx: StepContext
     ) -> dict[str, Float[Tensor, ""]]:
-        """`mse`, `smooth`, and `auxk` while latents are dead."""
+        """`reconstruction`, `smooth`, and `auxk` while latents are dead."""
         terms = super().losses(x, out, ctx)
         if self.smoothness:
             bend = self.coefficients().diff(n=2, dim=0).square().sum(0).mean()

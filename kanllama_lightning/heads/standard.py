@@ -7,14 +7,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kanllama_lightning.heads.dictionary import MEDIAN_ROWS
-from kanllama_lightning.heads.penalised import FreeNorms, start_weight
+from kanllama_lightning.heads.penalised import FreeNorms, positive
 from kanllama_lightning.types import SAEOutput, StepContext
 
 
 class Standard(FreeNorms):
     """z = ReLU(x W_enc + b_enc), x_hat = z W_dec + b_dec; no b_dec is taken off at the input.
 
-    L = ||e||^2 + lambda sum_j z_j ||w_j|| + alpha_aux * AuxK, means over tokens. Anthropic,
+    L = ||e||^2 / V + lambda sum_j z_j ||w_j|| / sqrt(V) + alpha_aux * AuxK, means over tokens, V
+    the variance of the start sample, AuxK of p itself (no ReLU). Anthropic,
     "Update on how we train SAEs" (transformer-circuits.pub, April 2024), with AuxK for dead latents
     and lambda steered to target_l0. Norms of the dictionary rows w_j are free; that they stand in
     the penalty takes the gain from small z and large w. Latents are reported as z_j ||w_j||.
@@ -24,8 +25,7 @@ class Standard(FreeNorms):
         d_model: Width of the activations (linked from the LM on the command line).
         d_sae: Number of latents.
         target_l0: Non-zero latents per token on average (L0) that lambda is steered to.
-        l1_coefficient: lambda at the start, at d_model 2048; at other widths in proportion to
-            sqrt(d_model), as activations are.
+        l1_coefficient: lambda at the start.
         sparsity_ramp: Share of the token budget in which the wanted L0 falls from that of the
             start to target_l0.
         alpha_aux: Weight of AuxK, which revives dead latents; 0 leaves it out.
@@ -37,12 +37,12 @@ class Standard(FreeNorms):
         d_model: int,
         d_sae: int,
         target_l0: int,
-        l1_coefficient: float = 5.0,
+        l1_coefficient: float = 0.11,
         sparsity_ramp: float = 0.05,
         alpha_aux: float = 1 / 32,
         seed: int = 0,
     ) -> None:
-        weight = start_weight("l1_coefficient", l1_coefficient, d_model, power=1)
+        weight = positive("l1_coefficient", l1_coefficient, "0.11")
         super().__init__(d_model, d_sae, target_l0, weight, sparsity_ramp, alpha_aux, seed)
         self.l1_coefficient = l1_coefficient
 
@@ -87,6 +87,6 @@ class Standard(FreeNorms):
     def losses(
         self, x: Float[Tensor, "tok d_model"], out: SAEOutput, ctx: StepContext
     ) -> dict[str, Float[Tensor, ""]]:
-        """`mse`, `l1` (lambda times the mean sum of z_j ||w_j||), `auxk` while latents are dead."""
-        l1 = self.sparsity_coefficient() * self.by_products(x, out).penalty
+        """`reconstruction`, `l1` (the penalty), `auxk` while latents are dead."""
+        l1 = self.sparsity_coefficient() * self.by_products(x, out).penalty / self.deviation()
         return {**super().losses(x, out, ctx), "l1": l1}

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from kanllama_lightning.files import write_text
+
 log = logging.getLogger(__name__)
 
 REFUSED = "refused_parameters.json"
@@ -67,6 +69,4 @@ class Cache:
 
     def _put(self, name: str, values: Mapping[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        part = self.folder / f"{name}.tmp"
-        part.write_text(json.dumps(values, indent=1), encoding="utf-8")
-        part.replace(self.folder / name)
+        write_text(self.folder / name, json.dumps(values, indent=1))

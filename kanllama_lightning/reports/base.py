@@ -14,6 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from kanllama_lightning.figures import page, write_png
+from kanllama_lightning.files import replacing, write_text
 from kanllama_lightning.heads.base import SAEHead
 from kanllama_lightning.lm import FrozenLM
 from kanllama_lightning.splice import SplicedLosses
@@ -73,9 +74,8 @@ class EvalRun:
     def write_table(self, file: str, rows: Sequence[Mapping[str, Any]] | pd.DataFrame) -> None:
         """Write a CSV file, whole; floats read back exactly."""
         table = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(list(rows))
-        part = self.out / f"{file}.tmp"
-        table.to_csv(part, index=False, lineterminator="\r\n")  # so that a lone \r is quoted
-        part.replace(self.out / file)
+        with replacing(self.out / file) as part:
+            table.to_csv(part, index=False, lineterminator="\r\n")  # so that a lone \r is quoted
         self.tables[Path(file).stem] = table
 
     def read_table(self, file: str) -> pd.DataFrame:
@@ -84,9 +84,7 @@ class EvalRun:
 
     def write_text(self, file: str, text: str) -> None:
         """Write a text file, whole."""
-        part = self.out / f"{file}.tmp"
-        part.write_text(text, encoding="utf-8")
-        part.replace(self.out / file)
+        write_text(self.out / file, text)
 
     def write_page(self, file: str, title: str, text: str, figures: Sequence[go.Figure]) -> None:
         """Write a page of figures that opens from disk, without a network.

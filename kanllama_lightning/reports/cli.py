@@ -17,6 +17,7 @@ from rich.table import Table
 from kanllama_lightning import comparison
 from kanllama_lightning.cli import quiet
 from kanllama_lightning.entry import Aftermath, guarded
+from kanllama_lightning.files import write_text
 from kanllama_lightning.reports.base import EvalRun, Report
 from kanllama_lightning.reports.capability import Capability
 from kanllama_lightning.reports.concepts import Concepts
@@ -218,8 +219,9 @@ def add_compare_arguments(parser: ArgumentParser) -> None:
     add(
         "--tolerance",
         type=float,
-        default=0.1,
-        help="Share by which L0 may differ for it to count as matched.",
+        default=comparison.MATCHED,
+        help="Share by which L0 may differ for it to count as matched; up to a tenth, differences "
+        "are corrected along the slope that other sparsities of a head give.",
     )
     add(
         "--force",
@@ -289,7 +291,7 @@ def run_try(given: Namespace) -> None:
     Console().print(show(found, labels))
     out = Path(given.out) if given.out else subject.folder / EVAL / "try.html"
     make_folder(out.parent)
-    out.write_text(trial_page(found, given.text, labels), encoding="utf-8")
+    write_text(out, trial_page(found, given.text, labels))
     Console().print(f"Written: {out}", soft_wrap=True, highlight=False)
 
 

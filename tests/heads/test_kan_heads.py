@@ -175,7 +175,7 @@ def test_gradients_of_curves_are_those_of_finite_differences():
     head.zero_grad()
 
     def loss():
-        return head.losses(x, head(x), LATE)["mse"]
+        return head.losses(x, head(x), LATE)["reconstruction"]
 
     loss().backward()
     with torch.no_grad():
@@ -275,8 +275,8 @@ def test_the_earlier_designs_are_dense(kind, tmp_path):
     assert out.codes.l0().float().mean() > 0.9 * M
     assert torch.equal(out.x_hat, head.decode(head.encode(x)))
     losses = head.losses(x, out, StepContext(torch.arange(3), 0.0, 0.1))
-    assert list(losses) == ["mse"]
-    losses["mse"].backward()
+    assert list(losses) == ["reconstruction"]
+    losses["reconstruction"].backward()
     assert all(p.grad.any() for p in head.parameters())
     head.save(tmp_path)
     assert torch.equal(SAEHead.load(tmp_path)(x).x_hat, head.eval()(x).x_hat)

@@ -5,7 +5,7 @@ import torch
 
 from kanllama_lightning.functional import row_blocks
 from kanllama_lightning.heads.gated import Gated
-from kanllama_lightning.heads.jump_relu import JumpReLU
+from kanllama_lightning.heads.jump_relu import SHARPNESS, JumpReLU
 from kanllama_lightning.heads.standard import Standard
 from kanllama_lightning.types import LazyCodes, SparseCodes, StepContext
 
@@ -41,21 +41,22 @@ def plainly(head, x):
     norms = head.W_dec.norm(dim=1)
     z = head.activate(pre)
     x_hat = z @ head.W_dec + head.b_dec
-    losses = {"mse": (target - x_hat).square().sum(1).mean()}
+    unit = head.x_variance.sqrt()
+    losses = {"reconstruction": (target - x_hat).square().sum(1).mean() / unit**2}
     weight = head.controller.coefficient.clone()
     if isinstance(head, Gated):
         opened = pre.relu()
         magnitude = (pre - head.b_enc) * head.r_mag.exp() + head.b_mag
         z = magnitude.relu() * (pre > 0)
         by_gate = opened @ head.W_dec.detach() + head.b_dec.detach()
-        losses["l1"] = weight * opened.sum(1).mean()
-        losses["gate_aux"] = (target - by_gate).square().sum(1).mean()
+        losses["l1"] = weight * opened.sum(1).mean() / unit
+        losses["gate_aux"] = (target - by_gate).square().sum(1).mean() / unit**2
         return x_hat / head.scale, z, losses
     reported = z * norms
     if isinstance(head, JumpReLU):
-        losses["tanh"] = weight * (4 * reported).tanh().sum(1).mean()
+        losses["tanh"] = weight * (SHARPNESS * reported / unit).tanh().sum(1).mean()
     else:
-        losses["l1"] = weight * reported.sum(1).mean()
+        losses["l1"] = weight * reported.sum(1).mean() / unit
     return x_hat / head.scale, reported, losses
 
 

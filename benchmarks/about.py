@@ -4,14 +4,12 @@ import datetime
 import os
 import platform
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from benchmarks.peers import Peers
-
-ROOT = Path(__file__).resolve().parents[1]
+from kanllama_lightning.revision import commit
 
 
 def about(benchmark: str, measures: str, threads: int, peers: Peers) -> dict[str, Any]:
@@ -37,15 +35,6 @@ def about(benchmark: str, measures: str, threads: int, peers: Peers) -> dict[str
         "peers": peers.versions,
         "notes": peers.notes,
     }
-
-
-def commit() -> str:
-    """Short hash of the code, marked where files differ from it; empty outside of git."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:
-        return ""
 
 
 def processor() -> str:

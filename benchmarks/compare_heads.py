@@ -43,8 +43,8 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.about import commit  # noqa: E402
 from benchmarks.table import grid  # noqa: E402
+from kanllama_lightning.revision import commit  # noqa: E402
 from kanllama_lightning.types import InputError  # noqa: E402
 
 SHARES = {"train": 0.80, "choose": 0.05, "report": 0.15}
@@ -357,6 +357,7 @@ def train(study: Study, cell: Cell, out: Path, code: str) -> str:
     }
     folder.mkdir(exist_ok=True)
     _write(folder / CELL, json.dumps(about, indent=2) + "\n")
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # nobody goes on from a cell
     said = printed.read_text().strip().splitlines()[-1:] if exit_code else []
     return "; ".join([f"{cell.name}: exit {exit_code}, {seconds:.0f} s", *said])
 

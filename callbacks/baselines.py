@@ -11,25 +11,28 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from callbacks.spliced_loss import splice_sums
-from kanllama_lightning.heads import PCA, BatchTopK, SAEHead
+from kanllama_lightning.heads import PCA, SAEHead
 from kanllama_lightning.metrics import Reconstruction, Sparsity, SplicedLoss
 from kanllama_lightning.run import head_folder
 
 log = logging.getLogger(__name__)
 
 FOLDER = "baselines"
-RANDOM_SEED = 1_000_003
 
 
 class Baselines(L.Callback):
-    """PCA with k components, a random dictionary, and the head as it was at step 0.
+    """PCA with k components, and the head as it was at step 0: random directions, untrained.
 
     Kept beside the run when training starts, measured in its final validation on the first
     validation set; `results` maps each head to its controls, and those to their figures. Heads side
     by side of one size and sparsity share their controls.
+
+    Args:
+        measure: Whether to measure them; for many runs on one text, once is enough.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, measure: bool = True) -> None:
+        self.measure = measure
         self.results: dict[str, dict[str, dict[str, float]]] = {}
         self._controls: dict[str, SAEHead] = {}
         self._of: dict[str, dict[str, str]] = {}
@@ -45,7 +48,7 @@ class Baselines(L.Callback):
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """In the final validation: estimate the controls from training activations."""
         self._controls, self._of, self._meters = {}, {}, {}
-        if trainer.state.fn != TrainerFn.VALIDATING:
+        if not self.measure or trainer.state.fn != TrainerFn.VALIDATING:
             return
         x = pl_module.sample(1 << 15)
         for name, head in pl_module.heads().items():
@@ -63,10 +66,6 @@ class Baselines(L.Callback):
         d, own = head.d_model, {}
         wanted: dict[str, tuple[str, Any]] = {
             "PCA": (f"PCA {k}", lambda: PCA(d, min(k, d))),
-            "random dictionary": (
-                f"random {head.d_sae} {k}",
-                lambda: BatchTopK(d, head.d_sae, k, seed=RANDOM_SEED),
-            ),
         }
         for title, (key, make) in wanted.items():
             if key not in self._controls:
@@ -81,7 +80,8 @@ class Baselines(L.Callback):
             log.warning("%s is missing: the head as it was at step 0 is not measured", untrained)
         else:
             own["untrained head"] = f"untrained {name}"
-            self._controls[own["untrained head"]] = SAEHead.load(untrained).to(x.device)
+            control = SAEHead.load(untrained, allow=head.modules_named())
+            self._controls[own["untrained head"]] = control.to(x.device)
         return own
 
     def on_validation_batch_end(

@@ -17,6 +17,7 @@ from kanllama_lightning import stopping
 from kanllama_lightning.entry import error_number
 from kanllama_lightning.files import replacing
 from kanllama_lightning.functional import ranks
+from kanllama_lightning.lock import confirm_mine
 from kanllama_lightning.run import CHECKPOINTS
 from kanllama_lightning.saved import Written, buffer_file, outdated, remove, seal, written
 from kanllama_lightning.types import InputError
@@ -156,8 +157,11 @@ class RunCheckpoint(L.Callback):
 
         Raises:
             OSError: There is no room, say; nothing of it is left, and the others are as they were.
+            RunDiverged: Its numbers are not finite; the checkpoints there are stay.
         """
+        pl_module.check_finite(everything=True)
         folder = Path(trainer.default_root_dir)
+        confirm_mine(folder)
         path = folder / CHECKPOINTS / f"step={trainer.global_step:09d}.ckpt"
         try:
             self._write(trainer, pl_module, folder, path)

@@ -118,7 +118,7 @@ class KANCurves(LookingCallback):
         trainer: L.Trainer, pl_module: Any, name: str, found: list[Curves], rows: int
     ) -> None:
         figures = {curves.kind: curves_figure(curves) for curves in found}
-        kind = type(pl_module.heads()[name]).__name__
+        kind = pl_module.heads()[name].title
         title = f"Curves of {name or kind}" + (f" ({kind})" if name else "")
         text = (
             f"{pl_module.lm.hook.name} of {pl_module.lm.name}, after {pl_module.tokens_seen:,} "

@@ -11,9 +11,10 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 
 from kanllama_lightning.files import write_text
-from kanllama_lightning.run import CONFIG, SESSIONS, head_folder, read_json, write_json
+from kanllama_lightning.run import CONFIG, SESSIONS, head_folder
 from kanllama_lightning.secrets import known, scrubbed
 from kanllama_lightning.side_by_side import SideBySide, alone_config
+from kanllama_lightning.small_files import read_json, write_json
 
 
 class LogConfig(SaveConfigCallback):

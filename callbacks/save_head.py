@@ -6,6 +6,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 
+from kanllama_lightning.revision import commit
 from kanllama_lightning.run import HEAD, HEADS, head_folder
 
 
@@ -23,6 +24,7 @@ class SaveHead(L.Callback):
     def __init__(self, every_tokens: int = 50_000_000) -> None:
         self.every_tokens = every_tokens
         self._last = 0
+        self._commit = commit()  # now: files may change while a run lasts
 
     def state_dict(self) -> dict[str, Any]:
         """Which multiple was saved last."""
@@ -49,14 +51,16 @@ class SaveHead(L.Callback):
         if where != Path(HEAD):
             self._last = tokens // self.every_tokens
 
-    @staticmethod
-    def _provenance(trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
+    def _provenance(self, trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
         lm = pl_module.lm
+        epoch = trainer.datamodule.epoch_tokens
         return {
             "lm": lm.name,
             "revision": lm.revision,
             "hook_point": lm.hook.name,
             "lm_dtype": str(lm.dtype).removeprefix("torch."),
             "tokens": pl_module.tokens_seen,
+            "passes": round(pl_module.tokens_seen / epoch, 3) if epoch else None,
             "step": trainer.global_step,
+            "commit": self._commit or None,
         }

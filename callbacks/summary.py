@@ -1,6 +1,5 @@
 """The end of a run on one page: `summary.json` and a table."""
 
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from callbacks.baselines import Baselines
-from kanllama_lightning.run import SUMMARY, head_folder, write_json
+from kanllama_lightning.run import SUMMARY, head_folder
+from kanllama_lightning.small_files import plain, write_json
 
 COLUMNS = {
     "L0": ("l0", "{:.2f}"),
@@ -84,7 +84,7 @@ class Summary(L.Callback):
                 summary |= {f"{name}/{k}": v for k, v in values.items() if k not in shared}
         write_json(root / SUMMARY, summary)
         if isinstance(trainer.logger, WandbLogger):
-            trainer.logger.experiment.summary.update(json.loads(json.dumps(summary)))
+            trainer.logger.experiment.summary.update(plain(summary))
         console = Console(width=max(100, Console().width))
         console.print(self._table(trainer, shared, found, baselines))
         console.print(f"Everything is in {root}", soft_wrap=True, highlight=False)
@@ -100,7 +100,7 @@ class Summary(L.Callback):
         """Flat keys of one head; its controls get their scores."""
         metrics = _metrics(trainer, name)
         summary = {
-            "head": type(head).__name__,
+            "head": head.title,
             "d_sae": head.d_sae,
             "parameters": head.n_parameters(),
             **shared,

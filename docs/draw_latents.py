@@ -107,7 +107,7 @@ def main() -> None:
     one = max(short or range(STORIES), key=lambda i: sum(score for _, _, score in seen(i)))
     shown = read.only(read.story == one)
     latents = codes_of(head, shown.x).dense()
-    name = card["class_path"].rsplit(".", 1)[-1]
+    name = card["head"].rsplit(".", 1)[-1]
     title = f"{name}, {head.d_sae} latents at {card['provenance']['hook_point']}: one story"
     args.out.write_text(draw(shown, latents, seen(one), title))
 

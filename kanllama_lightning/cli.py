@@ -44,9 +44,10 @@ from kanllama_lightning.run import (
 from kanllama_lightning.run_state import Kind, RunState, clear, look, step_of
 from kanllama_lightning.saved import newest_whole
 from kanllama_lightning.schedule import Schedule
+from kanllama_lightning.small_files import read_yaml
 from kanllama_lightning.stopping import CacheStopped, Stopped, say
 from kanllama_lightning.tokens import TokenData
-from kanllama_lightning.types import InputError, RunFinished
+from kanllama_lightning.types import InputError, RunDiverged, RunFinished
 from kanllama_lightning.wandb_logger import check_mode
 
 log = logging.getLogger(__name__)
@@ -60,8 +61,8 @@ LINKED = {
     "data.tokenizer": "lm.name",
     "model.head.init_args.d_model": "lm.name (the model's width)",
     "model.head.d_model": "lm.name (the model's width)",
-    "model.head.init_args.seed": "seed_everything",
-    "model.head.seed": "seed_everything",
+    "model.head.init_args.seed": "seed_everything, or head_seed for the head alone",
+    "model.head.seed": "seed_everything, or head_seed for the head alone",
 }
 """Arguments that follow from another one; setting them would be ignored silently."""
 SUBCOMMANDS = ("fit", "validate")
@@ -202,9 +203,9 @@ class KanllamaCLI(LightningCLI):
             )
         goes_on = fit and bool(config.get("ckpt_path"))
         self.run_folder = checkpoint.parent.parent if goes_on else self._folder(config, named)
+        if goes_on:
+            _refuse_finished(checkpoint, trainer.max_steps)
         if is_first():
-            if goes_on:
-                _refuse_finished(checkpoint, trainer.max_steps)
             self._take(goes_on)
         if config.get("ckpt_path"):
             log.info("continuing from %s" if fit else "validating %s", config.ckpt_path)
@@ -276,8 +277,7 @@ class KanllamaCLI(LightningCLI):
         return folder
 
     def before_fit(self) -> None:
-        """Refuse unusable data, and what cannot fit into memory or onto the disk."""
-        self.datamodule.setup("fit")
+        """Refuse an unusable LM or text, and what cannot fit into memory or onto the disk."""
         lm, buffer = self.model.lm, self.model.buffer
         lm_bytes = lm.n_parameters * lm.dtype.itemsize
         rows = buffer.capacity_tokens + self.model.schedule.batch
@@ -287,9 +287,26 @@ class KanllamaCLI(LightningCLI):
             lm_bytes,
             self.run_folder,
         )
+        lm.load_(self.trainer.strategy.root_device)
+        self.datamodule.setup("fit")
+        self.model.check_lm(self.datamodule, self.trainer.strategy.root_device)
         if self.datamodule.cache is not None:
             needed = self.model.schedule.rows_read(self.model.filling_rows)
             fill_(lm, self.datamodule, needed, self.trainer.strategy.root_device)
+
+    def before_validate(self) -> None:
+        """Refuse an unusable LM and unusable data."""
+        device = self.trainer.strategy.root_device
+        self.model.lm.load_(device)
+        self.datamodule.setup("validate")
+        self.model.check_lm(self.datamodule, device)
+
+    def after_instantiate_classes(self) -> None:
+        """Refuse rows that are too long for the LM."""
+        lm, length = self.model.lm, self.datamodule.ctx_len
+        lm.check_length(
+            length, f"data.ctx_len={length}", f"set --data.ctx_len {lm.positions} or less"
+        )
 
     def after_fit(self) -> None:
         """Calibrate, validate and save, in that order."""
@@ -353,7 +370,8 @@ def _with_essential(given: Any, essential: Sequence[str]) -> list[Any]:
         essential: Class paths, in their order; extras come before `...SaveHead`, which is the first
             of those that look at what all others have found.
     """
-    listed = {} if given is None else {c.class_path: c for c in given}
+    given = [] if given is None else given if isinstance(given, list) else [given]
+    listed = {callback.class_path: callback for callback in given}
     own = [listed.pop(path, None) or _by_default(path) for path in essential]
     at = next((i for i, c in enumerate(own) if c.class_path.endswith("SaveHead")), len(own))
     return [*own[:at], *listed.values(), *own[at:]]
@@ -373,7 +391,7 @@ def _refuse_finished(checkpoint: Path, max_steps: int) -> None:
         RunFinished: It has all that was asked for.
         InputError: It has been further already.
     """
-    state, step = look(checkpoint.parent.parent), step_of(checkpoint)
+    state, step = look(checkpoint.parent.parent, mine=True), step_of(checkpoint)
     if step > max_steps:
         raise InputError(
             f"run folder {str(state.folder)!r}: its checkpoint is of step {step}, and "
@@ -434,12 +452,7 @@ def _refuse_linked(args: Sequence[str]) -> None:
 
 
 def _refuse_linked_in(file: Path) -> None:
-    import yaml
-
-    try:
-        tree = yaml.safe_load(file.read_text()) or {}
-    except yaml.YAMLError as e:
-        raise InputError(f"--config {file}: is no valid YAML: {e}") from e
+    tree = read_yaml(file, dict[str, Any] | None, "mend it, or leave it out") or {}
     for linked, source in LINKED.items():
         node: Any = tree
         for part in linked.split("."):
@@ -526,6 +539,10 @@ def _run(given: list[str], started: bool, kwargs: dict[str, Any]) -> int:
     except Stopped as e:
         unused = e.step is None
         raise
+    except RunDiverged as e:
+        if is_first():
+            say(f"error: {e.what}. {_after_divergence(e.folder)}")
+        return 1
     except MisconfigurationException as e:
         unused = True
         raise InputError(f"Lightning refuses this configuration: {e}") from e
@@ -542,6 +559,16 @@ def _run(given: list[str], started: bool, kwargs: dict[str, Any]) -> int:
             wandb.finish()
         _let_go(unused)
     return 0
+
+
+def _after_divergence(folder: Path) -> str:
+    """Where the last good state is, and what to change."""
+    checkpoint = newest_whole(folder)
+    kept = f"The last good checkpoint is {checkpoint}" if checkpoint else "No checkpoint was saved"
+    return (
+        f"{kept}; the same settings would end here again: start anew with a lower "
+        "--model.optimizer.lr, or with the LM in float32 if its activations are the cause"
+    )
 
 
 def _let_go(unused: bool) -> None:

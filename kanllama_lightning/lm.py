@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,16 +66,27 @@ class FrozenLM:
             kwargs = {"revision": revision, "local_files_only": self._local}
             self.config = AutoConfig.from_pretrained(self.path, **kwargs)
             self.tokenizer = AutoTokenizer.from_pretrained(self.path, **kwargs)
-        missing = [a for a in LLAMA_CONFIG if not hasattr(self.config, a)]
-        if missing:
-            raise InputError(
-                f"lm.name={name!r}: not a causal LM of the Llama kind: its configuration has no "
-                f"{', '.join(missing)}"
-            )
+        self._check_config()
         n_layers = int(self.config.num_hidden_layers)
         self.hook = parse_hook_point(hook_point, n_layers)
         self.hook_point = hook_point
         self._model: Any = None
+
+    def _check_config(self) -> None:
+        """Refuse another kind of model, and sizes that are none."""
+        missing = [a for a in LLAMA_CONFIG if not hasattr(self.config, a)]
+        if missing:
+            raise InputError(
+                f"lm.name={self.name!r}: not a causal LM of the Llama kind: its configuration has "
+                f"no {', '.join(missing)}"
+            )
+        for key in LLAMA_CONFIG:
+            value = getattr(self.config, key)
+            if type(value) is not int or not value >= 1:
+                raise InputError(
+                    f"lm.name={self.name!r}: {key}={value!r} in its config.json; it must be a "
+                    "whole number from 1 up: copy the model's own config.json again"
+                )
 
     @staticmethod
     def _locate(name: str) -> tuple[str, bool]:
@@ -103,6 +115,34 @@ class FrozenLM:
         return int(self.config.vocab_size)
 
     @property
+    def positions(self) -> int | None:
+        """Most tokens in a row the model was made for, BOS included; None if it does not say."""
+        most = getattr(self.config, "max_position_embeddings", None)
+        if type(most) is not int:
+            return None
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        # the one kind whose positions stretch with the text; others say their whole length
+        stretched = rope.get("factor", 1.0) if rope.get("rope_type") == "dynamic" else 1.0
+        return int(most * stretched)
+
+    def check_length(self, n: int, said: str, remedy: str) -> None:
+        """Refuse rows longer than the model was made for: its losses there mean little.
+
+        Args:
+            n: Tokens in a row, BOS included.
+            said: What asks for so many, as `argument=value`.
+            remedy: What to do instead.
+
+        Raises:
+            InputError: There are more than `positions`.
+        """
+        if self.positions is not None and not n <= self.positions:
+            raise InputError(
+                f"{said}: {n} tokens with BOS, but model {self.name!r} takes at most "
+                f"{self.positions} (max_position_embeddings); {remedy}"
+            )
+
+    @property
     def attention_shape(self) -> tuple[int, int, int]:
         """Width of the stream, width of an attention head, and number of key-value heads."""
         c = self.config
@@ -127,16 +167,23 @@ class FrozenLM:
         return self._model
 
     def load_(self, device: torch.device | str = "cpu") -> "FrozenLM":
-        """Read the weights (once) and move them to `device`; returns itself."""
+        """Read the weights (once) and move them to `device`; returns itself.
+
+        Raises:
+            InputError: They are not exactly those that the configuration asks for, or not finite.
+        """
         if self._model is None:
             with _explained(self.name, self.revision):
-                self._model = AutoModelForCausalLM.from_pretrained(
+                self._model, loaded = AutoModelForCausalLM.from_pretrained(
                     self.path,
                     revision=self.revision,
                     dtype=self.dtype,
                     attn_implementation="sdpa",
                     local_files_only=self._local,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # they are listed then, and refused below
                 )
+            self._check_loaded(loaded)
             blocks = getattr(getattr(self._model, "model", None), "layers", [None])
             missing = [p for p in BLOCK_PARTS if not hasattr(blocks[0], p)]
             if missing:
@@ -144,7 +191,8 @@ class FrozenLM:
                     f"lm.name={self.name!r}: its blocks have no {', '.join(missing)}; models of "
                     "the Llama kind (Llama, Mistral, Qwen) have"
                 )
-            self._model.requires_grad_(False).eval()
+            self._model.requires_grad_(False).eval().to(device)
+            self._check_finite()
         self._model.to(device)
         on_cpu = torch.device(device).type == "cpu"
         if on_cpu and self.dtype == torch.bfloat16 and not _cpu_has_bf16():
@@ -153,6 +201,41 @@ class FrozenLM:
                 "long; --lm.dtype float32 is faster, at twice the memory of the weights"
             )
         return self
+
+    def _check_loaded(self, loaded: Mapping[str, Any]) -> None:
+        """Refuse a file that lacks weights (they would be random) or has some without a place."""
+        shapes = [
+            f"{name} is {tuple(file)} in the file and {tuple(model)} by config.json"
+            for name, file, model in sorted(loaded["mismatched_keys"])
+        ]
+        found = {
+            "missing from the file": sorted(loaded["missing_keys"]),
+            "of another shape": shapes,
+            "in the file but not in the model": sorted(loaded["unexpected_keys"]),
+            "not readable": [" ".join(str(e).split()) for e in loaded.get("error_msgs") or []],
+        }
+        wrong = [f"{what}: {_some(names)}" for what, names in found.items() if names]
+        if wrong:
+            raise InputError(
+                f"lm.name={self.name!r}: its weights do not fit its config.json: "
+                f"{'; '.join(wrong)}. What is missing would be random: give a whole copy of the "
+                "model, with the config.json that belongs to it"
+            )
+
+    @torch.no_grad()
+    def _check_finite(self) -> None:
+        """Refuse weights with NaN or infinity in them."""
+        wrong = []
+        for name, weight in self.model.state_dict().items():
+            if not bool(weight.isfinite().all()):
+                n = int((~weight.isfinite()).sum())
+                wrong.append(f"{name} ({n:,} of {weight.numel():,} numbers)")
+        if wrong:
+            raise InputError(
+                f"lm.name={self.name!r}: weights are NaN or infinite in "
+                f"{str(self.dtype).removeprefix('torch.')}: {_some(wrong)}. "
+                f"{overflow_hint(self.dtype)}Give an undamaged copy of the model"
+            )
 
     def one_block(self, device: torch.device) -> "FrozenLM":
         """A random block of this LM's shape and number format, to see how long one takes.
@@ -264,6 +347,19 @@ class FrozenLM:
         return h + block.mlp(block.post_attention_layernorm(h))  # type: ignore[operator]
 
 
+def overflow_hint(dtype: torch.dtype) -> str:
+    """What to try where numbers are not finite in a format of a small range."""
+    if dtype != torch.float16:
+        return ""
+    return "float16 ends at 65,504: try --lm.dtype bfloat16 (or float32), which does not overflow. "
+
+
+def _some(names: Sequence[str], at_most: int = 3) -> str:
+    """The first of the names, and how many more there are."""
+    more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
+    return ", ".join(names[:at_most]) + more
+
+
 def _cpu_has_bf16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
@@ -274,16 +370,19 @@ def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[None
 
 @contextlib.contextmanager
 def _explained(name: str, revision: str | None) -> Any:
-    """Turn what the hub library raises for a missing or gated model into one clear message."""
+    """Turn what the libraries raise for a missing, gated or damaged model into one message."""
     try:
         yield
-    except (OSError, ValueError) as e:
-        if isinstance(e, InputError):
-            raise
+    except (InputError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as e:  # readers of damaged files raise whatever their formats' parsers do
         at = f" (revision {revision!r})" if revision else ""
-        text = str(e).splitlines()[0] if str(e) else type(e).__name__
+        text = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         if Path(name).is_dir() or name == EMBEDDED:
-            raise InputError(f"lm.name={name!r}: the folder holds no usable model: {text}") from e
+            raise InputError(
+                f"lm.name={name!r}: the folder holds no usable model: {text}. Give a whole copy of "
+                "one: config.json, tokenizer.json and model.safetensors that belong together"
+            ) from e
         raise InputError(
             f"lm.name={name!r}{at}: the model cannot be had: {text}\n"
             f"  - a gated model: accept its licence on its page on the Hugging Face hub "

@@ -1,8 +1,9 @@
 """SAEModule: a frozen LM's hook and its heads; one step, one optimizer."""
 
+import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +20,27 @@ from kanllama_lightning.drought import Drought
 from kanllama_lightning.functional import ranks
 from kanllama_lightning.functional.moments import norms
 from kanllama_lightning.heads.base import SAEHead, Trained
-from kanllama_lightning.lm import FrozenLM
+from kanllama_lightning.lm import FrozenLM, overflow_hint
 from kanllama_lightning.optim import Adam
 from kanllama_lightning.phase import Phase
-from kanllama_lightning.preflight import preflight
+from kanllama_lightning.preflight import SINK_RATIO, check_varied, preflight
 from kanllama_lightning.saved import buffer_file, load_buffer_
 from kanllama_lightning.schedule import Schedule
 from kanllama_lightning.side_by_side import SideBySide
-from kanllama_lightning.trainee import Trainee
-from kanllama_lightning.types import ActivationBatch, InputError, TokenBatch, ValidationBatch
-from kanllama_lightning.view import regular, views
+from kanllama_lightning.trainee import NEVER, Trainee
+from kanllama_lightning.types import (
+    ActivationBatch,
+    InputError,
+    RunDiverged,
+    TokenBatch,
+    ValidationBatch,
+)
+from kanllama_lightning.view import views, within
 
 log = logging.getLogger(__name__)
 
-SINK_RATIO = 10.0
-"""Rows whose norm is so many times the median are attention sinks (METHODS 0.5)."""
+DIVERGED_FVU = 10.0
+"""Training FVU from which a head is said to have diverged; 1 is what a constant reaches."""
 CALIBRATION_TOKENS = 32_768
 """Training activations a threshold is calibrated on."""
 REFUSED_PRECISION = {
@@ -120,6 +127,11 @@ class SAEModule(L.LightningModule):
         self.seen = torch.zeros(2, dtype=torch.int64)
         self.data_position = torch.zeros(3, dtype=torch.int64)
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
+        # of this process, on its device: rows that were NaN or infinite
+        self.bad_rows: Tensor
+        self.register_buffer("bad_rows", torch.zeros((), dtype=torch.int64), persistent=False)
+        self._said: set[str] = set()
+        self._checked = False
 
     def heads(self) -> dict[str, SAEHead]:
         """The heads by name; a head that is trained alone has an empty one."""
@@ -174,27 +186,60 @@ class SAEModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Check within seconds what would otherwise waste hours."""
-        data: Any = self.trainer.datamodule
-        loaders = data.val_dataloader()
-        preflight(self.lm, next(iter(loaders[0])).to(self.device))
+        self.check_lm(self.trainer.datamodule, self.device)
+
+    def check_lm(self, data: Any, device: torch.device) -> None:
+        """Load the LM and check it on validation text, once.
+
+        Args:
+            data: Set up.
+            device: Where the LM is to run.
+
+        Raises:
+            InputError: It cannot be used.
+        """
+        if not self._checked:
+            self.lm.load_(device)
+            preflight(self.lm, next(iter(data.val_dataloader()[0])).to(device))
+        self._checked = True
 
     def configure_optimizers(self) -> Any:
-        """The injected optimizer with a group per head, its rates following the token schedule."""
-        rates = self.together.rates if self.together else {}
+        """The injected optimizer with a group per head, its rates following the token schedule.
+
+        Side by side a group has all the arguments that the head's optimizer would have alone.
+        """
+        own = self.together.optimizers if self.together else {}
         groups: list[dict[str, Any]] = []
         for name, head in self.heads().items():
-            own = {"lr": rates[name]} if name in rates else {}
-            groups.append({"params": list(head.parameters()), **own})
+            parameters = list(head.parameters())
+            groups.append({"params": parameters, **self._arguments(name, parameters, own)})
         optimizer = self.optimizer(groups)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule.lr_factor)
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    def _arguments(
+        self, name: str, parameters: list[nn.Parameter], own: dict[str, dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Arguments of the optimizer that a head does not share with the others."""
+        given = own.get(name)
+        if not given:
+            return {}
+        try:
+            made: dict[str, Any] = self.optimizer(parameters, **given).defaults
+        except (TypeError, ValueError) as e:
+            raise InputError(
+                f"model.head.heads.{name}.optimizer={given}: model.optimizer does not take it ({e})"
+            ) from e
+        return {key: made[key] for key in given}
 
     # ---------------------------------------------------------------- training
 
     def rows(self, batch: TokenBatch | ActivationBatch) -> Float[Tensor, "tok d_model"]:
         """Kept activations of a batch; counts what is dropped as a sink."""
         rows = batch.activations(self.lm.acts)
-        kept = rows[regular(rows, self.head.norm_limit)]
+        sizes = norms(rows)
+        self.bad_rows += (~sizes.isfinite()).sum()
+        kept = rows[within(sizes, self.head.norm_limit)]
         self.seen += torch.tensor([len(rows), len(rows) - len(kept)])
         self._drought.check(len(rows), len(kept), batch.position)
         return kept
@@ -212,6 +257,7 @@ class SAEModule(L.LightningModule):
         began = time.perf_counter()
         log.info("collecting %s activations for the start statistics", f"{self.start_tokens:,}")
         x = self._first_rows(batches, -(-self.start_tokens // self.trainer.world_size))
+        check_varied(x, self.lm)
         sizes = norms(x)
         with ranks.pooled():
             limit = SINK_RATIO * ranks.rows(sizes).median()
@@ -277,16 +323,77 @@ class SAEModule(L.LightningModule):
         values: dict[str, Tensor] = {}
         for trainee in self._trainees():
             with ranks.pooled():
-                losses, out = trainee.step(x, step, progress)
+                try:
+                    losses, out = trainee.step(x, step, progress)
+                except (RuntimeError, ValueError) as e:  # what operators make of NaN, if any
+                    self.check_finite(everything=True, cause=e)
+                    raise
                 if logs:
                     values |= trainee.figures(x, out, losses)
             own = torch.stack(list(losses.values())).sum()
+            trainee.watch_(own, step)
             loss = own if loss is None else loss + own
         assert loss is not None, "no head"
         if logs:
+            self.check_finite()
             self._log_step(values, len(x))
+            self._say_diverged(values, "train/fvu", DIVERGED_FVU)
         self.clock.mark("head")
         return loss
+
+    def check_finite(self, everything: bool = False, cause: Exception | None = None) -> None:
+        """Stop a run whose numbers are not finite; waits for the device.
+
+        Args:
+            everything: Look at the weights too, as before they are saved.
+            cause: What was raised meanwhile, if anything.
+
+        Raises:
+            RunDiverged: Says what is not finite, and since when.
+        """
+        bad = [trainee.bad_step for trainee in self._trainees()]
+        found = torch.stack([*bad, -self.bad_rows])
+        with ranks.pooled() if cause is None else contextlib.nullcontext():
+            *steps, rows = ranks.smallest(found).tolist()
+        batch, folder = self.schedule.batch, Path(self.trainer.default_root_dir)
+        if rows < 0:
+            raise RunDiverged(
+                f"{-rows:,} activations of {self.lm.name} were NaN or infinite on text read before "
+                f"token {self.tokens_seen:,} (step {self.trainer.global_step}). "
+                f"{overflow_hint(self.lm.dtype)}",
+                folder,
+            ) from cause
+        for trainee, step in zip(self._trainees(), steps, strict=True):
+            of = f" of head {trainee.name!r}" if trainee.name else ""
+            if step < NEVER:
+                raise RunDiverged(
+                    f"the loss{of} is not finite since step {step} (between token {step * batch:,} "
+                    f"and {(step + 1) * batch:,}), noticed at step {self.trainer.global_step}",
+                    folder,
+                ) from cause
+            name = trainee.unsound() if everything else None
+            if name is not None:
+                raise RunDiverged(
+                    f"weight {name}{of} is not finite after step {self.trainer.global_step} "
+                    f"({self.tokens_seen:,} tokens), though all losses up to there were",
+                    folder,
+                ) from cause
+
+    def _say_diverged(self, values: Mapping[str, Tensor], figure: str, limit: float) -> None:
+        """Warn once for each head and figure that is worse than any use of the head allows."""
+        for name in self.heads():
+            key = f"{name}/{figure}" if name else figure
+            if key not in values or key in self._said or float(values[key]) <= limit:
+                continue
+            self._said.add(key)
+            log.warning(
+                "DIVERGED? %s is %.3g at step %d (%s tokens); 1 is what the mean alone reaches. "
+                "If it does not fall again, start anew with a lower --model.optimizer.lr",
+                key,
+                float(values[key]),
+                self.trainer.global_step,
+                f"{self.tokens_seen:,}",
+            )
 
     def _after_start(self) -> None:
         for callback in self.trainer.callbacks:
@@ -335,12 +442,15 @@ class SAEModule(L.LightningModule):
 
     def on_validation_start(self) -> None:
         """Calibrate what inference needs on training activations."""
+        self.check_finite(everything=True)
         x = self.sample(CALIBRATION_TOKENS)
         for head in self.heads().values():
             head.calibrate_(x)
 
     def on_validation_end(self) -> None:
-        """Validation is no part of a step."""
+        """Say which heads reconstruct worse than a constant; validation is no part of a step."""
+        self._said = {key for key in self._said if not key.endswith("val/fvu")}
+        self._say_diverged(self.trainer.callback_metrics, "val/fvu", 1.0)
         self.clock.restart()
 
     def sample(self, n: int) -> Float[Tensor, "tok d_model"]:

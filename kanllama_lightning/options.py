@@ -171,7 +171,8 @@ def _check_optimizer(optimizer: Any) -> None:
         kind([torch.nn.Parameter(torch.zeros(1))], **args)
     except (ValueError, TypeError, RuntimeError) as e:
         raise InputError(
-            f"model.optimizer: {optimizer.class_path} refuses its arguments: {_first_line(e)}"
+            f"model.optimizer: {optimizer.class_path} refuses its arguments "
+            f"{args}: {_first_line(e)}"
         ) from e
 
 

@@ -4,13 +4,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from kanllama_lightning.lock import in_use
 from kanllama_lightning.options import fixed
-from kanllama_lightning.run import CONFIG
+from kanllama_lightning.run import CONFIG, read_config
 from kanllama_lightning.run_state import Kind, look, states
 from kanllama_lightning.saved import checkpoints, damage, newest_whole
+from kanllama_lightning.small_files import from_yaml
 from kanllama_lightning.types import InputError
 
 log = logging.getLogger(__name__)
@@ -47,8 +46,8 @@ def find_checkpoint(asked: Any, runs_dir: str, config: str, run: str | None, exa
         exact: Whether the configuration must be that of the run, as in training.
 
     Raises:
-        InputError: There is none, it belongs to another configuration or another folder than the
-            one named, or its run is in use.
+        InputError: There is none, or it belongs to another configuration or another folder than the
+            one named.
     """
     last = str(asked) == "last"
     if last and run is None:
@@ -82,10 +81,7 @@ def find_checkpoint(asked: Any, runs_dir: str, config: str, run: str | None, exa
                 "and a run goes on in its own folder; leave --run out to go on there, or "
                 f"--ckpt_path to start a run in {run}"
             )
-        state = look(folder)
-        if state.holder is not None:
-            raise InputError(in_use(folder, state.holder))
-        if differences := compare(beside.read_text(), config):
+        if differences := compare(read_config(folder), config):
             listed = "\n".join(f"  {line}" for line in differences[:8])
             raise InputError(
                 f"ckpt_path={str(asked)!r}: the checkpoint belongs to another configuration:\n"
@@ -122,10 +118,9 @@ def _newest(runs_dir: Path, config: str) -> Path:
     near: list[str] = []
     for folder in reversed(unfinished):
         try:
-            differences = compare((folder / CONFIG).read_text(), config)
-        except (OSError, ValueError, AttributeError, yaml.YAMLError) as e:
-            why = str(e).splitlines()[0]
-            log.warning("%s is left out: its %s cannot be read (%s)", folder, CONFIG, why)
+            differences = compare(read_config(folder), config)
+        except InputError as e:
+            log.warning("%s is left out: %s", folder, e)
             continue
         if not differences:
             whole = newest_whole(folder)
@@ -146,9 +141,10 @@ def _newest(runs_dir: Path, config: str) -> Path:
     )
 
 
-def compare(saved: str, given: str) -> list[str]:
+def compare(saved: str | dict[str, Any], given: str) -> list[str]:
     """What differs between two configurations, beyond what may; one line each."""
-    a, b = _flat(yaml.safe_load(saved)), _flat(yaml.safe_load(given))
+    a = _flat(from_yaml(saved) if isinstance(saved, str) else saved)
+    b = _flat(from_yaml(given))
     return [
         f"{key}: {a.get(key)!r} in the run, {b.get(key)!r} now"
         for key in sorted(a.keys() | b.keys())

@@ -1,16 +1,22 @@
 """A run's folder: where it is, what is in it, and how to find the one to go on with."""
 
 import csv
-import io
-import json
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from kanllama_lightning.files import replacing, write_text
+from kanllama_lightning.files import replacing
 from kanllama_lightning.lock import confirm_mine
+from kanllama_lightning.small_files import (
+    read_csv,
+    read_json,
+    read_text,
+    read_yaml,
+    there,
+)
 from kanllama_lightning.types import InputError
 
 CONFIG, SESSIONS, SUMMARY, CHECKPOINTS, HEAD, HEADS, LOGGER_ID, EVAL = (
@@ -76,29 +82,60 @@ def head_folder(root: str | Path, name: str) -> Path:
 
 def members(folder: Path) -> list[Path]:
     """Folders of the heads that a run trained side by side; empty for a run of one head."""
-    path = folder / SUMMARY
-    names = read_json(path).get("heads") if path.is_file() else None
-    return [folder / name for name in names] if isinstance(names, list) else []
+    return [folder / name for name in read_summary(folder).get("heads", [])]
 
 
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Replace a JSON file whole."""
-    write_text(path, json.dumps(values, indent=2) + "\n")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
+def read_summary(folder: Path) -> dict[str, Any]:
+    """`summary.json` of a run; empty where there is none.
 
     Raises:
-        InputError: It does not.
+        InputError: It is damaged.
     """
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as e:
-        raise InputError(f"{path}: is no valid JSON ({e}); delete it, it is made anew") from e
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: holds no JSON object; delete it, it is made anew")
-    return values
+    path = folder / SUMMARY
+    remedy = f"move it away, `python train.py fit ... --ckpt_path {folder}` writes it anew"
+    return read_json(path, RunSummary, remedy) if there(path) else {}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.yaml` of a run; empty where there is none.
+
+    Raises:
+        InputError: It is damaged.
+    """
+    path = folder / CONFIG
+    return read_yaml(path, RunConfig, "mend it, or copy it anew") if there(path) else {}
+
+
+def read_logger_id(folder: Path) -> str:
+    """The W&B id of a run.
+
+    Raises:
+        InputError: There is none, or it is no id.
+    """
+    path = folder / LOGGER_ID
+    remedy = "delete it, the run gets a new one"
+    found = read_text(path, remedy, most=1024).strip()
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,128}", found):
+        raise InputError(f"{path}: {found[:40]!r} is no id of a W&B run; {remedy}")
+    return found
+
+
+class LMConfig(TypedDict, total=False):
+    """What names the LM in a configuration."""
+
+    name: str
+    hook_point: str
+    revision: str | None
+    untrained: bool
+
+
+class RunConfig(TypedDict, total=False):
+    """`config.yaml`, as far as somebody reads it before the parser does."""
+
+    lm: LMConfig
+    data: dict[str, Any]
+    model: dict[str, Any]
+    trainer: dict[str, Any]
 
 
 class Table:
@@ -127,19 +164,15 @@ class Table:
             writer.writerows(self._before(step))
             writer.writerows(rows)
 
-    def _before(self, step: int) -> list[dict[str, str]]:
+    def _before(self, step: int) -> list[dict[str, Any]]:
         """Rows of earlier steps."""
-        if not self.path.exists():
+        if not there(self.path):
             return []
-        whole, _, _ = self.path.read_bytes().rpartition(b"\r\n")
-        try:
-            rows = list(csv.DictReader(io.StringIO(whole.decode(), newline="")))
-            kept = [row for row in rows if int(row["step"]) < step]
-            if any(set(row) != set(self.columns) or None in row.values() for row in kept):
-                raise ValueError("rows that are not as its columns say")
-        except (ValueError, KeyError, TypeError, csv.Error) as e:
+        cells = dict.fromkeys(self.columns, str) | {"step": int}
+        rows = read_csv(self.path, cells, "move it away, a new one is begun", whole=False)
+        if rows and list(rows[0]) != self.columns:
             raise InputError(
-                f"{self.path}: is no table with the columns {', '.join(self.columns)} ({e}); move "
-                "it away, a new one is begun"
-            ) from e
-        return kept
+                f"{self.path}: is no table with the columns {', '.join(self.columns)}; move it "
+                "away, a new one is begun"
+            )
+        return [row for row in rows if row["step"] < step]

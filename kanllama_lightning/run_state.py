@@ -7,8 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from kanllama_lightning.lock import LOCK, Holder, holder_of
 from kanllama_lightning.run import (
     CHECKPOINTS,
@@ -20,7 +18,8 @@ from kanllama_lightning.run import (
     SESSIONS,
     SUMMARY,
     members,
-    read_json,
+    read_config,
+    read_summary,
 )
 from kanllama_lightning.saved import checkpoints, damage
 from kanllama_lightning.types import InputError
@@ -79,7 +78,7 @@ def look(folder: Path, mine: bool = False, was_left: bool = False) -> RunState:
 
     Args:
         folder: Need not exist.
-        mine: Whether this process has its lock, which then says nothing.
+        mine: Whether the lock is that of this run, and says nothing.
         was_left: Whether the lock that this process took had been left behind.
 
     Raises:
@@ -90,7 +89,7 @@ def look(folder: Path, mine: bool = False, was_left: bool = False) -> RunState:
     holder = None if mine else holder_of(folder)
     if holder is not None:
         return RunState(folder, Kind.IN_USE, holder=holder)
-    summary = read_json(folder / SUMMARY) if (folder / SUMMARY).is_file() else {}
+    summary = read_summary(folder)
     whole = [path for path in checkpoints(folder) if damage(path, through=False) is None]
     step = step_of(whole[-1]) if whole else _number(summary.get("steps"))
     heads = [one / HEAD / "head.json" for one in members(folder) or [folder]]
@@ -174,12 +173,8 @@ def _covers(summary: dict[str, Any], step: int, budget: int) -> bool:
 
 
 def _budget(folder: Path) -> int:
-    """`model.tokens` of the run; 0 if it cannot be told."""
-    try:
-        config = yaml.safe_load((folder / CONFIG).read_text())
-        return _number(config["model"]["tokens"])
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
-        return 0
+    """`model.tokens` of the run; 0 if it does not say."""
+    return _number(read_config(folder).get("model", {}).get("tokens"))
 
 
 def _number(value: Any) -> int:

@@ -1,21 +1,41 @@
 """Checkpoints on disk: sealed when whole, found out when torn."""
 
-import json
 import logging
+import pickle
 import re
 import zlib
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypedDict
 
+import torch
 from safetensors.torch import load_file
 
 from kanllama_lightning.buffer import ShuffleBuffer, dealt
-from kanllama_lightning.run import CHECKPOINTS, write_json
+from kanllama_lightning.run import CHECKPOINTS
+from kanllama_lightning.small_files import Count, FileName, Wrong, check, read_json, write_json
+from kanllama_lightning.types import InputError
 
 log = logging.getLogger(__name__)
 
 CHUNK = 1 << 24
 NAME = re.compile(r"step=\d{9,}\.ckpt")
+
+
+class Sealed(TypedDict):
+    """What a seal says of a file."""
+
+    size: Count
+    crc32: Count
+
+
+class Held(TypedDict):
+    """What is in a `.ckpt` file, as far as going on needs it."""
+
+    state_dict: dict[str, Any]
+    optimizer_states: list[Any]
+    loops: dict[str, Any]
+    global_step: Count
+    epoch: Count
 
 
 class Written(NamedTuple):
@@ -102,10 +122,10 @@ def damage(checkpoint: Path, through: bool = True) -> str | None:
     if not seal_path.is_file():
         return f"{seal_path.name}, which is written last, is missing"
     try:
-        said = json.loads(seal_path.read_text())
-        listed = {name: Written(name, int(f["size"]), int(f["crc32"])) for name, f in said.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{seal_path.name} cannot be read"
+        said = read_json(seal_path, dict[FileName, Sealed], "it is never gone on from")
+    except InputError as e:
+        return str(e)
+    listed = {name: Written(name, **file) for name, file in said.items()}
     if checkpoint.name not in listed:
         return f"{seal_path.name} does not list it"
     for name, want in listed.items():
@@ -116,6 +136,21 @@ def damage(checkpoint: Path, through: bool = True) -> str | None:
             return f"{name} has {path.stat().st_size:,} bytes instead of {want.size:,}"
         if through and written(path).crc32 != want.crc32:
             return f"{name} is not what was written (its checksum differs)"
+    return _unusable(checkpoint) if through else None
+
+
+def _unusable(checkpoint: Path) -> str | None:
+    """Why a file whose checksum is right is no checkpoint all the same; nothing in it is run."""
+    try:
+        held = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        check(held, Held)
+    except Wrong as e:
+        return f"{checkpoint.name} is no checkpoint of a run ({e})"
+    except pickle.UnpicklingError:
+        return f"{checkpoint.name} holds more than tensors and plain values: it is not opened"
+    except (RuntimeError, ValueError, TypeError, LookupError, EOFError, OSError) as e:
+        said = str(e).splitlines() or [type(e).__name__]
+        return f"{checkpoint.name} is no checkpoint ({said[0][:200]})"
     return None
 
 

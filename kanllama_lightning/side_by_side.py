@@ -1,19 +1,21 @@
 """Several heads, to be trained on the same activations."""
 
 import copy
+import math
 import re
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
 from kanllama_lightning.heads import SAEHead
-from kanllama_lightning.heads.base import Trained, import_class
+from kanllama_lightning.heads.base import Trained
+from kanllama_lightning.named import named_class
 from kanllama_lightning.types import InputError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=-]*")
 RESERVED = {"head", "heads", "checkpoints", "baselines", "wandb", "eval", "train", "val", "time"}
 """Names of what else is in a run folder, or in front of a figure."""
-KEYS = ("class_path", "init_args", "lr")
+KEYS = ("class_path", "init_args", "lr", "optimizer")
 
 
 class SideBySide(Trained):
@@ -25,8 +27,10 @@ class SideBySide(Trained):
     Args:
         d_model: Width of the activations (linked from the LM on the command line).
         heads: For each name a `class_path` of a head with its `init_args` (`d_model` apart), and,
-            where it is not that of `model.optimizer`, an `lr`. A `seed` among the init_args takes
-            the place of the run's.
+            where it is not that of `model.optimizer`, an `lr`; `optimizer` has any of its
+            init_args for this head. Heads whose kind has arguments of its own (`Gated`: betas 0
+            and 0.999) are trained with these. A `seed` among the init_args takes the place of
+            the run's.
         d_sae: Number of latents of the heads that do not say their own.
         target_l0: Latents per token of the heads that do not say their own.
         seed: Seed of the heads that do not say their own (linked to `seed_everything`).
@@ -47,12 +51,20 @@ class SideBySide(Trained):
         shared = {"d_model": d_model, "d_sae": d_sae, "target_l0": target_l0, "seed": seed}
         given = {key: value for key, value in shared.items() if value is not None}
         self.members: dict[str, SAEHead] = {}
-        self.rates: dict[str, float] = {}
+        self.optimizers: dict[str, dict[str, Any]] = {}
+        """Arguments of the optimizer that are a head's own."""
         for name, spec in heads.items():
             _check(name, spec)
             self.members[name] = _built(name, spec, given)
+            given_ = dict(self.members[name].optimizer_args) | (spec.get("optimizer") or {})
             if spec.get("lr") is not None:
-                self.rates[name] = _rate(name, spec["lr"])
+                given_["lr"] = spec["lr"]
+            if "lr" in given_:
+                given_["lr"] = _rate(name, given_["lr"])
+            self.optimizers[name] = given_
+        self.seeds = {
+            name: (spec.get("init_args") or {}).get("seed") for name, spec in heads.items()
+        }
         self.alone = {name: alone(spec, d_sae, target_l0) for name, spec in heads.items()}
 
 
@@ -69,8 +81,13 @@ def alone_config(config: dict[str, Any], together: SideBySide, name: str) -> dic
     config = copy.deepcopy(config)
     config["model"]["head"] = copy.deepcopy(together.alone[name])
     optimizer = config["model"].get("optimizer")
-    if name in together.rates and isinstance(optimizer, dict):
-        optimizer.setdefault("init_args", {})["lr"] = together.rates[name]
+    if isinstance(optimizer, dict):
+        own = {
+            k: list(v) if isinstance(v, tuple) else v for k, v in together.optimizers[name].items()
+        }
+        optimizer["init_args"] = (optimizer.get("init_args") or {}) | own
+    if together.seeds[name] is not None:
+        config["head_seed"] = together.seeds[name]
     return config
 
 
@@ -86,6 +103,13 @@ def _check(name: str, spec: Any) -> None:
             f"{where}={spec!r}: must be a class_path with init_args, such as "
             "{class_path: BatchTopK, init_args: {d_sae: 1024, target_l0: 16}}"
         )
+    if not isinstance(spec.get("optimizer") or {}, dict):
+        raise InputError(
+            f"{where}.optimizer={spec['optimizer']!r}: must be arguments of model.optimizer, such "
+            "as {betas: [0.0, 0.999]}"
+        )
+    if spec.get("lr") is not None and "lr" in (spec.get("optimizer") or {}):
+        raise InputError(f"{where}: gives lr twice, by itself and in optimizer; leave one out")
     unknown = sorted(spec.keys() - set(KEYS))
     if unknown:
         raise InputError(f"{where}.{unknown[0]}: no such key; allowed are {', '.join(KEYS)}")
@@ -96,8 +120,10 @@ def _rate(name: str, lr: Any) -> float:
         rate = float(lr)
     except (TypeError, ValueError):
         rate = -1.0
-    if not rate > 0:
-        raise InputError(f"model.head.heads.{name}.lr={lr!r}: must be a number larger than 0")
+    if not 0 < rate < math.inf:
+        raise InputError(
+            f"model.head.heads.{name}.lr={lr!r}: must be a finite number larger than 0"
+        )
     return rate
 
 
@@ -109,7 +135,7 @@ def _built(name: str, spec: dict[str, Any], given: dict[str, Any]) -> SAEHead:
     asked = {"class_path": spec["class_path"], "init_args": args}
     try:
         parsed = parser.parse_object({"head": asked}).head
-        head: SAEHead = import_class(parsed.class_path, SAEHead)(**parsed.init_args.as_dict())
+        head: SAEHead = named_class(parsed.class_path, SAEHead)(**parsed.init_args.as_dict())
     except ArgumentError as e:
         text = re.sub(r"\s*\n\s*", " ", str(e)).strip()
         raise InputError(f"model.head.heads.{name}: {text[:600]}") from e

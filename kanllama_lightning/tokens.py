@@ -109,6 +109,8 @@ class TokenData(LightningDataModule):
         self.workers = workers
         self.cache, self.cache_tokens = cache, cache_tokens
         self.cached: Cache | None = None
+        self.epoch_tokens: float | None = None
+        """Tokens of the training text, estimated; known after `setup`, where its size is."""
         self.position: Int[Tensor, " 3"] = torch.zeros(3, dtype=torch.int64)
         self._val: dict[str, Rows] = {}
 
@@ -249,11 +251,12 @@ class TokenData(LightningDataModule):
                 self.val_tokens,
             )
             self.val_fraction = raised
+        self.epoch_tokens = (1 - self.val_fraction) * tokens
         logger.info(
             "train: %s, %d documents, about %.3g tokens per epoch, %.3g held out",
             corpus.name,
             corpus.n_documents,
-            (1 - self.val_fraction) * tokens,
+            self.epoch_tokens,
             self.val_fraction,
         )
 

@@ -12,6 +12,8 @@ from kanllama_lightning.types import SAEOutput, StepContext
 
 DEAD_REFRESH_STEPS = 10
 """The list of dead latents is made anew so often; it is looked at in every step."""
+NEVER = 2**62
+"""The step in which a loss stopped being finite, as long as it is."""
 
 
 class Trainee(nn.Module):
@@ -28,6 +30,7 @@ class Trainee(nn.Module):
     dead_mask: Tensor
     silent_tokens: Tensor
     grad_norm_mean: Tensor
+    bad_step: Tensor
 
     def __init__(self, name: str, head: SAEHead, schedule: Schedule, clip_ratio: float) -> None:
         super().__init__()
@@ -36,6 +39,7 @@ class Trainee(nn.Module):
         self.register_buffer("silent_tokens", torch.zeros(head.d_sae, dtype=torch.int64))
         self.register_buffer("dead_mask", torch.zeros(head.d_sae, dtype=torch.bool))
         self.register_buffer("grad_norm_mean", torch.zeros(()))
+        self.register_buffer("bad_step", torch.tensor(NEVER), persistent=False)
 
     @property
     def prefix(self) -> str:
@@ -66,6 +70,18 @@ class Trainee(nn.Module):
             self.silent_tokens += len(x) * ranks.world()
             self.silent_tokens.masked_fill_(fired, 0)
         return losses, out
+
+    @torch.no_grad()
+    def watch_(self, loss: Float[Tensor, ""], step: int) -> None:
+        """Remember the first step whose loss is not finite, on the device: waits for nothing."""
+        self.bad_step = self.bad_step.minimum(torch.where(loss.isfinite(), NEVER, step))
+
+    def unsound(self) -> str | None:
+        """The first of its weights that is not finite; None if all are."""
+        for name, weight in self.head.named_parameters():
+            if not bool(weight.isfinite().all()):
+                return name
+        return None
 
     @torch.no_grad()
     def figures(

@@ -16,7 +16,6 @@ from kanllama_lightning.lm import FrozenLM
 from kanllama_lightning.prompts.reading import (
     bos,
     check_length,
-    context,
     log_probs,
     quoted,
     seen_by,
@@ -122,7 +121,7 @@ def try_text(
         names = [token_text(lm.tokenizer, i) for i in best.indices.tolist()]
         predictions[run] = list(zip(names, best.values.exp().tolist(), strict=True))
     return Trial(
-        about=f"{type(head).__name__}, {head.d_sae} latents at {lm.hook.name} of {lm.name}",
+        about=f"{head.title}, {head.d_sae} latents at {lm.hook.name} of {lm.name}",
         text=text,
         tokens=_tokens(lm, text, ids, seen, latents),
         predictions=predictions,
@@ -167,7 +166,7 @@ def _continue(
     ends = _ends(lm)
     stopped = "length"
     while len(new) < n_new:
-        if len(ids) + len(new) > context(lm):
+        if lm.positions is not None and len(ids) + len(new) > lm.positions:
             stopped = "context"
             break
         logits = _logits(head, lm, seen_by(head, lm, ids + new), run, steer)

@@ -252,5 +252,18 @@ class ValidationBatch(NamedTuple):
     """The head's output on x, as at inference."""
 
 
+class RunDiverged(Exception):  # noqa: N818
+    """A run whose numbers are no longer finite. Nothing of it was saved since.
+
+    Args:
+        what: What is not finite, and since when.
+        folder: Of the run, with its checkpoints from before that.
+    """
+
+    def __init__(self, what: str, folder: Path) -> None:
+        super().__init__(what)
+        self.what, self.folder = what, folder
+
+
 class RunFinished(Exception):
     """There is nothing left to do in the run that was named; nothing was written."""

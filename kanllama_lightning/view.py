@@ -6,12 +6,18 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kanllama_lightning.heads.base import SAEHead
-from kanllama_lightning.types import Prefix, TokenBatch, ValidationBatch
+from kanllama_lightning.lm import overflow_hint
+from kanllama_lightning.types import InputError, Prefix, TokenBatch, ValidationBatch
 
 
 def regular(rows: Float[Tensor, "*tok d_model"], norm_limit: Tensor) -> Bool[Tensor, "*tok"]:
-    """False where an activation is an attention sink (METHODS 0.5)."""
-    return rows.float().norm(dim=-1) <= norm_limit
+    """False where an activation is an attention sink (METHODS 0.5); NaN and infinity are none."""
+    return within(rows.float().norm(dim=-1), norm_limit)
+
+
+def within(sizes: Float[Tensor, "*tok"], norm_limit: Tensor) -> Bool[Tensor, "*tok"]:
+    """`regular`, from the norms of the activations."""
+    return ~(sizes > norm_limit) | ~sizes.isfinite()
 
 
 def view(
@@ -29,10 +35,19 @@ def view(
         set_name: Name of the set it belongs to.
         head: As at inference if it is in evaluation mode.
         norm_limit: Rows with a larger norm do not count; left out, the head's own.
+
+    Raises:
+        InputError: An activation that counts is NaN or infinite.
     """
     limit = head.norm_limit if norm_limit is None else norm_limit
     mask = tokens.keep & regular(prefix.acts, limit)
     x = prefix.acts[mask].float()
+    if not bool(x.isfinite().all()):
+        bad = int((~x.isfinite().all(1)).sum())
+        raise InputError(
+            f"text {set_name!r}: on {bad:,} of {len(x):,} tokens the LM's activations are NaN or "
+            f"infinite. {overflow_hint(prefix.acts.dtype)}Give an undamaged model"
+        )
     return ValidationBatch(set_name, tokens, prefix, mask, x, head(x))
 
 

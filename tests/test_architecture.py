@@ -12,6 +12,8 @@ FILES = [
     for p in (ROOT / folder).rglob("*.py")
 ]
 HEADS = "kanllama_lightning.heads"
+READING = {f"kanllama_lightning.{name}" for name in ("types", "files", "small_files", "named")}
+"""What may be used wherever a saved file is read."""
 SHARED_BY_HEADS = {
     f"{HEADS}.{name}"
     for name in (
@@ -78,7 +80,7 @@ def test_arrows(file: Path) -> None:
         assert all(f"{u}.".startswith("kanllama_lightning.functional.") for u in used)
     if name.startswith(f"{HEADS}.") and file.name != "__init__.py":
         assert not packages(file) & {"lightning", "transformers", "datasets", "wandb"}
-        allowed = SHARED_BY_HEADS | {HEADS, "kanllama_lightning.types", "kanllama_lightning.files"}
+        allowed = SHARED_BY_HEADS | {HEADS, *READING}
         assert all(u in allowed or ".functional" in u for u in used if u != "kanllama_lightning")
     if name.startswith("kanllama_lightning."):
         assert "callbacks" not in packages(file), (
@@ -89,8 +91,7 @@ def test_arrows(file: Path) -> None:
             "only the command line names the planner"
         )
     if name in ("kanllama_lightning.cache.reading", "kanllama_lightning.cache.shards"):
-        known = {"kanllama_lightning.cache.shards", "kanllama_lightning.types"}
-        assert used <= known | {"kanllama_lightning.files"}, (
+        assert used <= {"kanllama_lightning.cache.shards", *READING}, (
             "reading a cache needs neither LM nor text"
         )
     if ".reports." not in name:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def test_a_run_leaves_everything_behind(capsys: pytest.CaptureFixture, run_folde
     assert summary["tokens"] == 2560
     assert summary["finished"] is True
     assert summary["tokens_per_second"] > 0
-    for control in ("PCA", "random_dictionary", "untrained_head"):
+    for control in ("PCA", "untrained_head"):
         assert math.isfinite(summary[f"baseline/{control}/delta_ce"])
 
     l0 = pd.read_csv(run_folder / "l0.csv")
@@ -196,6 +197,126 @@ def test_same_seed_same_run(fit: Fit, tmp_path: Path) -> None:
     a, b, c = (weights(tmp_path / name) for name in "abc")
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert not torch.equal(a["W_dec"], c["W_dec"])
+
+
+def figures(folder: Path) -> dict[str, float]:
+    summary = json.loads((folder / "summary.json").read_text())
+    return {
+        k: v for k, v in summary.items() if not k.startswith(("seconds", "tokens_per", "time/"))
+    }
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+def test_ended_in_the_final_validation_and_continued_is_the_same_run(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, buffered: bool
+) -> None:
+    """No training hook runs then; a head without a buffer is calibrated all the same."""
+    given = {} if buffered else {"model.buffer.capacity_tokens": "0"}
+    calm, ended = tmp_path / "calm", tmp_path / "ended"
+    assert fit(run=str(calm), trainer__logger="false", **given) == 0
+
+    from kanllama_lightning.cli import KanllamaCLI
+
+    def end(_: KanllamaCLI) -> None:
+        raise MemoryError("as if the machine had gone")
+
+    with monkeypatch.context() as m:
+        m.setattr(KanllamaCLI, "after_fit", end)
+        with pytest.raises(MemoryError):
+            fit(run=str(ended), trainer__logger="false", **given)
+    assert not (ended / "summary.json").exists()
+    assert fit(f"--ckpt_path={ended}", trainer__logger="false", **given) == 0
+    assert all(torch.equal(v, weights(ended)[k]) for k, v in weights(calm).items())
+    assert figures(ended) == figures(calm)
+    assert any(key.startswith("time/") for key in json.loads((ended / "summary.json").read_text()))
+
+
+def test_a_finished_run_says_so_and_is_left_alone(
+    run_folder: Path, fit: Fit, capsys: pytest.CaptureFixture
+) -> None:
+    def stamps() -> dict[Path, int]:
+        return {p: p.stat().st_mtime_ns for p in run_folder.rglob("*") if p.is_file()}
+
+    before = stamps()
+    capsys.readouterr()
+    assert fit(f"--ckpt_path={run_folder}") == 0
+    assert "nothing is left to do" in capsys.readouterr().err
+    assert stamps() == before
+    refused(capsys, fit(f"--ckpt_path={run_folder}", model__tokens="640"), "ask for more")
+    refused(
+        capsys,
+        fit(f"--ckpt_path={run_folder}", run=str(run_folder.parent / "other")),
+        "--run",
+        str(run_folder),
+        "a run goes on in its own folder",
+    )
+    assert stamps() == before
+
+
+def test_a_config_of_before_is_a_recipe(
+    run_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`run` and `ckpt_path` in it are said to be left out; `--run` counts."""
+    old = tmp_path / "old.yaml"
+    config = yaml.safe_load((run_folder / "config.yaml").read_text())
+    said = {"run": str(run_folder), "ckpt_path": str(run_folder)}
+    old.write_text(yaml.safe_dump(config | said))
+    before = (run_folder / "summary.json").read_bytes()
+    assert main(["fit", f"--config={old}", f"--run={tmp_path / 'new'}"]) == 0
+    assert (run_folder / "summary.json").read_bytes() == before
+    assert figures(tmp_path / "new") == figures(run_folder)
+    for key in said:
+        assert any(r.message.startswith(f"{key} in a config") for r in caplog.records)
+
+
+def test_what_makes_a_run_a_run_is_always_there(fit: Fit, tmp_path: Path) -> None:
+    assert fit(trainer__callbacks="[]", model__tokens="640", trainer__logger="false") == 0
+    folder = only_run(tmp_path)
+    assert (folder / "head" / "head.json").is_file()
+    assert "baseline/PCA/fvu" in figures(folder)
+    assert not (folder / "lens.csv").exists(), "an extra"
+
+
+def test_the_run_folder_in_the_environment(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("KANLLAMA_RUN_FOLDER", str(tmp_path / "told"))
+    assert fit(model__tokens="64", trainer__logger="false") == 0
+    assert (tmp_path / "told" / "summary.json").is_file()
+    capsys.readouterr()
+    refused(capsys, fit(run=str(tmp_path / "other")), "KANLLAMA_RUN_FOLDER", "name one folder")
+
+
+def test_left_by_a_kill_before_the_first_checkpoint(
+    fit: Fit, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture
+) -> None:
+    """Named and cleared by the same command; `last` says to leave it out."""
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    for name in ("checkpoints/step=000000010.ckpt.tmp", "wandb_id", "l0.csv"):
+        (folder / name).touch()
+    refused(capsys, fit("--ckpt_path=last", run=str(folder)), "leave --ckpt_path out")
+    assert fit(run=str(folder), model__tokens="64", trainer__logger="false") == 0
+    assert any("cleared away" in r.message for r in caplog.records)
+    assert (folder / "summary.json").is_file()
+
+
+def test_a_folder_deleted_under_a_run(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from kanllama_lightning.module import SAEModule
+
+    original = SAEModule.on_train_batch_end
+
+    def delete(self: SAEModule, *args: object) -> None:
+        original(self, *args)
+        if self.trainer.global_step == 5:
+            shutil.rmtree(tmp_path / "run")
+
+    monkeypatch.setattr(SAEModule, "on_train_batch_end", delete)
+    code = fit(run=str(tmp_path / "run"), model__tokens="640", trainer__logger="false")
+    refused(capsys, code, "deleted, moved or replaced", "--ckpt_path NEW_FOLDER")
+    assert not (tmp_path / "run").exists(), "nothing is written into its place"
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed"])

@@ -65,7 +65,7 @@ def test_a_model_that_knows_its_text_passes(declared_trained, likely):
 
 
 def test_a_hook_point_that_does_not_matter(declared_trained, likely):
-    declared_trained.model.model.layers[1].mlp.down_proj.weight.data.mul_(0.0)
+    declared_trained.model.model.layers[1].mlp.down_proj.weight.data.neg_()  # worse than nothing
     with pytest.raises(InputError, match=r"zeros does not raise the loss.*--lm\.untrained"):
         preflight(declared_trained, likely)
     declared_trained.untrained = True

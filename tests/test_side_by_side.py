@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from kanllama_lightning.heads import SAEHead
 from kanllama_lightning.reports.cli import main as evaluate
@@ -14,10 +15,11 @@ from kanllama_lightning.types import InputError
 from tests.conftest import ALONE, Fit, only_run, read_rows, side_by_side_config
 from tests.wandb_file import history
 
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 HEADS: dict[str, dict[str, Any]] = {
     "linear": {"class_path": "BatchTopK", "lr": 0.02},
     "kan": {"class_path": "KANEncoder", "init_args": {"d_sae": 24, "target_l0": 3}},
-    "gated": {"class_path": "Gated"},
+    "gated": {"class_path": "Gated", "init_args": {"seed": 5}},
 }
 
 
@@ -50,6 +52,66 @@ def test_each_head_is_what_it_would_be_alone(run: Path, tmp_path: Path) -> None:
             for key in [k for k in summary if k.startswith(("time/", "seconds", "tokens_per"))]:
                 del summary[key]
         assert a == b
+
+
+def test_gated_is_what_its_own_config_makes_of_it(run: Path, fit: Fit, tmp_path: Path) -> None:
+    """Bit for bit, momentum left out as in configs/gated.yaml; the others keep theirs."""
+    folder = tmp_path / "alone"
+    size = ["--model.head.d_sae=32", "--model.head.target_l0=4", "--model.optimizer.lr=0.01"]
+    assert fit(f"--config={CONFIGS / 'gated.yaml'}", *size, run=str(folder), **ALONE) == 0
+    want, got = (SAEHead.load(f / "head").state_dict() for f in (folder, run / "gated"))
+    for key, value in want.items():
+        assert torch.equal(got[key], value), key
+    betas = {}
+    for name in HEADS:
+        config = yaml.safe_load((run / name / "config.yaml").read_text())
+        betas[name] = config["model"]["optimizer"]["init_args"]["betas"]
+    assert betas == {"linear": [0.9, 0.999], "kan": [0.9, 0.999], "gated": [0.0, 0.999]}
+
+
+def test_a_head_may_have_any_argument_of_the_optimizer(fit: Fit, tmp_path: Path) -> None:
+    heads = {
+        "plain": {"class_path": "TopK"},
+        "own": {"class_path": "TopK", "optimizer": {"lr": 0.02, "eps": 1e-3, "betas": [0.5, 0.9]}},
+        "momentum": {"class_path": "Gated", "optimizer": {"betas": [0.9, 0.999]}},
+    }
+    run = tmp_path / "together"
+    assert fit(side_by_side_config(tmp_path, heads), run=str(run), **ALONE) == 0
+    own = yaml.safe_load((run / "own/config.yaml").read_text())["model"]["optimizer"]["init_args"]
+    assert (own["lr"], own["eps"], own["betas"]) == (0.02, 1e-3, [0.5, 0.9])
+    gated = yaml.safe_load((run / "momentum/config.yaml").read_text())["model"]["optimizer"]
+    assert gated["init_args"]["betas"] == [0.9, 0.999]
+    from train import main
+
+    alone = tmp_path / "alone"
+    assert main(["fit", f"--config={run / 'own/config.yaml'}", f"--run={alone}"]) == 0
+    want, got = (SAEHead.load(f / "head").state_dict() for f in (alone, run / "own"))
+    plain = SAEHead.load(run / "plain/head").state_dict()
+    for key, value in want.items():
+        assert torch.equal(got[key], value), key
+    assert not torch.equal(plain["W_dec"], got["W_dec"])
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        ({"nesterov": True}, "heads.a.optimizer"),
+        ({"betas": [2.0, 0.9]}, "heads.a.optimizer"),
+        ({"lr": float("nan")}, "heads.a.lr=nan"),
+        ([0.9], "heads.a.optimizer=[0.9]: must be arguments"),
+    ],
+)
+def test_arguments_the_optimizer_does_not_take_are_one_line(
+    optimizer: Any,
+    message: str,
+    fit: Fit,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    wrong = side_by_side_config(tmp_path, {"a": {"class_path": "TopK", "optimizer": optimizer}})
+    assert fit(wrong, **ALONE) == 2
+    (line,) = [s for s in capsys.readouterr().err.splitlines() if s.startswith("error: ")]
+    assert message in line
 
 
 def test_figures_are_logged_under_the_names(run: Path) -> None:
@@ -107,7 +169,7 @@ def test_a_head_may_have_a_seed_of_its_own() -> None:
         ({"eval": {"class_path": "TopK"}}, "eval: the name is that of a folder"),
         ({"a": "TopK"}, "must be a class_path with init_args"),
         ({"a": {"class_path": "TopK", "k": 4}}, r"heads\.a\.k: no such key"),
-        ({"a": {"class_path": "TopK", "lr": -1}}, r"heads\.a\.lr=-1: must be a number"),
+        ({"a": {"class_path": "TopK", "lr": -1}}, r"heads\.a\.lr=-1: must be a finite number"),
         ({"a": {"class_path": "TopK", "init_args": {"target_l0": 99}}}, r"heads\.a: .*target_l0"),
         ({"a": {"class_path": "TopK", "init_args": {"k": 9}}}, r"heads\.a: .*k"),
         ({"a": {"class_path": "Nothing"}}, r"heads\.a: .*Nothing"),

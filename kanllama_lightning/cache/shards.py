@@ -3,13 +3,20 @@
 import json
 import zlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypedDict
 
 import torch
 from jaxtyping import BFloat16
 from torch import Tensor
 
 from kanllama_lightning.files import replacing
+from kanllama_lightning.small_files import (
+    Count,
+    Like,
+    Within,
+    read_json,
+    there,
+)
 from kanllama_lightning.types import InputError
 
 MANIFEST = "manifest.json"
@@ -40,6 +47,30 @@ class Shard(NamedTuple):
     end: Place
 
 
+class Listed(TypedDict):
+    """A shard, as a manifest lists it."""
+
+    name: Annotated[str, Like(r"\d{6,}\.bf16", "the name of a shard, such as 000000.bf16")]
+    rows: Annotated[int, Within(1, 1 << 40)]
+    crc32: Annotated[int, Within(0, (1 << 32) - 1)]
+    start: tuple[Count, Count, Count, Count]
+    end: tuple[Count, Count, Count, Count]
+
+
+class Named(TypedDict):
+    """Whose activations a manifest says they are, as far as reading them needs it."""
+
+    d_model: Annotated[int, Within(1, 1 << 24)]
+
+
+class Manifest(TypedDict):
+    """`manifest.json`."""
+
+    key: Named
+    whole: bool
+    shards: list[Listed]
+
+
 class Cache:
     """A folder of activations [row, d_model] in bf16, little-endian, without headers.
 
@@ -65,20 +96,24 @@ class Cache:
             InputError: The folder holds the activations of something else; lists what differs.
         """
         file = folder / MANIFEST
-        if not file.exists():
+        if not there(file):
             return cls(folder, key, [], False)
+        remedy = "delete the folder, or give another one: the activations are written anew"
         try:
-            read = json.loads(file.read_text())
-            shards = [
-                Shard(s["name"], s["rows"], s["crc32"], Place(*s["start"]), Place(*s["end"]))
-                for s in read["shards"]
-            ]
-            cache = cls(folder, read["key"], shards, read["whole"])
-        except (ValueError, KeyError, TypeError) as e:
-            raise InputError(
-                f"data.cache={str(folder)!r}: {MANIFEST} is damaged ({e!r}); delete the folder, or "
-                "give another one: the activations are written anew"
-            ) from e
+            read = read_json(file, Manifest, remedy)
+        except InputError as e:
+            raise InputError(f"data.cache={str(folder)!r}: {e}") from e
+        shards = [
+            Shard(s["name"], s["rows"], s["crc32"], Place(*s["start"]), Place(*s["end"]))
+            for s in read["shards"]
+        ]
+        for i, shard in enumerate(shards):
+            if shard.name != f"{i:06d}.bf16" or (i and shard.start != shards[i - 1].end):
+                raise InputError(
+                    f"data.cache={str(folder)!r}: {file}: shard {i} does not follow the one before "
+                    f"it; {remedy}"
+                )
+        cache = cls(folder, read["key"], shards, read["whole"])
         have = cache.key
         differences = [
             f"  {name}: {have.get(name)!r} in the cache, {key.get(name)!r} wanted"

@@ -42,6 +42,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "ce_score": ("CE score", "{:.4f}".format),
     "kl": ("KL", _fine),
     "dead_frac": ("dead", "{:.1%}".format),
+    "dead_tokens": ("dead: of N tokens", "{:,.0f}".format),
     "dense_frac": ("dense", "{:.1%}".format),
     "lens_kurtosis_median": ("kurtosis, median", "{:.2f}".format),
     "lens_skewness_median": ("skewness, median", "{:.2f}".format),
@@ -49,15 +50,17 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "recovered_frac": ("concepts recovered", "{:.1%}".format),
     "mean_f1": ("concepts, mean F1", "{:.3f}".format),
     "train_tokens": ("training tokens", "{:,}".format),
+    "train_passes": ("passes over the text", "{:.2f}".format),
     "train_tokens_per_second": ("tokens/s", "{:,.0f}".format),
+    "train_commit": ("commit", str),
 }
 """Columns for people, with their heads; those blank for all runs are left out."""
 BESIDE = (
     *("lens_kurtosis_median", "lens_skewness_median", "sae_agreement", "recovered_frac", "mean_f1"),
-    *("train_tokens", "train_tokens_per_second"),
+    *("train_tokens", "train_passes", "train_tokens_per_second", "train_commit"),
 )
 """Columns that belong to a run, not to a set."""
-BRIEF = ("parameters", "l0", "fvu", "delta_ce", "ce_score", "kl", "dead_frac")
+BRIEF = ("parameters", "l0", "fvu", "delta_ce", "ce_score", "kl", "dead_frac", "dead_tokens")
 """Columns that fit a terminal."""
 
 

@@ -5,16 +5,67 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
 
 import pandas as pd
 
-from kanllama_lightning.run import EVAL, SUMMARY, read_json
+from kanllama_lightning.named import name_of, shipped
+from kanllama_lightning.run import EVAL, SUMMARY
+from kanllama_lightning.small_files import (
+    Count,
+    Positive,
+    Within,
+    read_bytes,
+    read_csv,
+    read_json,
+    there,
+)
 from kanllama_lightning.types import InputError
 
 DOCUMENTS = "documents.csv"
 LOSSES = ("ce_clean", "ce_recon", "ce_zero", "ce_mean", "kl_recon", "kl_zero", "kl_mean")
 SUMS = ("n_tokens", "n_targets", "l0", "e2", "x2", *LOSSES)
+
+Sum = Annotated[float, Within(0)]
+COLUMNS = {"set": str, "document": int} | dict.fromkeys(SUMS, float)
+COLUMNS |= dict.fromkeys(("n_tokens", "n_targets", "l0", "e2", "x2"), Sum)
+
+
+class TokenSet(TypedDict):
+    """What a record says of a set of tokens."""
+
+    tokens: NotRequired[Count]
+    ids_sha256: NotRequired[str | None]
+
+
+class Recorded(TypedDict):
+    """`eval/summary.json`, as far as runs are compared by it."""
+
+    sets: dict[str, TokenSet]
+    head: NotRequired[str]
+    class_path: NotRequired[str]
+    lm: NotRequired[str]
+    revision: NotRequired[str | None]
+    hook_point: NotRequired[str]
+    dtype: NotRequired[str]
+    lm_dtype: NotRequired[str | None]
+    d_model: NotRequired[Positive]
+    d_sae: NotRequired[Positive]
+    target_l0: NotRequired[int | None]
+    seed: NotRequired[int | None]
+    parameters: NotRequired[Count | None]
+    scale: NotRequired[float | None]
+    train_tokens: NotRequired[Count | None]
+    train_tokens_per_second: NotRequired[float | None]
+    train_finished: NotRequired[bool | None]
+    train_data: NotRequired[dict[str, Any] | None]
+    head_sha256: NotRequired[str | None]
+
+
+class Marked(TypedDict):
+    """`eval/done/losses.json`, as far as it says what its files were."""
+
+    sha256: NotRequired[dict[str, str]]
 
 
 class Evaluated(NamedTuple):
@@ -104,26 +155,33 @@ def _once(argument: str, values: Sequence[str], remedy: str) -> None:
 def _load(label: str, folder: Path) -> Evaluated:
     remedy = f"run `python evaluate.py report {folder}` first"
     path = folder / EVAL / SUMMARY
-    if not path.is_file():
+    if not there(path):
         raise InputError(f"RUN={str(folder)!r}: has no {EVAL}/{SUMMARY}; {remedy}")
-    summary = read_json(path)
+    summary: dict[str, Any] = read_json(path, Recorded, remedy)
+    known = shipped(str(summary.get("class_path", "")))
+    if known is not None:  # whatever the file of the class was called then
+        summary["class_path"] = name_of(known)
     if not summary.get("sets"):
         raise InputError(f"{path}: names no token sets; {remedy}")
     table = folder / EVAL / DOCUMENTS
-    if not table.is_file():
+    if not there(table):
         raise InputError(f"RUN={str(folder)!r}: has no {EVAL}/{DOCUMENTS} (losses); {remedy}")
-    try:
-        documents = pd.read_csv(table, keep_default_na=False, na_values=[""])
-        numbers = list(SUMS)
-        documents[numbers] = documents[numbers].astype("float64")
-        documents["set"] = documents["set"].astype(str)
-        sets, _ = set(documents["set"]), documents["document"]
-    except (ValueError, KeyError) as e:
-        raise InputError(f"{table}: is damaged ({e}); delete it and {remedy}") from e
+    anew = f"delete it and {remedy}"
+    rows = read_csv(table, COLUMNS, anew)
+    _unchanged(table, folder / EVAL / "done" / "losses.json", anew)
+    documents = pd.DataFrame(rows, columns=None if rows else list(COLUMNS))
     main = next(iter(summary["sets"]))
-    if main not in sets:
+    if main not in set(documents["set"]):
         raise InputError(f"{table}: has no documents of the set {main!r}; {remedy}")
     return Evaluated(label, folder, summary, documents)
+
+
+def _unchanged(table: Path, done: Path, remedy: str) -> None:
+    """Refuse a table that is not the one its report wrote; older reports do not say."""
+    said: Marked = read_json(done, Marked) if there(done) else {}
+    want = said.get("sha256", {}).get(table.name)
+    if want is not None and hashlib.sha256(read_bytes(table)).hexdigest() != want:
+        raise InputError(f"{table}: was changed since it was made (its checksum differs); {remedy}")
 
 
 def _labels(places: Sequence[Path]) -> list[str]:

@@ -31,6 +31,8 @@ MATCHED = 0.02
 """Share by which the larger of two L0 may exceed the smaller for them to count as matched."""
 CORRECTED = 0.1
 """The same for a difference that is corrected along a measured slope."""
+TRAINING = ("train_tokens", "train_passes", "train_tokens_per_second", "train_commit")
+"""What a row says of how the head was trained."""
 QUANTITIES = {"fvu": "FVU", "delta_ce": "delta CE", "kl": "KL"}
 """What has intervals; lower is better."""
 
@@ -92,7 +94,7 @@ def _row(run: Evaluated, name: str, drawn: Drawn) -> dict[str, Any]:
         "concepts": ("recovered_frac", "mean_f1"),
     }.items():
         row |= {key: run.figure(report, key, name) for key in names}
-    row |= {key: run.summary.get(key) for key in ("train_tokens", "train_tokens_per_second")}
+    row |= {key: run.summary.get(key) for key in TRAINING}
     row |= {"n_tokens": int(tokens), "n_targets": int(targets), "documents": len(own)}
     return {k: None if _is_nan(v) else v for k, v in row.items()}
 

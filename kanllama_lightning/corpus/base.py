@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kanllama_lightning.named import ship
 from kanllama_lightning.types import InputError
 
 
@@ -45,6 +46,10 @@ class Corpus(ABC):
     """Document numbers in use, known after `open()`; None if the source does not say."""
     vocabularies: tuple[Vocabulary, ...] = ()
     """The vocabularies of its pre-tokenised parts, known after `open()`; empty for text."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        ship(cls)
 
     @property
     @abstractmethod

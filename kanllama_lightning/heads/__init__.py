@@ -2,7 +2,12 @@
 
 from kanllama_lightning.heads.base import SAEHead
 from kanllama_lightning.heads.batch_topk import BatchTopK
-from kanllama_lightning.heads.controls import RandomDictionary, WideBatchTopK
+from kanllama_lightning.heads.controls import (
+    FrozenDecoder,
+    FrozenEncoder,
+    SoftlyFrozenDecoder,
+    WideBatchTopK,
+)
 from kanllama_lightning.heads.curved_dictionary import CurvedDictionary
 from kanllama_lightning.heads.dense_kan import DenseKANReLU, DenseOnlyKAN
 from kanllama_lightning.heads.gated import Gated
@@ -26,6 +31,8 @@ __all__ = [
     "CurvedDictionary",
     "DenseKANReLU",
     "DenseOnlyKAN",
+    "FrozenDecoder",
+    "FrozenEncoder",
     "Gated",
     "JumpReLU",
     "KANDirect",
@@ -34,8 +41,8 @@ __all__ = [
     "MLPEncoder",
     "Matryoshka",
     "OnlyKAN",
-    "RandomDictionary",
     "SAEHead",
+    "SoftlyFrozenDecoder",
     "SplineHidden",
     "SplineInput",
     "SplineLatent",

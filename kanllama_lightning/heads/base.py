@@ -1,27 +1,67 @@
 """The contract of a head, and how a head is saved: complete, readable, without pickles."""
 
-import importlib
 import inspect
-import json
 from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar, NotRequired, TypedDict
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kanllama_lightning.files import replacing, write_text
+from kanllama_lightning.files import replacing
 from kanllama_lightning.functional.losses import reconstruction
 from kanllama_lightning.functional.moments import mean_and_std, norms
+from kanllama_lightning.named import (
+    PACKAGE,
+    checked_args,
+    module_of,
+    name_of,
+    named_class,
+    only,
+    ship,
+)
+from kanllama_lightning.small_files import Count, read_json, there, write_json
 from kanllama_lightning.types import Curves, InputError, SAEOutput, StepContext
 
-FORMAT = 1
+FORMAT = 2
+"""Of a saved head; 1 named its class by `class_path`."""
+FLOATS = ("F32", "F16", "BF16", "F64")
+"""Number formats, in safetensors' words, that become a head's own on loading."""
+LARGEST = 1e8
+"""Of the numbers of a head: their products stay far from what a number can be."""
+AGAIN = "copy the folder anew from its run"
+UNIT = "x_variance"
+"""The tensor that heads lack which were saved before the loss had one unit."""
 WEIGHTS, CARD = "head.safetensors", "head.json"
 ALONE = 64
 """Latents that are decoded alone, each on a row of its own, at once."""
+
+
+class Provenance(TypedDict, total=False):
+    """Where a head comes from, as far as it says."""
+
+    lm: str
+    revision: str | None
+    hook_point: str
+    lm_dtype: str
+    tokens: Count
+    step: Count
+
+
+class Card(TypedDict):
+    """`head.json`."""
+
+    format: int
+    head: NotRequired[str]
+    class_path: NotRequired[str]
+    init_args: dict[str, Any]
+    provenance: NotRequired[Provenance]
 
 
 class Trained(nn.Module):
@@ -41,6 +81,11 @@ class SAEHead(Trained, ABC):
             same W_enc and W_dec to every kind of head.
     """
 
+    control: ClassVar[str] = ""
+    """What a head that is a control leaves out; empty for the others."""
+    optimizer_args: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    """Arguments of the optimizer that this kind of head is trained with side by side, unless the
+    configuration gives it others; alone it is trained with those of its config."""
     scale: Tensor
     norm_limit: Tensor
     x_mean: Tensor
@@ -59,6 +104,15 @@ class SAEHead(Trained, ABC):
         self.register_buffer("x_mean", torch.zeros(d_model))
         # of the start sample, summed over coordinates, in the head's units: the unit of the loss
         self.register_buffer("x_variance", torch.ones(()))
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        ship(cls)
+
+    @property
+    def title(self) -> str:
+        """What tables and pages call it: its class, or what it is a control for."""
+        return f"{self.control} (control)" if self.control else type(self).__name__
 
     @abstractmethod
     def encode(self, x: Float[Tensor, "tok d_model"]) -> Float[Tensor, "tok d_sae"]:
@@ -217,7 +271,7 @@ class SAEHead(Trained, ABC):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         # heads saved before the loss had this unit: they infer as ever, and cannot be trained on
-        state_dict.setdefault(f"{prefix}x_variance", torch.full((), torch.nan))
+        state_dict.setdefault(f"{prefix}{UNIT}", torch.full((), torch.nan))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def init_args(self) -> dict[str, Any]:
@@ -229,6 +283,11 @@ class SAEHead(Trained, ABC):
         """Number of trained numbers."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
+    def modules_named(self) -> list[str]:
+        """Modules beyond this package that its card names: what loading it has to allow."""
+        names = [name_of(type(self)), getattr(self, "kan_class", "")]
+        return sorted({module for name in names if name and (module := module_of(name))})
+
     def save(self, folder: Path, provenance: dict[str, Any] | None = None) -> None:
         """Write `head.safetensors` and `head.json`, from which `SAEHead.load` needs nothing else.
 
@@ -237,68 +296,133 @@ class SAEHead(Trained, ABC):
             provenance: Where the head comes from (model, revision, hook point, tokens, ...).
         """
         folder.mkdir(parents=True, exist_ok=True)
-        kind = type(self)
         card = {
             "format": FORMAT,
-            "class_path": f"{kind.__module__}.{kind.__qualname__}",
+            "head": name_of(type(self)),
             "init_args": self.init_args(),
             "provenance": provenance or {},
         }
         state = {k: v.detach().contiguous().cpu() for k, v in self.state_dict().items()}
         with replacing(folder / WEIGHTS) as part:
             save_file(state, part)
-        write_text(folder / CARD, json.dumps(card, indent=2) + "\n")
+        write_json(folder / CARD, card)
 
     @staticmethod
-    def load(folder: str | Path) -> "SAEHead":
+    def load(folder: str | Path, allow: Collection[str] = ()) -> "SAEHead":
         """Rebuild a saved head, on the CPU, in evaluation mode.
 
+        Nothing is imported that the files name: heads and KAN layers of this package are known by
+        their names. Files of any age and origin may be loaded.
+
+        Args:
+            folder: That of a head: `head/` of a run.
+            allow: Modules whose classes the files may name beyond that, such as
+                `["my_package.heads"]`. Importing a module runs its code.
+
         Raises:
-            InputError: The folder holds no head, or one this version cannot read.
+            InputError: The folder holds no head, or one this version cannot read; a class is of a
+                module that is not allowed; weights are not those of such a head, or no numbers.
         """
         folder = Path(folder)
-        if not (folder / CARD).is_file() or not (folder / WEIGHTS).is_file():
+        if not there(folder / CARD) or not there(folder / WEIGHTS):
             raise InputError(
                 f"head folder {str(folder)!r}: holds no {CARD} with {WEIGHTS}; give the folder "
                 "`head/` of a finished run"
             )
         card = read_card(folder)
-        if card.get("format") != FORMAT:
-            raise InputError(
-                f"{folder / CARD}: format={card.get('format')!r}; this version reads {FORMAT}"
-            )
-        kind = import_class(card["class_path"], SAEHead)
-        try:
-            head: SAEHead = kind(**card["init_args"])
-            head.load_state_dict(load_file(folder / WEIGHTS))
-        except (TypeError, RuntimeError, SafetensorError) as e:
-            raise InputError(
-                f"head folder {str(folder)!r}: {CARD} and {WEIGHTS} do not fit together or are "
-                f"damaged ({str(e).splitlines()[0]}); copy the folder anew from its run"
-            ) from e
+        with only(allow), _explained(folder / CARD, card):
+            kind = named_class(card["head"], SAEHead)
+            args = checked_args(kind, card["init_args"], "init_args")
+            ours = kind.__module__.startswith(f"{PACKAGE}.")
+            with torch.device("meta"):  # takes no room, whatever numbers are in the card
+                plan = kind(**args) if ours else None
+        if plan is not None:
+            _check_shapes(folder / WEIGHTS, plan)
+        with only(allow), _explained(folder / CARD, card):
+            head: SAEHead = kind(**args)
+        _load_weights(folder / WEIGHTS, head)
         return head.eval()
 
 
-def read_card(folder: Path) -> dict[str, Any]:
-    """The `head.json` of a saved head."""
+@contextmanager
+def _explained(path: Path, card: Mapping[str, Any]) -> Iterator[None]:
+    """Turn what a constructor does not take into an InputError that names the card."""
     try:
-        card: dict[str, Any] = json.loads((folder / CARD).read_text())
-    except ValueError as e:
-        raise InputError(f"{folder / CARD}: is no valid JSON ({e})") from e
-    return card
+        yield
+    except InputError as e:
+        raise InputError(f"{path}: {e}") from e
+    except (TypeError, ValueError, RuntimeError, OverflowError) as e:
+        raise InputError(
+            f"{path}: {card['head']} cannot be built from init_args={card['init_args']} "
+            f"({str(e).splitlines()[0]}); {AGAIN}"
+        ) from e
 
 
-def import_class(class_path: str, base: type) -> Any:
-    """The class at `package.module.Name`.
+def read_card(folder: Path) -> dict[str, Any]:
+    """The `head.json` of a saved head; one of any version has `head`, the name of its class.
 
     Raises:
-        InputError: There is no such class, or it is no subclass of `base`.
+        InputError: It is damaged, or of another version than this one can read.
     """
-    module, _, name = class_path.rpartition(".")
+    path = folder / CARD
+    card: dict[str, Any] = read_json(path, Card, AGAIN)
+    if card["format"] not in (1, FORMAT):
+        raise InputError(f"{path}: format={card['format']}; this version reads 1 and {FORMAT}")
+    name = card.get("head", card.pop("class_path", None))
+    if name is None:
+        raise InputError(f"{path}: head is missing; {AGAIN}")
+    return card | {"head": name}
+
+
+def _check_shapes(path: Path, head: SAEHead) -> None:
+    """Compare what a file says it holds with what a head has; raises InputError."""
+    want = head.state_dict()
     try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError, TypeError) as e:
-        raise InputError(f"class_path {class_path!r}: cannot be imported ({e})") from e
-    if not (isinstance(found, type) and issubclass(found, base)):
-        raise InputError(f"class_path {class_path!r}: is no {base.__name__}")
-    return found
+        with safe_open(path, "pt") as file:
+            found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            said = {n: (list(s.get_shape()), str(s.get_dtype())) for n, s in found.items()}
+    except (SafetensorError, OSError) as e:
+        raise _unfit(path, f"is damaged or cannot be read ({e})") from e
+    for name in sorted((want.keys() ^ said.keys()) - ({UNIT} - said.keys())):
+        how = "is missing" if name in want else f"is nothing that a {type(head).__name__} has"
+        raise _unfit(path, f"{name} {how}")
+    for name in want.keys() & said.keys():
+        tensor, (shape, kind) = want[name], said[name]
+        if shape != list(tensor.shape):
+            raise _unfit(path, f"{name} has the shape {shape} instead of {list(tensor.shape)}")
+        if tensor.is_floating_point() and kind not in FLOATS:
+            raise _unfit(path, f"{name} holds {kind}, not numbers of {', '.join(FLOATS)}")
+
+
+def _load_weights(path: Path, head: SAEHead) -> None:
+    """Fill a head, and refuse what is no number where a head has some; raises InputError."""
+    _check_shapes(path, head)
+    fresh = {name: value.clone() for name, value in head.state_dict().items()}
+    try:
+        state = load_file(path)
+        head.load_state_dict(state)
+    except (RuntimeError, SafetensorError, OSError) as e:
+        raise _unfit(path, f"does not fit {CARD} ({str(e).splitlines()[0]})") from e
+    for name, value in head.state_dict().items():
+        if name == UNIT and value.isnan():
+            continue  # of a head saved before; one in the file is positive, see below
+        # not yet known, or without a limit, as in a new head
+        odd = value.isnan() & ~fresh[name].isnan() | value.isinf() & ~fresh[name].isinf()
+        if odd.any():
+            raise _unfit(path, f"{name} holds {int(odd.sum()):,} values that are no finite number")
+        largest = value[value.isfinite()].abs().amax() if value.isfinite().any() else 0.0
+        if not largest <= LARGEST:
+            raise _unfit(path, f"{name} holds {float(largest):.3g}; {LARGEST:g} is the most")
+    known = state.get(UNIT, torch.ones(()))
+    for name, limit, least in (
+        ("scale", head.scale, 1 / LARGEST),
+        ("norm_limit", head.norm_limit, 0.0),
+        (UNIT, known, 0.0),
+    ):
+        if not (limit > 0 and limit >= least):
+            least_said = f" (at least {least:g})" if least else ""
+            raise _unfit(path, f"{name}={float(limit):g} must be larger than 0{least_said}")
+
+
+def _unfit(path: Path, why: str) -> InputError:
+    return InputError(f"{path}: {why}; {AGAIN}")

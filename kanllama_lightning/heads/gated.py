@@ -1,7 +1,8 @@
 """Gated: one path decides whether a latent fires, another how strongly."""
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -36,6 +37,7 @@ class Gated(Penalised):
     """
 
     in_units: ClassVar[tuple[str, ...]] = (*Penalised.in_units, "b_mag")
+    optimizer_args: ClassVar[Mapping[str, Any]] = MappingProxyType({"betas": (0.0, 0.999)})
 
     def __init__(
         self,

@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kanllama_lightning.heads.base import import_class
 from kanllama_lightning.heads.hidden import Hidden
 from kanllama_lightning.heads.kan_linear import KANLinear
+from kanllama_lightning.named import checked_args, name_of, named_class, shipped
 from kanllama_lightning.types import Curves, InputError
 
 
@@ -27,9 +27,9 @@ class KANEncoder(Hidden):
         d_sae: Number of latents.
         target_l0: Kept latents per token on average.
         d_hidden: Outputs of the KAN layer; left out, d_model.
-        kan_class: Import path of the KAN layer: built as `kan_class(d_model, d_hidden,
-            **kan_args)`, maps [tok d_model] to [tok d_hidden]. `efficient_kan.KANLinear` works
-            where that package is installed.
+        kan_class: The KAN layer: our own, or the import path of another one: built as
+            `kan_class(d_model, d_hidden, **kan_args)`, maps [tok d_model] to [tok d_hidden].
+            `efficient_kan.KANLinear` works where that package is installed.
         kan_args: Further arguments of the KAN layer; left out, a cubic spline on 5 intervals of
             [-3, 3] (with linear tails beyond, for our own layer).
         alpha_aux: Weight of AuxK, which revives dead latents; 0 leaves it out.
@@ -43,20 +43,24 @@ class KANEncoder(Hidden):
         d_sae: int,
         target_l0: int,
         d_hidden: int | None = None,
-        kan_class: str = "kanllama_lightning.heads.kan_linear.KANLinear",
+        kan_class: str = "KANLinear",
         kan_args: dict[str, Any] | None = None,
         alpha_aux: float = 1 / 32,
         seed: int = 0,
     ) -> None:
         hidden = d_model if d_hidden is None else d_hidden
         super().__init__(d_model, d_sae, target_l0, hidden, alpha_aux, seed)
-        self.d_hidden, self.kan_class, self.kan_args = d_hidden, kan_class, kan_args
-        layer = import_class(kan_class, nn.Module)
+        layer = named_class(kan_class, nn.Module)
+        self.d_hidden, self.kan_args = d_hidden, kan_args
+        self.kan_class = name_of(layer) if shipped(kan_class) else kan_class
         args = kan_args
         if args is None:
             args = {"grid_size": 5, "spline_order": 3, "grid_range": [-3.0, 3.0]}
-            if kan_class == "kanllama_lightning.heads.kan_linear.KANLinear":
+            if layer is KANLinear:
                 args["linear_tails"] = True
+        if layer is KANLinear:
+            ends = {"in_features": d_model, "out_features": hidden}
+            checked_args(layer, ends | args, "head.kan_args")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + 1)
             try:

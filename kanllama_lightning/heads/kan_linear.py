@@ -16,6 +16,7 @@ from kanllama_lightning.functional.curves import (
     ranked,
 )
 from kanllama_lightning.functional.splines import greville, kan_linear, kan_planes, spline_knots
+from kanllama_lightning.named import ship
 from kanllama_lightning.types import Curves, InputError
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ BASE_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 """What plane 0 may be, by name; `zero` leaves the splines alone."""
 
 
+@ship
 class KANLinear(nn.Module):
     """y_o = sum_i [ W_o0i b(x_i) + sum_c W_o(1+c)i B_c(x_i) ]: a base b and B-splines, no bias.
 

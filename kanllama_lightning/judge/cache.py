@@ -5,13 +5,22 @@ import json
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from kanllama_lightning.files import write_text
+from kanllama_lightning.small_files import plain, read_json, there
+from kanllama_lightning.types import InputError
 
 log = logging.getLogger(__name__)
 
 REFUSED = "refused_parameters.json"
+
+
+class Kept(TypedDict):
+    """A file of one reply."""
+
+    key: str
+    reply: dict[str, Any]
 
 
 class Cache:
@@ -33,16 +42,17 @@ class Cache:
     def read(self, key: str) -> dict[str, Any] | None:
         """A reply; None if it is not there, or its file is damaged."""
         path = self.folder / f"{key}.json"
-        if not path.is_file():
-            return None
         try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            reply: dict[str, Any] = kept["reply"]
-            if kept["key"] != key or not isinstance(reply, dict):
-                raise ValueError("is of another question")
-        except (ValueError, KeyError, TypeError, RecursionError, OSError) as e:
-            log.warning("%s: is damaged (%s); asking again", path, type(e).__name__)
+            if not there(path):
+                return None
+            kept = read_json(path, Kept, "asking again")
+        except InputError as e:
+            log.warning("%s", e)
             return None
+        if kept["key"] != key:
+            log.warning("%s: is of another question; asking again", path)
+            return None
+        reply: dict[str, Any] = kept["reply"]
         return reply
 
     def write(self, key: str, request: Mapping[str, Any], reply: Mapping[str, Any]) -> None:
@@ -59,14 +69,14 @@ class Cache:
 
     def _refused(self) -> dict[str, list[str]]:
         path = self.folder / REFUSED
-        if not path.is_file():
-            return {}
         try:
-            known = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, OSError):
-            return {}
-        return known if isinstance(known, dict) else {}
+            found = read_json(path, dict[str, list[str]], "found out anew") if there(path) else {}
+        except InputError as e:
+            log.warning("%s", e)
+            found = {}
+        known: dict[str, list[str]] = found
+        return known
 
     def _put(self, name: str, values: Mapping[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(self.folder / name, json.dumps(values, indent=1))
+        write_text(self.folder / name, json.dumps(plain(values), indent=1, allow_nan=False))

@@ -1,7 +1,6 @@
 """The client of the judge: every question is asked once, whatever happens on the way."""
 
 import asyncio
-import json
 import logging
 import random
 import re
@@ -17,6 +16,7 @@ import openai
 from kanllama_lightning.judge.budget import Budget, Prices, estimate_tokens
 from kanllama_lightning.judge.cache import Cache
 from kanllama_lightning.judge.endpoint import Endpoint
+from kanllama_lightning.small_files import from_json
 from kanllama_lightning.types import InputError
 
 log = logging.getLogger(__name__)
@@ -24,6 +24,8 @@ T = TypeVar("T")
 
 ATTEMPTS = 2
 """Times that a question is asked until the answer can be used."""
+MOST_TOKENS = 1 << 30
+"""Of one reply: a server that says more does not know."""
 MOST_WAIT = 60.0
 """Longest pause before a repetition that we choose, in seconds."""
 MOST_OBEYED = 300.0
@@ -378,7 +380,7 @@ def _record(judge: Judge, question: Question, params: Mapping[str, Any]) -> dict
 def _envelope(text: str) -> dict[str, Any]:
     """What counts of a reply, still unread."""
     try:
-        body = json.loads(text)
+        body = from_json(text)
         choice = body["choices"][0]
         message = choice["message"]
         refusal = message.get("refusal")
@@ -427,7 +429,7 @@ def _usage(replies: Sequence[Mapping[str, Any]]) -> tuple[int | None, int | None
     sums: list[int | None] = []
     for name in ("prompt_tokens", "completion_tokens"):
         counts = [u.get(name) if isinstance(u, dict) else None for u in used]
-        whole = [c for c in counts if isinstance(c, int) and c >= 0]
+        whole = [c for c in counts if type(c) is int and 0 <= c <= MOST_TOKENS]
         sums.append(sum(whole) if len(whole) == len(counts) else None)
     return sums[0], sums[1]
 

@@ -7,7 +7,6 @@ share it gets right, the mean of both kinds (balanced accuracy), is the detectio
 """
 
 import hashlib
-import json
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from torch import Tensor
 from kanllama_lightning.contexts import Contexts, Windows
 from kanllama_lightning.judge.client import Question
 from kanllama_lightning.prompts.reading import quoted, visible
+from kanllama_lightning.small_files import from_json
 
 T = TypeVar("T")
 
@@ -273,8 +273,8 @@ def _object(content: str, keys: Sequence[str]) -> dict[str, Any]:
     """A JSON object with exactly these keys; a fence of Markdown around it does no harm."""
     fenced = re.fullmatch(r"\s*```(?:json)?\s*(.*?)\s*```\s*", content, re.DOTALL)
     try:
-        found = json.loads(fenced[1] if fenced else content)
-    except (ValueError, RecursionError):
+        found = from_json(fenced[1] if fenced else content)
+    except ValueError:
         raise ValueError("malformed JSON") from None
     if not isinstance(found, dict) or set(found) != set(keys):
         raise ValueError("wrong schema")

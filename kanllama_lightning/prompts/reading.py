@@ -56,23 +56,14 @@ def bos(lm: FrozenLM) -> int:
     return int(lm.tokenizer.bos_token_id)
 
 
-def context(lm: FrozenLM) -> int:
-    """Most tokens the model can be given, BOS included."""
-    return int(lm.config.max_position_embeddings)
-
-
 def check_length(lm: FrozenLM, text: str, n_ids: int, argument: str) -> None:
     """Refuse what does not fit.
 
     Raises:
         InputError: `n_ids`, BOS included, is more than the model's context.
     """
-    if n_ids > context(lm):
-        start = visible(text[:40]) + ("..." if len(text) > 40 else "")
-        raise InputError(
-            f"{argument}={start!r}: {n_ids} tokens with BOS, but model {lm.name!r} takes at most "
-            f"{context(lm)} (max_position_embeddings); give a shorter text"
-        )
+    start = visible(text[:40]) + ("..." if len(text) > 40 else "")
+    lm.check_length(n_ids, f"{argument}={start!r}", "give a shorter text")
 
 
 @torch.no_grad()

@@ -68,7 +68,7 @@ class EvalRun:
     @property
     def title(self) -> str:
         """One line that says what was evaluated."""
-        kind = type(self.head).__name__
+        kind = self.head.title
         return f"{kind}, {self.head.d_sae} latents at {self.lm.hook.name} of {self.lm.name}"
 
     def write_table(self, file: str, rows: Sequence[Mapping[str, Any]] | pd.DataFrame) -> None:

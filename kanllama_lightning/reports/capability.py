@@ -160,7 +160,7 @@ class Capability(Report):
         head, lm = run.head, run.lm
         revision = f" at {lm.revision}" if lm.revision else ""
         return HEADER.format(
-            head=f"{type(head).__name__}, {head.d_sae} latents, in {visible(str(run.folder))}",
+            head=f"{head.title}, {head.d_sae} latents, in {visible(str(run.folder))}",
             lm=f"{visible(lm.name)}{visible(revision)}, {str(lm.dtype).removeprefix('torch.')}",
             hook=lm.hook.name,
             prompts=self._source(run),

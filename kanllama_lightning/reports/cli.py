@@ -1,15 +1,13 @@
 """The command line of the record: `report`, `compare`, `try`."""
 
-import json
 import math
 import os
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import pandas as pd
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.table import Table
@@ -35,7 +33,16 @@ from kanllama_lightning.reports.subject import (
     read_subject,
     shared_lm,
 )
-from kanllama_lightning.run import EVAL, SUMMARY, make_folder, read_json, remove_parts
+from kanllama_lightning.run import EVAL, SUMMARY, make_folder, remove_parts
+from kanllama_lightning.small_files import (
+    Count,
+    Wrong,
+    check,
+    from_json,
+    read_csv,
+    read_json,
+    there,
+)
 from kanllama_lightning.trial import show, try_text
 from kanllama_lightning.trial_page import trial_page
 from kanllama_lightning.types import InputError
@@ -142,6 +149,14 @@ def _add_text_arguments(parser: ArgumentParser) -> None:
 def _add_machine_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--runs_dir", type=str, default="runs", help="Folder in which `last` is looked for.")
+    add(
+        "--allow",
+        nargs="+",
+        type=str,
+        default=[],
+        help="Modules whose classes a run's files may name, beside those shipped here; importing a "
+        "module runs its code.",
+    )
     add("--device", type=str, default="auto", help="cpu, cuda, or auto.")
     add(
         "--dtype",
@@ -279,7 +294,7 @@ def add_try_arguments(parser: ArgumentParser) -> None:
 def run_try(given: Namespace) -> None:
     """Run the LM with and without its head on a text, and show which latents fire."""
     steer = steering(given.steer or [])
-    subject = read_subject(folder_named(given.run, given.runs_dir))
+    subject = read_subject(folder_named(given.run, given.runs_dir), given.allow)
     lm = {key: given.lm[key] for key in LM_KEYS}
     model = shared_lm([subject], lm | {"untrained": lm["untrained"] or None}, given.dtype)
     device = device_named(given.device)
@@ -287,7 +302,7 @@ def run_try(given: Namespace) -> None:
     head = subject.head.to(device)
     found = try_text(head, model, given.text, given.n_new, given.top, given.latents, steer)
     known = subject.folder / EVAL / Latents.files[0]
-    labels = read_labels(known) if known.is_file() else None
+    labels = read_labels(known) if there(known) else None
     Console().print(show(found, labels))
     out = Path(given.out) if given.out else subject.folder / EVAL / "try.html"
     make_folder(out.parent)
@@ -320,17 +335,21 @@ def steering(given: Sequence[str]) -> dict[int, float]:
 
 def read_labels(latents: Path) -> dict[int, str]:
     """What the latents promote most, from `latents.csv`."""
-    table = pd.read_csv(latents, keep_default_na=False, dtype=str)
-    return {
-        int(row["latent"]): " ".join(json.loads(row["top_tokens"])[:3] if row["top_tokens"] else [])
-        for _, row in table.iterrows()
-    }
+    remedy = "`python evaluate.py report RUN --reports latents --again true` makes it anew"
+    labels = {}
+    for row in read_csv(latents, {"latent": Count, "top_tokens": str}, remedy):
+        try:
+            tokens = check(from_json(row["top_tokens"] or "[]"), list[str], "top_tokens")
+        except Wrong as e:
+            raise InputError(f"{latents}: latent {row['latent']}: {e}; {remedy}") from e
+        labels[row["latent"]] = " ".join(tokens[:3])
+    return labels
 
 
 def overview(run: EvalRun) -> Table:
     """The figures of a record that matter most, for a terminal."""
     path = run.out / SUMMARY  # which a dry run does not write
-    known = read_json(path) if path.is_file() else {}
+    known = read_json(path, dict[str, Any]) if there(path) else {}
     table = Table(title=run.title, title_justify="left", min_width=len(run.title))
     table.add_column("figure")
     sets = list(known.get("sets", {})) or [""]

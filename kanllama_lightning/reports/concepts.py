@@ -23,15 +23,15 @@ from kanllama_lightning.concepts import (
 )
 from kanllama_lightning.embedded import FACTS
 from kanllama_lightning.figures import HEIGHT, PALETTE, styled
-from kanllama_lightning.heads import RandomDictionary, SAEHead
+from kanllama_lightning.heads import BatchTopK, SAEHead
 from kanllama_lightning.lm import EMBEDDED
 from kanllama_lightning.reports.base import EvalRun, Figures, Report
 from kanllama_lightning.types import InputError, SparseCodes
 
 CONTROL_STORIES = 200
-"""From which random dictionaries and untrained heads get their scale and threshold."""
+"""From which untrained heads get their scale and threshold."""
 CONTROL_SEED = 1_000_003
-"""Of the random dictionary, as in training; of those stories too."""
+"""Of those stories, and of an untrained BatchTopK head."""
 DASHES = ("solid", "dash", "dot", "dashdot")
 PATTERNS = ("", "/", ".", "x")
 MOST_MIXED = 8
@@ -43,8 +43,9 @@ class Concepts(Report):
 
     For every fact, the latent and threshold with the best F1 on half of the stories are judged on
     the other half. `concepts.csv` has a row per fact for the head and for each control: raw
-    coordinates of both signs (latent d_model + i is coordinate i negated), a random dictionary,
-    and the head before training where the run kept it. On the embedded model only.
+    coordinates of both signs (latent d_model + i is coordinate i negated), and the head before
+    training, or, where the run did not keep it, a BatchTopK head that was never trained. On the
+    embedded model only.
 
     Args:
         stories: Number of stories, half of them to choose by and half to judge; about 130 tokens
@@ -112,12 +113,15 @@ class Concepts(Report):
         l0 = getattr(run.head, "target_l0", None)
         if l0 is None:
             l0 = max(1, round(float(codes_of(run.head, choose.x).l0().double().mean())))
-        random = RandomDictionary(run.head.d_model, run.head.d_sae, l0, seed=CONTROL_SEED)
-        random.to(x.device).start_(x)
-        controls: dict[str, SAEHead] = {"random dictionary": random}
+        controls: dict[str, SAEHead] = {}
         untrained = run.folder / "baselines" / "untrained"
         if untrained.exists():
-            controls["untrained head"] = SAEHead.load(untrained).to(x.device)
+            allowed = run.head.modules_named()
+            controls["untrained head"] = SAEHead.load(untrained, allowed).to(x.device)
+        else:
+            random = BatchTopK(run.head.d_model, run.head.d_sae, l0, seed=CONTROL_SEED)
+            random.to(x.device).start_(x)
+            controls["untrained BatchTopK"] = random
         for control in controls.values():
             control.eval().calibrate_(x)
         return controls

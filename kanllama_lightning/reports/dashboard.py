@@ -1,10 +1,9 @@
 """The feature dashboard: what every latent fires on, says, and has to do with, on one page."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -33,6 +32,7 @@ from kanllama_lightning.lens import OPERATING_POINT, STRAIGHT, Look, look
 from kanllama_lightning.metrics import Activations
 from kanllama_lightning.prompts.reading import token_text
 from kanllama_lightning.reports.base import EvalRun, Figures, Report, Seen
+from kanllama_lightning.small_files import Count, Within, read_csv, read_json, there
 from kanllama_lightning.types import InputError, SparseCodes
 
 ROWS = 4096
@@ -189,6 +189,27 @@ def _limited(parts: list[SparseCodes]) -> SparseCodes:
     return SparseCodes(values, at, latents, n, parts[0].d_sae)
 
 
+ANEW = "`--reports concepts interpretability --again true` makes it anew"
+CONCEPTS = {
+    **{"subject": str, "fact": str, "latent": Count | None},
+    **dict.fromkeys(("f1", "precision", "recall"), float | None),
+}
+SCORES = {
+    **{"subject": str, "latent": Count, "explanation": str | None, "category": str | None},
+    **{
+        "score": Annotated[float, Within(0, 5)] | None,
+        "detection": Annotated[float, Within(0, 1)] | None,
+    },
+}
+"""Columns of what other reports found, as far as the page shows it."""
+
+
+class Judged(TypedDict):
+    """`done/interpretability.json`, as far as the page tells it."""
+
+    settings: dict[str, Any]
+
+
 class _Known(NamedTuple):
     """What other reports found, per latent."""
 
@@ -200,22 +221,21 @@ class _Known(NamedTuple):
         """From the record, as far as it is there."""
         concepts: dict[int, list[Concept]] = {}
         if (run.out / "concepts.csv").is_file():
-            table = run.read_table("concepts.csv")
-            own = table[table["subject"] == "head"].sort_values("f1", ascending=False)
-            for row in own.to_dict("records"):
-                fact = Concept(row["fact"], row["f1"], row["precision"], row["recall"])
-                concepts.setdefault(int(row["latent"]), []).append(fact)
+            rows = read_csv(run.out / "concepts.csv", CONCEPTS, ANEW)
+            for row in sorted(rows, key=lambda row: -(row["f1"] or 0.0)):
+                if row["subject"] == "head" and None not in row.values():
+                    fact = Concept(row["fact"], row["f1"], row["precision"], row["recall"])
+                    concepts.setdefault(row["latent"], []).append(fact)
         scores: dict[int, Scores] = {}
         if (run.out / "interpretability.csv").is_file():
-            table = run.read_table("interpretability.csv")
-            judge = str(_judge(run))
-            for row in table[table["subject"] == "head"].to_dict("records"):
-                if isinstance(row["explanation"], str):
-                    scores[int(row["latent"])] = Scores(
+            judge = _judge(run)
+            for row in read_csv(run.out / "interpretability.csv", SCORES, ANEW):
+                if row["subject"] == "head" and row["explanation"] is not None:
+                    scores[row["latent"]] = Scores(
                         row["explanation"],
-                        _text(row["category"]),
-                        None if _missing(row["score"]) else int(row["score"]),
-                        None if _missing(row["detection"]) else float(row["detection"]),
+                        row["category"] or "",
+                        None if row["score"] is None else int(row["score"]),
+                        row["detection"],
                         judge,
                     )
         return cls(concepts, scores)
@@ -223,17 +243,8 @@ class _Known(NamedTuple):
 
 def _judge(run: EvalRun) -> str:
     path = run.out / "done" / "interpretability.json"
-    if not path.is_file():
-        return ""
-    return str(json.loads(path.read_text())["settings"].get("model", ""))
-
-
-def _missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
-
-
-def _text(value: Any) -> str:
-    return "" if _missing(value) else str(value)
+    done = read_json(path, Judged, ANEW) if there(path) else {"settings": {}}
+    return str(done["settings"].get("model", ""))
 
 
 class _Made:

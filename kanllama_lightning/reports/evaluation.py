@@ -9,13 +9,15 @@ import torch
 
 from kanllama_lightning.figures import check_png
 from kanllama_lightning.lm import FrozenLM
+from kanllama_lightning.named import name_of
 from kanllama_lightning.packing import Rows
+from kanllama_lightning.preflight import check_forward
 from kanllama_lightning.reports import texts
 from kanllama_lightning.reports.base import EvalRun, Report
-from kanllama_lightning.reports.record import DONE, make, pending
+from kanllama_lightning.reports.record import DONE, make, pending, read_done
 from kanllama_lightning.reports.send import send
 from kanllama_lightning.reports.subject import Subject, read_subject, shared_lm
-from kanllama_lightning.run import EVAL, read_json
+from kanllama_lightning.run import EVAL
 from kanllama_lightning.types import InputError
 from kanllama_lightning.wandb_logger import check_mode
 
@@ -43,6 +45,8 @@ class How(NamedTuple):
     """Whether the record goes to the W&B run too, if there is one."""
     png: bool = False
     """Whether figures are also written as PNG."""
+    allow: Sequence[str] = ()
+    """Modules whose classes a run's files may name, beside what is shipped."""
 
 
 def report(
@@ -68,7 +72,7 @@ def report(
         check_png()
     if how.wandb:
         check_mode()
-    subjects = [read_subject(folder) for folder in runs]
+    subjects = [read_subject(folder, how.allow) for folder in runs]
     lm = shared_lm(subjects, how.lm, how.dtype)
     device = device_named(how.device)
     if how.batch_seqs < 1:
@@ -85,6 +89,8 @@ def report(
     if not jobs:
         return made
     lm.load_(device)
+    if main is not None:
+        check_forward(lm, next(texts.batches(main, how.batch_seqs)).to(device))
     for run in made:
         run.head.to(device)
     try:
@@ -103,7 +109,7 @@ def complete(runs: Sequence[Path], reports: Sequence[Report], how: How) -> None:
     """
     alike: dict[tuple[str, ...], list[Path]] = {}
     for folder in runs:
-        subject = read_subject(folder)
+        subject = read_subject(folder, how.allow)
         lacking = tuple(r.name for r in reports if not _there(subject, r))
         if lacking:
             alike.setdefault(lacking, []).append(folder)
@@ -112,8 +118,8 @@ def complete(runs: Sequence[Path], reports: Sequence[Report], how: How) -> None:
 
 
 def _there(subject: Subject, kind: Report) -> bool:
-    path = subject.folder / EVAL / DONE / f"{kind.name}.json"
-    return path.is_file() and read_json(path)["about"].get("head_sha256") == subject.sha256
+    done = read_done(subject.folder / EVAL / DONE / f"{kind.name}.json")
+    return done is not None and done["about"]["head_sha256"] == subject.sha256
 
 
 def _sets(first: Subject, lm: FrozenLM, how: How) -> dict[str, Rows]:
@@ -129,12 +135,22 @@ def _sets(first: Subject, lm: FrozenLM, how: How) -> dict[str, Rows]:
             )
         if ctx_len is not None:
             raise InputError(f"--ctx_len={ctx_len}: goes with --text; a run keeps its own")
+        _check_length(lm, data.ctx_len)
         return texts.run_sets(data, documents)
     length = ctx_len or (data.ctx_len if data is not None else CTX_LEN)
     if length < 2:
         raise InputError(f"--ctx_len={length}: must be at least 2 tokens")
+    _check_length(lm, length)
     append = data is not None and data.encoder.eos is not None
     return texts.text_sets(text, lm.tokenizer, length, append, documents)
+
+
+def _check_length(lm: FrozenLM, length: int) -> None:
+    lm.check_length(
+        length,
+        f"--ctx_len={length}",
+        f"give --text with --ctx_len {lm.positions} or less",
+    )
 
 
 def _counts(rows: Rows, lm: FrozenLM) -> Any:
@@ -155,8 +171,8 @@ def _about(
     data = subject.config.get("data", {})
     training = {k: data.get(k) for k in ("train", "val_fraction", "ctx_len", "append_eos")}
     return {
-        "head": type(head).__name__,
-        "class_path": subject.card["class_path"],
+        "head": head.title,
+        "class_path": name_of(type(head)),
         "lm": lm.name,
         "revision": lm.revision,
         "hook_point": lm.hook.name,
@@ -170,6 +186,8 @@ def _about(
         "parameters": head.n_parameters(),
         "scale": float(head.scale),
         "train_tokens": known.get("tokens"),
+        "train_passes": known.get("passes"),
+        "train_commit": known.get("commit"),
         "train_finished": subject.summary.get("finished"),
         "train_tokens_per_second": subject.summary.get("tokens_per_second"),
         "train_data": training if data else None,

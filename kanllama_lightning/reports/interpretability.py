@@ -20,7 +20,7 @@ from torch import Tensor
 from kanllama_lightning.contexts import Contexts
 from kanllama_lightning.figures import PALETTE, SYMBOLS, styled
 from kanllama_lightning.functional.bootstrap import middle, ratios
-from kanllama_lightning.heads import RandomDictionary
+from kanllama_lightning.heads import BatchTopK
 from kanllama_lightning.heads.dense_kan import DenseKAN
 from kanllama_lightning.judge.budget import Prices
 from kanllama_lightning.judge.client import Judge, Manner
@@ -55,7 +55,7 @@ from kanllama_lightning.types import InputError, ValidationBatch
 log = logging.getLogger(__name__)
 
 CONTROL_SEED = 1_000_003
-"""Of the random dictionary, as in training."""
+"""Of the random directions."""
 CHANCE, WORST = 0.5, 1.0
 """Detection and score of a latent that nothing is known of."""
 TOP_KEPT, SAMPLED, SILENT = 32, 100, 1000
@@ -173,7 +173,7 @@ class Interpretability(Report):
         """Why it makes no sense for this head; None if it does."""
         if isinstance(run.head, DenseKAN):
             return (
-                f"all latents of {type(run.head).__name__} fire on every token: there is no text "
+                f"all latents of {run.head.title} fire on every token: there is no text "
                 "on which one is silent"
             )
         return None
@@ -186,7 +186,7 @@ class Interpretability(Report):
         if not self.dry_run:
             self._endpoint = Endpoint(self.base_url, "interpretability.base_url")
         self._seen = {HEAD: self._collector(run.head.d_sae)}
-        self._random: RandomDictionary | None = None
+        self._random: BatchTopK | None = None
 
     def observe(self, run: EvalRun, seen: Seen) -> None:
         """Collect windows, of the main set alone."""
@@ -359,11 +359,10 @@ class Interpretability(Report):
 
 
 @torch.no_grad()
-def _random_head(run: EvalRun, batch: ValidationBatch) -> RandomDictionary:
-    """Random directions with the L0 of the head, set up on the first batch."""
+def _random_head(run: EvalRun, batch: ValidationBatch) -> BatchTopK:
+    """Untrained, random directions with the L0 of the head, set up on the first batch."""
     l0 = max(1, round(float(batch.out.codes.l0().double().mean())))
-    head = RandomDictionary(run.head.d_model, run.head.d_sae, min(l0, run.head.d_sae),
-                            seed=CONTROL_SEED)  # fmt: skip
+    head = BatchTopK(run.head.d_model, run.head.d_sae, min(l0, run.head.d_sae), seed=CONTROL_SEED)
     head.to(batch.x.device).start_(batch.x)
     head.eval().calibrate_(batch.x)
     return head

@@ -6,7 +6,8 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ from kanllama_lightning.phase import Phase
 from kanllama_lightning.preflight import preflight
 from kanllama_lightning.reports.base import EvalRun, Report, Seen
 from kanllama_lightning.reports.texts import batches
-from kanllama_lightning.run import SUMMARY, make_folder, read_json, write_json
+from kanllama_lightning.run import SUMMARY, make_folder
+from kanllama_lightning.small_files import read_json, there, write_json
 from kanllama_lightning.splice import SplicedLosses, put, spliced_losses
 from kanllama_lightning.types import InputError, Prefix, TokenBatch, ValidationBatch
 from kanllama_lightning.view import view
@@ -27,6 +29,36 @@ log = logging.getLogger(__name__)
 
 DONE = "done"
 """Folder, within a record, of one file per finished report."""
+
+
+class About(TypedDict):
+    """What a report was made of, as far as somebody reads it."""
+
+    head_sha256: str
+    sets: dict[str, Any]
+
+
+class Done(TypedDict):
+    """`done/<report>.json`: what a finished report found."""
+
+    report: str
+    fingerprint: str
+    settings: dict[str, Any]
+    about: About
+    figures: dict[str, float | int | str | bool | None]
+    sha256: NotRequired[dict[str, str]]
+
+
+def read_done(path: Path) -> dict[str, Any] | None:
+    """What a finished report found; None where it is not there, or damaged: it is made anew."""
+    if not there(path):
+        return None
+    try:
+        done: dict[str, Any] = read_json(path, Done)
+    except InputError as e:
+        log.warning("%s", e)
+        return None
+    return done
 
 
 class Job(NamedTuple):
@@ -85,9 +117,10 @@ def _fingerprint(run: EvalRun, report: Report, facts: Mapping[str, Any]) -> str:
 
 
 def _is_done(run: EvalRun, report: Report, facts: Mapping[str, Any]) -> bool:
-    path = run.out / DONE / f"{report.name}.json"
-    whole = path.is_file() and all((run.out / f).is_file() for f in report.files)
-    return whole and read_json(path).get("fingerprint") == _fingerprint(run, report, facts)
+    done = read_done(run.out / DONE / f"{report.name}.json")
+    if done is None or not all((run.out / f).is_file() for f in report.files):
+        return False
+    return bool(done["fingerprint"] == _fingerprint(run, report, facts))
 
 
 def make(
@@ -137,6 +170,11 @@ def _finish(job: Job, about: Mapping[str, Any]) -> None:
         "seconds": seconds,
         "about": about,
         "figures": figures,
+        "sha256": {
+            name: hashlib.sha256((run.out / name).read_bytes()).hexdigest()
+            for name in report.files
+            if name.endswith(".csv") and (run.out / name).is_file()
+        },
     }
     write_json(run.out / DONE / f"{report.name}.json", done)
     write_json(run.out / SUMMARY, summary(run, about))
@@ -148,8 +186,8 @@ def _finish(job: Job, about: Mapping[str, Any]) -> None:
 def summary(run: EvalRun, about: Mapping[str, Any]) -> dict[str, Any]:
     """What is known about the head, and the figures of all reports there are."""
     flat: dict[str, Any] = dict(about)
-    every = [read_json(path) for path in sorted((run.out / DONE).glob("*.json"))]
-    every = [d for d in every if d["about"]["head_sha256"] == about["head_sha256"]]
+    found = [read_done(path) for path in sorted((run.out / DONE).glob("*.json"))]
+    every = [d for d in found if d and d["about"]["head_sha256"] == about["head_sha256"]]
     # a report that looks at no text says nothing about it; the losses are what intervals are of
     looked = sorted((d for d in every if d["about"]["sets"]), key=lambda d: d["report"] != "losses")
     if looked:

@@ -1,13 +1,23 @@
 """The tables and figures of a record, in the W&B run of the training run too."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import wandb
 
 from kanllama_lightning.reports.base import EvalRun
-from kanllama_lightning.run import LOGGER_ID, SUMMARY, read_json
+from kanllama_lightning.run import CONFIG, LOGGER_ID, SUMMARY, read_logger_id
+from kanllama_lightning.small_files import Wrong, check, read_json
+from kanllama_lightning.types import InputError
 from kanllama_lightning.wandb_logger import RunLogger
+
+
+class LoggerArgs(TypedDict, total=False):
+    """What a configuration says of the logger."""
+
+    project: str
+    name: str | None
+
 
 MOST_ROWS = 10_000
 """Of a table: W&B shows no more."""
@@ -24,14 +34,17 @@ def send(run: EvalRun, config: dict[str, Any]) -> None:
     logger = config.get("trainer", {}).get("logger")
     if not path.is_file() or not isinstance(logger, dict):
         return
-    args = logger.get("init_args", {})
+    try:
+        args = check(logger.get("init_args", {}), LoggerArgs, "trainer.logger.init_args")
+    except Wrong as e:
+        raise InputError(f"{run.folder / CONFIG}: {e}; or leave W&B out: --wandb false") from e
     # behind what was trained on, before what a longer run would add, and no piece on another
     row = (run.card.get("provenance", {}).get("tokens") or 0) + _pieces(run.folder)
     tracker = RunLogger(
         project=args.get("project", "kanllama-lightning"),
         save_dir=str(run.folder),
         name=args.get("name") or run.folder.name,
-        id=path.read_text().strip(),
+        id=read_logger_id(run.folder),
     ).experiment
     try:
         for name, table in run.tables.items():

@@ -1,19 +1,24 @@
 """From what a person names, a run folder or a saved head, to what is evaluated."""
 
 import hashlib
-from collections.abc import Mapping
+import logging
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser
 from transformers import PreTrainedTokenizerBase
 
 from kanllama_lightning.heads.base import CARD, WEIGHTS, SAEHead, read_card
 from kanllama_lightning.lm import FrozenLM
-from kanllama_lightning.run import CHECKPOINTS, CONFIG, HEAD, SUMMARY, members, read_json
+from kanllama_lightning.named import refuse_modules
+from kanllama_lightning.run import CHECKPOINTS, CONFIG, HEAD, members, read_config, read_summary
+from kanllama_lightning.run_state import Kind, look
+from kanllama_lightning.small_files import there
 from kanllama_lightning.tokens import TokenData
 from kanllama_lightning.types import InputError
+
+log = logging.getLogger(__name__)
 
 LAST = "last"
 LM_KEYS = ("name", "hook_point", "revision", "untrained")
@@ -33,6 +38,8 @@ class Subject(NamedTuple):
     """`summary.json` of the run; empty for a saved head."""
     sha256: str
     """Of the head's weights."""
+    allow: Collection[str] = ()
+    """Modules whose classes its files may name."""
 
     def lm_args(self) -> dict[str, Any]:
         """What the LM it was trained on is built with."""
@@ -47,6 +54,20 @@ class Subject(NamedTuple):
         given = self.config.get("data")
         if given is None:
             return None
+        where = f"{self.folder / CONFIG}: data"
+        try:
+            refuse_modules(given, self.allow)
+            return self._data(given, tokenizer)
+        except InputError as e:
+            raise InputError(f"{where}: {e}") from e
+        except ArgumentError as e:
+            said = " ".join(str(e).split())
+            raise InputError(f"{where}: {said[:600]}; or give the text with --text") from e
+        except (TypeError, ValueError, AttributeError) as e:
+            raise InputError(f"{where}: cannot be used ({e}); or give the text with --text") from e
+
+    @staticmethod
+    def _data(given: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> TokenData:
         parser = ArgumentParser(exit_on_error=False)
         parser.add_class_arguments(
             TokenData, "data", instantiate=False, skip={"tokenizer", "seed", "workers"}
@@ -64,19 +85,29 @@ def folder_named(name: str, runs_dir: str) -> Path:
     """
     if name != LAST or Path(name).is_dir():
         return Path(name)
-    folders = [path for path in Path(runs_dir).glob("*/") if _cards(path)]
+    folders: dict[Path, float] = {}
+    for path in sorted(Path(runs_dir).glob("*/")):
+        try:
+            if cards := _cards(path):
+                folders[path] = max(card.stat().st_mtime for card in cards)
+        except (InputError, OSError) as e:
+            log.warning("%s is left out: %s", path, e)
     if not folders:
         raise InputError(
             f"RUN={LAST}: there is no finished run in --runs_dir {runs_dir}; train one "
             "(`make demo`) or name its folder"
         )
-    return max(folders, key=lambda path: max(card.stat().st_mtime for card in _cards(path)))
+    return max(folders, key=lambda path: folders[path])
 
 
 def _cards(folder: Path) -> list[Path]:
     """The saved heads of a run; empty if one is missing."""
-    cards = [one / HEAD / CARD for one in members(folder) or [folder]]
-    return cards if all(card.is_file() for card in cards) else []
+    try:
+        cards = [one / HEAD / CARD for one in members(folder) or [folder]]
+    except InputError as e:
+        log.warning("%s is left out: %s", folder, e)
+        return []
+    return cards if all(there(card) for card in cards) else []
 
 
 def folders_named(name: str, runs_dir: str) -> list[Path]:
@@ -85,22 +116,37 @@ def folders_named(name: str, runs_dir: str) -> list[Path]:
     return members(folder) or [folder]
 
 
-def read_subject(folder: Path) -> Subject:
+def read_subject(folder: Path, allow: Collection[str] = ()) -> Subject:
     """Load a head by its run folder or its own.
+
+    Args:
+        folder: Either of them.
+        allow: Modules whose classes its files may name, beside what is shipped.
 
     Raises:
         InputError: There is no finished head.
     """
     if not folder.is_dir():
         raise InputError(f"RUN={str(folder)!r}: no such folder; give the folder of a finished run")
-    if (folder / CARD).is_file():
-        return _subject(folder, folder, {}, {})
+    if there(folder / CARD):
+        return _subject(folder, folder, {}, {}, allow)
     if members(folder):
         raise InputError(
             f"RUN={str(folder)!r}: a run of several heads; name the folder of one of them: "
             f"{', '.join(map(str, members(folder)))}"
         )
-    if not (folder / HEAD / CARD).is_file():
+    if not there(folder / HEAD / CARD):
+        state = look(folder)
+        if state.holder is not None:
+            raise InputError(
+                f"RUN={str(folder)!r}: no finished run; it is in use by {state.holder}; wait until "
+                "that has ended"
+            )
+        if state.kind == Kind.DEBRIS:
+            raise InputError(
+                f"RUN={str(folder)!r}: no finished run; it ended before its first checkpoint; "
+                f"start it again with `python train.py fit --config ... --run {folder}`"
+            )
         if (folder / CHECKPOINTS).is_dir() or (folder / CONFIG).is_file():
             along = sorted((folder / "heads").glob("*/"))
             also = f", or evaluate a head saved along the way ({along[-1]})" if along else ""
@@ -112,18 +158,22 @@ def read_subject(folder: Path) -> Subject:
             f"RUN={str(folder)!r}: neither a run folder nor a saved head (no {HEAD}/{CARD}, no "
             f"{CARD}); give the folder that `train.py fit` left, or its {HEAD}/"
         )
-    config = yaml.safe_load((folder / CONFIG).read_text()) if (folder / CONFIG).is_file() else {}
-    summary = read_json(folder / SUMMARY) if (folder / SUMMARY).is_file() else {}
-    return _subject(folder, folder / HEAD, config, summary)
+    return _subject(folder, folder / HEAD, read_config(folder), read_summary(folder), allow)
 
 
-def _subject(folder: Path, head: Path, config: dict[str, Any], summary: dict[str, Any]) -> Subject:
+def _subject(
+    folder: Path,
+    head: Path,
+    config: dict[str, Any],
+    summary: dict[str, Any],
+    allow: Collection[str],
+) -> Subject:
     digest = hashlib.sha256()
-    loaded = SAEHead.load(head)
+    loaded = SAEHead.load(head, allow)
     for name in (CARD, WEIGHTS):
         with (head / name).open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
-    return Subject(folder, loaded, read_card(head), config, summary, digest.hexdigest())
+    return Subject(folder, loaded, read_card(head), config, summary, digest.hexdigest(), allow)
 
 
 def shared_lm(subjects: list[Subject], given: Mapping[str, Any], dtype: str) -> FrozenLM:

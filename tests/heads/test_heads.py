@@ -3,13 +3,18 @@
 import copy
 import json
 import logging
+import math
+import os
 import shutil
+import stat
+import sys
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from kanllama_lightning.functional.losses import geometric_median
 from kanllama_lightning.functional.spline_activation import spline_activation
@@ -17,6 +22,8 @@ from kanllama_lightning.heads import (
     PCA,
     BatchTopK,
     CurvedDictionary,
+    FrozenDecoder,
+    FrozenEncoder,
     Gated,
     JumpReLU,
     KANDirect,
@@ -25,8 +32,8 @@ from kanllama_lightning.heads import (
     Matryoshka,
     MLPEncoder,
     OnlyKAN,
-    RandomDictionary,
     SAEHead,
+    SoftlyFrozenDecoder,
     SplineHidden,
     SplineInput,
     SplineLatent,
@@ -51,7 +58,9 @@ HEADS = [
     TopK,
     BatchTopK,
     Matryoshka,
-    RandomDictionary,
+    FrozenDecoder,
+    FrozenEncoder,
+    SoftlyFrozenDecoder,
     WideBatchTopK,
     KANEncoder,
     KANDirect,
@@ -260,8 +269,8 @@ def test_the_card_can_be_read(kind, tmp_path):
     head = kind(D, M, target_l0=K)
     head.save(tmp_path, {"model": "tiny", "tokens": 7})
     card = json.loads((tmp_path / "head.json").read_text())
-    assert card["format"] == 1
-    assert card["class_path"] == f"{kind.__module__}.{kind.__name__}"
+    assert card["format"] == 2
+    assert card["head"] == kind.__name__
     assert card["provenance"] == {"model": "tiny", "tokens": 7}
     assert (
         card["init_args"].items() >= {"d_model": D, "d_sae": M, "target_l0": K, "seed": 0}.items()
@@ -298,7 +307,7 @@ def test_refused_arguments(kind, args, message):
 def test_dictionary_rows_stay_on_the_unit_sphere(kind):
     """METHODS H10."""
     head = started(kind)
-    if kind is RandomDictionary:
+    if kind is FrozenDecoder:
         return  # nothing moves it
     optimizer = torch.optim.SGD(head.parameters(), lr=1e-2 / FIRST.get(kind, 1))
     for _ in range(3):
@@ -593,7 +602,7 @@ def test_topk_by_hand(training):
     assert head.losses(X, out, NOTHING_DEAD)["reconstruction"].item() == pytest.approx(9.9 / 3)
 
 
-@pytest.mark.parametrize("kind", [BatchTopK, Matryoshka, RandomDictionary, *TWINS])
+@pytest.mark.parametrize("kind", [BatchTopK, Matryoshka, FrozenDecoder, *TWINS])
 def test_thresholded_by_hand(kind):
     """k = 1 keeps three of the batch: 3, 2.5 and, of two 2s, the first; U = 0 adds nothing."""
     head = by_hand(kind, 1)
@@ -819,7 +828,10 @@ def test_kan_layer_by_class_and_arguments(tmp_path):
     assert head.kan.weight.shape == (5, D)
     assert head.diagnostics(rows()) == {}
     head.save(tmp_path)
-    loaded = SAEHead.load(tmp_path)
+    assert head.modules_named() == ["torch.nn"]
+    with pytest.raises(InputError, match=r"allow it: `--allow torch\.nn` .*allow=\['torch\.nn'\]"):
+        SAEHead.load(tmp_path)
+    loaded = SAEHead.load(tmp_path, allow=["torch.nn"])
     assert isinstance(loaded.kan, torch.nn.Linear)
     assert torch.equal(loaded.kan.weight, head.kan.weight)
 
@@ -841,7 +853,9 @@ def test_share_out_of_the_grid():
         ({"kan_class": "torch.nn.NoSuchLayer"}, r"'torch\.nn\.NoSuchLayer'.*imported"),
         ({"kan_class": "KAN"}, r"class_path 'KAN'"),
         ({"kan_class": "torch.relu"}, r"'torch\.relu': is no Module"),
-        ({"kan_args": {"colour": 3}}, r"head\.kan_args=\{'colour': 3\}.*does not take"),
+        ({"kan_args": {"colour": 3}}, r"head\.kan_args\.colour: KANLinear has no such argument"),
+        ({"kan_args": {"grid_size": "5"}}, r"head\.kan_args\.grid_size='5' must be a whole number"),
+        ({"kan_args": {"grid_range": [1]}}, r"grid_range=\[1\] must be a list of 2"),
         ({"kan_args": {"grid_size": 0}}, r"grid_size=0"),
     ],
 )
@@ -858,6 +872,9 @@ def edit_card(folder, **changes):
     (folder / "head.json").write_text(json.dumps(card))
 
 
+CARD = {"d_model": D, "d_sae": M, "target_l0": K}
+
+
 def test_a_folder_without_a_head(tmp_path):
     with pytest.raises(InputError, match=r"head folder .*nowhere.*head\.json"):
         SAEHead.load(tmp_path / "nowhere")
@@ -870,18 +887,195 @@ def test_a_folder_without_a_head(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 2}, "format=2; this version reads 1"),
-        ({"class_path": "kanllama_lightning.heads.nothing.Nothing"}, "cannot be imported"),
-        ({"class_path": "torch.nn.Linear"}, r"'torch\.nn\.Linear': is no SAEHead"),
-        ({"class_path": "json.dumps"}, "is no SAEHead"),
-        ({"class_path": "TopK"}, "cannot be imported"),
+        ({"format": 3}, "format=3; this version reads 1 and 2"),
+        ({"head": "kanllama_lightning.heads.nothing.Nothing"}, "no such class in kanllama"),
+        ({"head": "torch.nn.Linear"}, r"'torch\.nn\.Linear'.*if you trust the module torch\.nn"),
+        ({"head": "json.dumps"}, r"if you trust the module json"),
+        ({"head": "Nothing"}, "'Nothing': there is no such class in kanllama_lightning"),
+        ({"head": "KANLinear"}, "'KANLinear': is no SAEHead"),
+        ({"head": "SAEHead"}, "'SAEHead': there is no such class"),
+        ({"head": "Dictionary"}, "Dictionary cannot be built"),
+        ({"head": ""}, "'': there is no such class"),
+        ({"head": ".."}, r"'\.\.': there is no such class"),
+        ({"head": 3}, "head=3 must be a text"),
+        ({"head": "KANEncoder"}, r"has the shape|is missing"),
+        ({"format": True}, "format=True must be a whole number"),
+        ({"init_args": [1]}, r"init_args=\[1\] must be an object"),
+        ({"init_args": {}}, r"init_args\.d_model: is missing; TopK needs it"),
+        ({"init_args": CARD | {"k": 3}}, r"init_args\.k: TopK has no such argument"),
+        ({"init_args": CARD | {"d_sae": "32"}}, r"init_args\.d_sae='32' must be a whole number"),
+        ({"init_args": CARD | {"d_sae": True}}, r"init_args\.d_sae=True must be a whole number"),
+        (
+            {"init_args": CARD | {"d_sae": 10**12}},
+            rf"has the shape \[{M}.*instead of \[1000000000000",
+        ),
+        ({"init_args": CARD | {"d_sae": 10**18, "d_model": 10**18}}, "head.json: "),
+        ({"init_args": CARD | {"d_sae": 0}}, r"head\.json: head\.d_sae=0: a dictionary needs"),
+        ({"init_args": CARD | {"seed": 2**70}}, r"init_args\.seed=1180591620717411303424 must be"),
+        ({"init_args": CARD | {"alpha_aux": None}}, r"init_args\.alpha_aux=None must be a finite"),
+        ({"provenance": {"lm": 3}}, r"provenance\.lm=3 must be a text"),
+        ({"provenance": "x"}, r"provenance='x' must be an object"),
     ],
 )
 def test_a_card_that_cannot_be_used(tmp_path, changes, message):
-    TopK(D, M, K).save(tmp_path)
+    TopK(**CARD).save(tmp_path)
     edit_card(tmp_path, **changes)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=message) as error:
         SAEHead.load(tmp_path)
+    assert str(error.value).startswith(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+@every_head
+def test_heads_saved_before_still_load(kind, tmp_path):
+    head = kind(D, M, target_l0=K, seed=3)
+    head.save(tmp_path)
+    card = json.loads((tmp_path / "head.json").read_text())
+    del card["head"]
+    card |= {"format": 1, "class_path": f"{kind.__module__}.{kind.__name__}"}
+    if "kan_class" in card["init_args"]:
+        assert card["init_args"]["kan_class"] == "KANLinear"
+        card["init_args"]["kan_class"] = "kanllama_lightning.heads.kan_linear.KANLinear"
+    (tmp_path / "head.json").write_text(json.dumps(card))
+    loaded = SAEHead.load(tmp_path)
+    assert type(loaded) is kind
+    assert loaded.init_args() == head.init_args()
+    edit_card(tmp_path, class_path=f"kanllama_lightning.heads.where_it_was.{kind.__name__}")
+    assert type(SAEHead.load(tmp_path)) is kind
+
+
+@pytest.mark.parametrize("where", ["head", "class_path", "kan_class"])
+def test_loading_imports_nothing_that_a_file_names(tmp_path, monkeypatch, where):
+    """A module beside the head says so when it is imported."""
+    evil, mark = tmp_path / "evil_beside.py", tmp_path / "was_imported"
+    evil.write_text(
+        f"open({str(mark)!r}, 'w').close()\n"
+        "from kanllama_lightning.heads import KANEncoder\n"
+        "from kanllama_lightning.heads.kan_linear import KANLinear\n"
+        "class Head(KANEncoder): ...\n"
+        "class Layer(KANLinear): ...\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = tmp_path / "head"
+    KANEncoder(D, M, K).save(folder)
+    if where == "kan_class":
+        args = json.loads((folder / "head.json").read_text())["init_args"]
+        edit_card(folder, init_args=args | {"kan_class": "evil_beside.Layer"})
+    else:
+        card = json.loads((folder / "head.json").read_text())
+        del card["head"]
+        (folder / "head.json").write_text(json.dumps(card | {where: "evil_beside.Head"}))
+    with pytest.raises(InputError, match="if you trust the module evil_beside, allow it"):
+        SAEHead.load(folder)
+    with pytest.raises(InputError, match="if you trust the module evil_beside, allow it"):
+        SAEHead.load(folder, allow=["evil", "evil_beside.Head", "head"])
+    assert not mark.exists()
+    assert isinstance(SAEHead.load(folder, allow=["evil_beside"]), KANEncoder)
+    assert mark.exists()
+    sys.modules.pop("evil_beside")
+
+
+def test_an_allowed_module_that_cannot_be_imported(tmp_path, monkeypatch):
+    (tmp_path / "broken_beside.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    TopK(D, M, K).save(tmp_path)
+    for name in ("broken_beside.Head", "not_there.Head"):
+        edit_card(tmp_path, head=name)
+        with pytest.raises(InputError, match=r"head\.json: class_path .*cannot be imported"):
+            SAEHead.load(tmp_path, allow=["broken_beside", "not_there"])
+
+
+def test_a_head_of_ones_own_is_saved_by_its_path(tmp_path):
+    OwnHead(D, M, K).save(tmp_path)
+    assert json.loads((tmp_path / "head.json").read_text())["head"] == f"{__name__}.OwnHead"
+    with pytest.raises(InputError, match="if you trust the module"):
+        SAEHead.load(tmp_path)
+    assert isinstance(SAEHead.load(tmp_path, allow=[__name__]), OwnHead)
+
+
+class OwnHead(TopK):
+    """A head that is not shipped."""
+
+
+def edit_weights(folder, **changes):
+    """Replace tensors; None takes one away."""
+    state = load_file(folder / "head.safetensors") | changes
+    state = {name: value.contiguous() for name, value in state.items() if value is not None}
+    save_file(state, folder / "head.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"W_dec": torch.full((M, D), math.nan)},
+            rf"W_dec holds {M * D} values that are no finite",
+        ),
+        ({"b_enc": torch.full((M,), -math.inf)}, f"b_enc holds {M} values that are no finite"),
+        ({"b_enc": torch.full((M,), 1e300, dtype=torch.float64)}, "b_enc holds .* no finite"),
+        ({"W_enc": torch.ones(D, M, dtype=torch.int8)}, "W_enc holds I8, not numbers of F32"),
+        ({"W_enc": torch.ones(D, M, dtype=torch.bool)}, "W_enc holds BOOL"),
+        ({"W_enc": torch.ones(D, M, dtype=torch.complex64)}, "W_enc holds C64"),
+        ({"W_enc": torch.ones(D, M).to(torch.float8_e4m3fn)}, "W_enc holds F8_E4M3"),
+        ({"scale": torch.tensor(0.0)}, "scale=0 must be larger than 0"),
+        ({"scale": torch.tensor(-1.0)}, "scale=-1 must be larger than 0"),
+        ({"scale": torch.tensor(math.nan)}, "scale holds 1 values that are no finite"),
+        ({"scale": torch.tensor(math.inf)}, "scale holds 1 values that are no finite"),
+        ({"scale": torch.ones(1)}, r"scale has the shape \[1\] instead of \[\]"),
+        ({"norm_limit": torch.tensor(math.nan)}, "norm_limit holds 1 values that are no finite"),
+        ({"norm_limit": torch.tensor(-math.inf)}, "norm_limit=-inf must be larger than 0"),
+        ({"norm_limit": torch.tensor(0.0)}, "norm_limit=0 must be larger than 0"),
+        ({"threshold": torch.tensor(math.inf)}, "threshold holds 1 values that are no finite"),
+        ({"x_mean": torch.zeros(D + 1)}, rf"x_mean has the shape \[{D + 1}\] instead of \[{D}\]"),
+        ({"b_dec": None}, "b_dec is missing"),
+        ({"more": torch.ones(1)}, "more is nothing that a BatchTopK has"),
+    ],
+)
+def test_weights_that_are_no_head_are_refused(tmp_path, changes, message):
+    BatchTopK(D, M, K).save(tmp_path)
+    edit_weights(tmp_path, **changes)
+    with pytest.raises(InputError, match=message) as error:
+        SAEHead.load(tmp_path)
+    assert str(error.value).startswith(str(tmp_path / "head.safetensors"))
+    assert "\n" not in str(error.value)
+
+
+def test_weights_in_another_number_format_are_read(tmp_path):
+    head = trained(BatchTopK).eval()
+    head.calibrate_(rows(100))
+    head.save(tmp_path)
+    for kind in (torch.bfloat16, torch.float16, torch.float64):
+        state = {k: v.to(kind) for k, v in head.state_dict().items()}
+        edit_weights(tmp_path, **state)
+        loaded = SAEHead.load(tmp_path)
+        assert loaded.W_enc.dtype == torch.float32
+        assert torch.equal(loaded.W_enc, state["W_enc"].float())
+
+
+@pytest.mark.parametrize("left", [0, 7, 8, 40, 400, -1])
+def test_weights_cut_short_are_refused(tmp_path, left):
+    TopK(D, M, K).save(tmp_path)
+    path = tmp_path / "head.safetensors"
+    path.write_bytes(path.read_bytes()[:left])
+    with pytest.raises(InputError, match=r"head\.safetensors: is damaged or cannot be read"):
+        SAEHead.load(tmp_path)
+
+
+def test_a_pickle_in_place_of_weights_is_refused(tmp_path):
+    TopK(D, M, K).save(tmp_path)
+    torch.save({"W_dec": torch.ones(2)}, tmp_path / "head.safetensors")
+    with pytest.raises(InputError, match=r"head\.safetensors: is damaged or cannot be read"):
+        SAEHead.load(tmp_path)
+
+
+def test_saved_files_have_the_mode_of_the_umask(tmp_path):
+    old = os.umask(0o022)
+    try:
+        TopK(D, M, K).save(tmp_path / "head")
+    finally:
+        os.umask(old)
+    modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "head").iterdir()}
+    assert modes == {"head.json": 0o644, "head.safetensors": 0o644}
 
 
 # --------------------------------------------------------------------- it learns
@@ -949,3 +1143,21 @@ def test_start_gives_the_encoder_its_best_size(kind):
             head.W_enc.mul_(factor)
             assert (head(x).x_hat - x).square().sum() > best
             head.W_enc.div_(factor)
+
+
+def test_a_head_from_before_the_loss_had_one_unit_is_read(tmp_path):
+    head = trained(BatchTopK).eval()
+    head.save(tmp_path)
+    state = load_file(tmp_path / "head.safetensors")
+    want = head(rows())
+    del state["x_variance"]
+    save_file(state, tmp_path / "head.safetensors")
+    old = SAEHead.load(tmp_path)
+    assert same_outputs(old(rows()), want)
+    assert old.losses(rows(), old(rows()), NOTHING_DEAD)["reconstruction"].isnan()
+    save_file(state | {"x_variance": torch.tensor(-1.0)}, tmp_path / "head.safetensors")
+    with pytest.raises(InputError, match="x_variance=-1 must be larger than 0"):
+        SAEHead.load(tmp_path)
+    save_file(state | {"x_variance": torch.tensor(math.nan)}, tmp_path / "head.safetensors")
+    with pytest.raises(InputError, match="x_variance"):
+        SAEHead.load(tmp_path)

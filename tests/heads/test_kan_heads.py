@@ -16,7 +16,6 @@ from kanllama_lightning.heads import (
     Matryoshka,
     MLPEncoder,
     OnlyKAN,
-    RandomDictionary,
     SAEHead,
     SplineHidden,
     SplineInput,
@@ -48,15 +47,6 @@ def test_the_wide_control_comes_back_as_wide_as_it_was(tmp_path):
     loaded = SAEHead.load(tmp_path)
     assert loaded.d_sae == head.d_sae
     assert loaded.init_args()["d_sae"] == M
-
-
-def test_the_random_dictionary_stays():
-    head = started(RandomDictionary)
-    before = head.W_dec.clone()
-    train_(head, rows(), 3)
-    assert torch.equal(head.W_dec, before)
-    assert "W_dec" not in dict(head.named_parameters())
-    assert head.n_parameters() == BatchTopK(D, M, K).n_parameters() - M * D
 
 
 # ------------------------------------------------------------------ Matryoshka

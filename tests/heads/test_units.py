@@ -15,6 +15,8 @@ from kanllama_lightning.heads import (
     CurvedDictionary,
     DenseKANReLU,
     DenseOnlyKAN,
+    FrozenDecoder,
+    FrozenEncoder,
     Gated,
     JumpReLU,
     KANDirect,
@@ -23,7 +25,7 @@ from kanllama_lightning.heads import (
     Matryoshka,
     MLPEncoder,
     OnlyKAN,
-    RandomDictionary,
+    SoftlyFrozenDecoder,
     SplineHidden,
     SplineInput,
     SplineLatent,
@@ -39,8 +41,17 @@ from kanllama_lightning.types import StepContext
 D, M, K, N_DEAD = 64, 96, 6, 16
 HIDDEN = 20
 DEAD = torch.arange(N_DEAD)
-SELECTING = [TopK, BatchTopK, Matryoshka, RandomDictionary, KANEncoder, KANDirect, MLPEncoder]
-SELECTING += [SplineHidden, SplineInput, SplineLatent, CurvedDictionary, OnlyKAN, KANReLUDense]
+SELECTING = [TopK, BatchTopK, Matryoshka, FrozenDecoder, KANEncoder, KANDirect, MLPEncoder]
+SELECTING += [
+    FrozenEncoder,
+    SoftlyFrozenDecoder,
+    SplineHidden,
+    SplineInput,
+    SplineLatent,
+    CurvedDictionary,
+    OnlyKAN,
+    KANReLUDense,
+]
 PENALISED = [Standard, Gated, JumpReLU]
 HEADS = [*SELECTING, *PENALISED]
 

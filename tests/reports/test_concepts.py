@@ -48,7 +48,7 @@ def test_report(make_run: Any) -> None:
     assert {p.name for p in run.out.iterdir()} == set(Concepts.files)
     table = run.read_table("concepts.csv")
     assert list(table.columns) == KEYS + SCORES
-    subjects = ["head", "raw coordinates", "random dictionary", "untrained head"]
+    subjects = ["head", "raw coordinates", "untrained head"]
     assert list(table["subject"].unique()) == subjects
     assert table.groupby("subject").size().unique().tolist() == [figures["n_facts"]]
     assert figures["n_facts"] > 10
@@ -57,7 +57,7 @@ def test_report(make_run: Any) -> None:
         assert table[column].between(0, 1).all(), column
     assert table[table["subject"] == "raw coordinates"]["latent"].max() > run.head.d_model
     assert all(math.isfinite(v) for v in figures.values())
-    for prefix in ("", "raw_coordinates/", "random_dictionary/", "untrained_head/"):
+    for prefix in ("", "raw_coordinates/", "untrained_head/"):
         assert 0 <= figures[f"{prefix}recovered_frac"] <= 1
         f1 = table[table["subject"] == (prefix.rstrip("/").replace("_", " ") or "head")]["f1"]
         assert figures[f"{prefix}mean_f1"] == pytest.approx(f1.mean())

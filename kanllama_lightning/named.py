@@ -1,0 +1,139 @@
+"""Classes by name: what is shipped by a short name, others by `module.Name` where one may."""
+
+import importlib
+import inspect
+import re
+import typing
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+from kanllama_lightning.small_files import Wrong, check
+from kanllama_lightning.types import InputError
+
+PACKAGE = "kanllama_lightning"
+PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
+SHIPPED: dict[str, type] = {}
+"""Heads, KAN layers and corpora of this package: what a file may name."""
+_allowed: ContextVar[Collection[str] | None] = ContextVar("allowed", default=None)
+
+
+Kind = TypeVar("Kind", bound=type)
+
+
+def ship(kind: Kind) -> Kind:
+    """Let a class of this package be called by its short name; does nothing to any other."""
+    if kind.__module__.startswith(f"{PACKAGE}."):
+        SHIPPED[kind.__name__] = kind
+    return kind
+
+
+@contextmanager
+def only(modules: Collection[str]) -> Iterator[None]:
+    """In here names come from a file: no module is imported but these.
+
+    Outside of it, where names are typed by the user, `named_class` imports what they name.
+    """
+    token = _allowed.set(modules)
+    try:
+        yield
+    finally:
+        _allowed.reset(token)
+
+
+def shipped(name: str) -> type | None:
+    """The shipped class of a short name, or of its path in this package, now or earlier."""
+    module, _, short = name.rpartition(".")
+    return SHIPPED.get(short) if not module or f"{module}.".startswith(f"{PACKAGE}.") else None
+
+
+def name_of(kind: type) -> str:
+    """What a class is called in a file: a short name if it is shipped, else `module.Name`."""
+    if SHIPPED.get(kind.__name__) is kind:
+        return kind.__name__
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def module_of(name: str) -> str | None:
+    """The module that has to be imported for a name; None for what is shipped."""
+    return None if shipped(name) else name.rpartition(".")[0]
+
+
+def refuse_module(name: str, modules: Collection[str]) -> None:
+    """Refuse a name in a file whose module is neither shipped nor among those allowed.
+
+    Raises:
+        InputError: It is; nothing was imported.
+    """
+    module = module_of(name)
+    if module is None or module in modules:
+        return
+    if not PATH.fullmatch(name) or name.startswith(f"{PACKAGE}."):
+        raise InputError(f"class_path {name!r}: there is no such class in {PACKAGE}")
+    raise InputError(
+        f"class_path {name!r}: a file may only name classes of {PACKAGE}, as importing others runs "
+        f"their code; if you trust the module {module}, allow it: `--allow {module}` on the "
+        f"command line, `allow=[{module!r}]` in Python"
+    )
+
+
+def refuse_modules(tree: Any, modules: Collection[str]) -> None:
+    """Refuse a tree from a file that names, by `class_path`, a class that it may not.
+
+    Raises:
+        InputError: It does; nothing was imported.
+    """
+    parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
+    for part in parts:
+        refuse_modules(part, modules)
+    if isinstance(tree, dict) and "class_path" in tree:
+        refuse_module(str(tree["class_path"]), modules)
+
+
+def named_class(name: str, base: type) -> Any:
+    """The class of a name.
+
+    Raises:
+        InputError: There is none, it is no subclass of `base`, or it is named by a file (`only`)
+            and of a module that was not allowed.
+    """
+    found: Any = shipped(name)
+    if found is None:
+        allowed = _allowed.get()
+        if allowed is not None:
+            refuse_module(name, allowed)
+        module, _, short = name.rpartition(".")
+        try:
+            found = getattr(importlib.import_module(module), short)
+        except Exception as e:  # whatever that module does
+            raise InputError(f"class_path {name!r}: cannot be imported ({e})") from e
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise InputError(f"class_path {name!r}: is no {base.__name__}")
+    return found
+
+
+def checked_args(kind: type, args: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Arguments of a class from a file, if they are of the types that its constructor asks for.
+
+    Raises:
+        InputError: One is missing, unknown, or of another type.
+    """
+    init: Any = kind.__init__  # type: ignore[misc]
+    signature = inspect.signature(kind)
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    unknown = sorted(args.keys() - signature.parameters.keys())
+    if unknown and not open_ended:
+        raise InputError(f"{where}.{unknown[0]}: {kind.__name__} has no such argument")
+    missing = [
+        name
+        for name, p in signature.parameters.items()
+        if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and name not in args
+    ]
+    if missing:
+        raise InputError(f"{where}.{missing[0]}: is missing; {kind.__name__} needs it")
+    hints = typing.get_type_hints(init)
+    try:
+        return {k: check(v, hints.get(k, Any), f"{where}.{k}") for k, v in args.items()}
+    except Wrong as e:
+        raise InputError(f"{e}, for {kind.__name__}") from e

@@ -533,7 +533,7 @@ def tables(comparison: Comparison) -> Tables:
                 "l0": mean["l0"],
                 **{f"fvu{end}": mean[f"fvu{end}"] for end in ("", "_low", "_high")},
                 **{f"delta_ce{end}": mean[f"delta_ce{end}"] for end in ("", "_low", "_high")},
-                "delta_ce_of_mean_ablation": 1 - mean["ce_score_mean"],
+                "delta_ce_share": mean["delta_ce_share"],
                 "dead_frac": mean["dead_frac"],
                 "dead_tokens": own["dead_tokens"],
                 "flops_per_token": statistics.fmean(
@@ -637,7 +637,7 @@ def _line(row: Mapping[str, Any]) -> list[str]:
         f"{row['l0']:.2f}",
         ranged("fvu"),
         ranged("delta_ce"),
-        f"{row['delta_ce_of_mean_ablation']:.1%}",
+        f"{row['delta_ce_share']:.1%}",
         f"{row['dead_frac']:.1%} ({row['dead_tokens']:,.0f})",
         f"{row['latents']:,}",
         f"{row['parameters']:,}",

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from callbacks.spliced_loss import splice_sums
+from callbacks.spliced_loss import spliced
 from kanllama_lightning.heads import PCA, SAEHead
 from kanllama_lightning.metrics import Reconstruction, Sparsity, SplicedLoss
 from kanllama_lightning.run import head_folder
@@ -55,7 +54,8 @@ class Baselines(L.Callback):
             self._of[name] = self._add(trainer, name, head, x)
         for control, made in self._controls.items():
             made.eval().calibrate_(x)
-            meters = (Sparsity(made.d_sae), Reconstruction(made.d_model), SplicedLoss())
+            loss = SplicedLoss(pl_module.lm.vocab_size, ("recon",))
+            meters = (Sparsity(made.d_sae), Reconstruction(made.d_model), loss)
             self._meters[control] = tuple(m.to(pl_module.device) for m in meters)
 
     def _add(self, trainer: L.Trainer, name: str, head: SAEHead, x: Tensor) -> dict[str, str]:
@@ -98,16 +98,16 @@ class Baselines(L.Callback):
             return
         view = next(iter(outputs.values()))
         outs = {key: control(view.x) for key, control in self._controls.items()}
-        sums, n = splice_sums(pl_module.lm, view, {k: o.x_hat for k, o in outs.items()})
-        zero = torch.zeros((), dtype=torch.float64, device=pl_module.device)
-        for key, (sparsity, reconstruction, spliced) in self._meters.items():
+        losses = spliced(pl_module.lm, view, {k: o.x_hat for k, o in outs.items()})
+        doc = view.tokens.doc[losses.where]
+        for key, (sparsity, reconstruction, loss) in self._meters.items():
             sparsity.update(outs[key].codes)
             reconstruction.update(view.x, outs[key].x_hat)
-            own = {"ce_recon": sums[f"ce_{key}"], "kl_recon": sums[f"kl_{key}"]}
-            spliced.update(own | {"ce_clean": sums["ce_clean"], "ce_zero": zero}, n)
+            own = losses.of(key)
+            loss.update(own.ce, own.kl, doc)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Collect the figures; the scores follow with the head's own zero and mean ablation."""
+        """Collect the figures; what the ablations cost on these tokens the heads' figures say."""
         found: dict[str, dict[str, float]] = {}
         for key, meters in self._meters.items():
             found[key] = {}

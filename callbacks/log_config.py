@@ -3,7 +3,7 @@
 import socket
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import yaml
 from lightning import LightningModule, Trainer
@@ -14,7 +14,13 @@ from kanllama_lightning.files import write_text
 from kanllama_lightning.run import CONFIG, SESSIONS, head_folder
 from kanllama_lightning.secrets import known, scrubbed
 from kanllama_lightning.side_by_side import SideBySide, alone_config
-from kanllama_lightning.small_files import read_json, write_json
+from kanllama_lightning.small_files import read_json, there, write_json
+
+
+class Sessions(TypedDict):
+    """`sessions.json`."""
+
+    sessions: list[dict[str, Any]]
 
 
 class LogConfig(SaveConfigCallback):
@@ -52,6 +58,7 @@ class LogConfig(SaveConfigCallback):
     def _note_session(self, root: Path) -> None:
         """Add this session to those of the run."""
         path = root / SESSIONS
-        known = read_json(path)["sessions"] if path.is_file() else []
+        remedy = "move it away, a new one is begun"
+        known = read_json(path, Sessions, remedy)["sessions"] if there(path) else []
         now = {"started": time.strftime("%Y-%m-%d %H:%M:%S"), "host": socket.gethostname()}
         write_json(path, {"sessions": [*known, now | self.execution]})

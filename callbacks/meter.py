@@ -30,7 +30,7 @@ class ValidationMeter(L.Callback, ABC):
         self._rows: dict[str, list[dict[str, Any]]] = {}
 
     @abstractmethod
-    def make(self, head: Any) -> Metric:
+    def make(self, head: Any, pl_module: Any) -> Metric:
         """A fresh metric for one head and validation set."""
 
     @abstractmethod
@@ -47,7 +47,7 @@ class ValidationMeter(L.Callback, ABC):
         names, heads = trainer.datamodule.val_names, pl_module.heads()
         self._rows = {head: [] for head in heads}
         self.meters = {
-            name: {which: self.make(head).to(pl_module.device) for which in names}
+            name: {which: self.make(head, pl_module).to(pl_module.device) for which in names}
             for name, head in heads.items()
         }
 

@@ -11,7 +11,7 @@ from kanllama_lightning.types import ValidationBatch
 class Reconstruction(ValidationMeter):
     """FVU and EV (about the mean of all validation tokens), MSE, cosine, norm ratio, bias."""
 
-    def make(self, head: Any) -> ReconstructionMetric:
+    def make(self, head: Any, pl_module: Any) -> ReconstructionMetric:
         """A fresh metric."""
         return ReconstructionMetric(head.d_model)
 

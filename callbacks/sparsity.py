@@ -27,7 +27,7 @@ class Sparsity(ValidationMeter):
     file = "l0.csv"
     columns = ("n_tokens", "l0")
 
-    def make(self, head: Any) -> SparsityMetric:
+    def make(self, head: Any, pl_module: Any) -> SparsityMetric:
         """A fresh metric."""
         return SparsityMetric(head.d_sae)
 

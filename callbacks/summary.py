@@ -1,7 +1,8 @@
 """The end of a run on one page: `summary.json` and a table."""
 
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,28 @@ from rich.console import Console
 from rich.table import Table
 
 from callbacks.baselines import Baselines
+from kanllama_lightning import cells
+from kanllama_lightning.metrics import score
 from kanllama_lightning.run import SUMMARY, head_folder
 from kanllama_lightning.small_files import plain, write_json
 
-COLUMNS = {
-    "L0": ("l0", "{:.2f}"),
-    "FVU": ("fvu", "{:.4f}"),
-    "CE": ("ce_recon", "{:.4f}"),
-    "delta CE": ("delta_ce", "{:.4f}"),
-    "CE score": ("ce_score", "{:.4f}"),
-    "KL": ("kl_recon", "{:.4f}"),
-    "dead": ("dead_frac", "{:.1%}"),
+DELTA_CE = "delta CE (95 % interval)"
+COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "L0": lambda values: cells.plain(values, "l0", "{:.2f}"),
+    "FVU": lambda values: cells.plain(values, "fvu", "{:.4f}"),
+    DELTA_CE: cells.delta_ce,
+    cells.SHARE: cells.share,
+    "KL": lambda values: cells.plain(values, "kl_recon", "{:.4f}"),
+    "dead": lambda values: cells.plain(values, "dead_frac", "{:.1%}"),
 }
+"""Of the table; losses in nats per token."""
+OF_CONTROLS = (
+    *("l0", "fvu", "ce_recon", "delta_ce", "delta_ce_low", "delta_ce_high", "delta_ce_share"),
+    *("ce_score", "kl_recon", "dead_frac"),
+)
+"""Figures of a control that `summary.json` has."""
+ABLATIONS = ("ce_zero", "ce_mean", "kl_zero")
+"""What controls share with the head: the same tokens, the same positions."""
 
 
 class Summary(L.Callback):
@@ -107,11 +118,12 @@ class Summary(L.Callback):
         }
         summary |= {k: v for k, v in metrics.items() if k.startswith("val/")}
         for control, results in baselines.items():
-            clean, zero = metrics["val/ce_clean"], metrics["val/ce_zero"]
-            results["ce_score"] = (zero - results["ce_recon"]) / (zero - clean)
+            costs = {key: metrics[f"val/{key}"] for key in ABLATIONS}
+            losses = {key: results[key] for key in ("ce_clean", "ce_recon", "kl_recon")}
+            results |= score(losses | costs, int(results["ce_tokens"]))
             under = f"baseline/{control.replace(' ', '_')}"
-            summary |= {f"{under}/{k}": results[k] for k, _ in COLUMNS.values()}
-        return summary
+            summary |= {f"{under}/{k}": results[k] for k in OF_CONTROLS}
+        return {k: None if _is_nan(v) else v for k, v in summary.items()}
 
     def _table(
         self,
@@ -123,20 +135,27 @@ class Summary(L.Callback):
         table = Table(title=self._title(trainer, shared, found), title_justify="left")
         table.add_column("validation")
         for column in COLUMNS:
-            table.add_column(column, justify="right")
+            table.add_column(column, justify="right", no_wrap=column == DELTA_CE)
+        sets = trainer.datamodule.val_names
         for name, summary in found.items():
             metrics = _metrics(trainer, name)
-            for which in trainer.datamodule.val_names:
-                values = {k: metrics.get(f"val/{which}/{k}") for k, _ in COLUMNS.values()}
+            for which in sets:
+                under = f"val/{which}/"
+                values = {k.removeprefix(under): v for k, v in metrics.items() if under in k}
                 _add(table, f"{name or summary['head']} on {which}", values)
         for control, results in baselines.get("", {}).items():
-            _add(table, control, results)
+            _add(table, f"{control} on {sets[0]}", results)
+        said = [str(cell) for column in table.columns for cell in column.cells]
+        table.caption, table.caption_justify = cells.footnote(said) or None, "left"
         return table
 
     @staticmethod
     def _title(trainer: L.Trainer, shared: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
         first = next(iter(found))
-        clean, zero = (_metrics(trainer, first)[f"val/ce_{run}"] for run in ("clean", "zero"))
+        losses = _metrics(trainer, first)
+        clean, mean, zero, uniform = (
+            losses[f"val/ce_{run}"] for run in ("clean", "mean", "zero", "uniform")
+        )
         heads = [
             f"{name + ': ' if name else ''}{s['head']}, {s['d_sae']} latents, "
             f"{s['parameters']:,} parameters"
@@ -145,7 +164,8 @@ class Summary(L.Callback):
         return (
             "\n".join(heads) + f"; {shared['tokens']:,} tokens in {shared['seconds']:.0f} s\n"
             f"{shared['hook_point']} of {shared['lm']}\n"
-            f"CE of the LM in nats per token: {clean:.4f} untouched, {zero:.4f} zero-ablated"
+            f"CE of the LM in nats per token: {clean:.4f} untouched, {mean:.4f} mean-ablated, "
+            f"{zero:.4f} zero-ablated, {uniform:.4f} of a uniform guess"
         )
 
     @staticmethod
@@ -163,9 +183,9 @@ def _metrics(trainer: L.Trainer, name: str) -> dict[str, float]:
     return {k.removeprefix(prefix): v for k, v in metrics.items() if k.startswith(prefix)}
 
 
-def _add(table: Table, name: str, values: Mapping[str, float | None]) -> None:
-    cells = []
-    for key, form in COLUMNS.values():
-        value = values.get(key)
-        cells.append("" if value is None else form.format(value))
-    table.add_row(name, *cells)
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _add(table: Table, name: str, values: Mapping[str, Any]) -> None:
+    table.add_row(name, *(cell(values) for cell in COLUMNS.values()))

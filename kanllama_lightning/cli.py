@@ -30,9 +30,11 @@ from kanllama_lightning.files import write_text
 from kanllama_lightning.lm import FrozenLM
 from kanllama_lightning.lock import RunLock, gone
 from kanllama_lightning.module import SAEModule, check_precision
+from kanllama_lightning.named import refuse_modules
 from kanllama_lightning.preflight import check_room
 from kanllama_lightning.resume import find_checkpoint
 from kanllama_lightning.run import (
+    CHECKPOINTS,
     CONFIG,
     HEAD,
     LOGGER_ID,
@@ -44,7 +46,7 @@ from kanllama_lightning.run import (
 from kanllama_lightning.run_state import Kind, RunState, clear, look, step_of
 from kanllama_lightning.saved import newest_whole
 from kanllama_lightning.schedule import Schedule
-from kanllama_lightning.small_files import read_yaml
+from kanllama_lightning.small_files import read_yaml, there
 from kanllama_lightning.stopping import CacheStopped, Stopped, say
 from kanllama_lightning.tokens import TokenData
 from kanllama_lightning.types import InputError, RunDiverged, RunFinished
@@ -68,7 +70,7 @@ LINKED = {
 SUBCOMMANDS = ("fit", "validate")
 RUN_FOLDER = "KANLLAMA_RUN_FOLDER"
 """Environment variable in which the first process tells those it starts where the run goes."""
-EXECUTION = ("run", "runs_dir", "ckpt_path", "weights_only", "config")
+EXECUTION = ("run", "runs_dir", "ckpt_path", "weights_only", "config", "allow")
 """Arguments that say where and how a run happens, not what it is: kept in `sessions.json`."""
 OF_THIS_EXECUTION = ("run", "ckpt_path", "weights_only")
 """Those that count on the command line alone."""
@@ -130,6 +132,14 @@ class KanllamaCLI(LightningCLI):
         )
         parser.add_argument(
             "--runs_dir", type=str, default="runs", help="Folder that new run folders are made in."
+        )
+        parser.add_argument(
+            "--allow",
+            nargs="+",
+            type=str,
+            default=[],
+            help="Modules whose classes the config.yaml of a run folder may name, beside what is "
+            "shipped; importing a module runs its code.",
         )
         parser.link_arguments("lm", "model.lm", apply_on="instantiate")
         parser.link_arguments("lm.tokenizer", "data.tokenizer", apply_on="instantiate")
@@ -446,13 +456,38 @@ def _refuse_linked(args: Sequence[str]) -> None:
     files = [b for a, b in zip(args, args[1:], strict=False) if a in ("--config", "-c")]
     files += [a.split("=", 1)[1] for a in args if a.startswith("--config=")]
     for file in files:
-        if not Path(file).is_file():
+        if not there(Path(file)):
             raise InputError(f"--config {file}: no such file")
-        _refuse_linked_in(Path(file))
+        tree = read_yaml(Path(file), dict[str, Any] | None, "mend it, or leave it out") or {}
+        _refuse_linked_in(Path(file), tree)
+        if any((Path(file).parent / name).exists() for name in (CHECKPOINTS, HEAD, SUMMARY)):
+            _refuse_foreign(Path(file), tree, _allowed(args))
 
 
-def _refuse_linked_in(file: Path) -> None:
-    tree = read_yaml(file, dict[str, Any] | None, "mend it, or leave it out") or {}
+def _allowed(args: Sequence[str]) -> list[str]:
+    """What `--allow` lists."""
+    found: list[str] = []
+    listing = False
+    for arg in args:
+        if listing and not arg.startswith("-"):
+            found.append(arg)
+        listing = arg == "--allow" or listing and not arg.startswith("-")
+        if arg.startswith("--allow="):
+            found.append(arg.partition("=")[2])
+    return found
+
+
+def _refuse_foreign(file: Path, tree: dict[str, Any], allow: Sequence[str]) -> None:
+    """The configuration in a run folder, which somebody may have sent, names what it may alone."""
+    try:
+        refuse_modules(tree.get("data"), allow)
+        for part in ("model", "trainer"):
+            refuse_modules(tree.get(part), allow, every=True)
+    except InputError as e:
+        raise InputError(f"--config {file}: {e}") from e
+
+
+def _refuse_linked_in(file: Path, tree: dict[str, Any]) -> None:
     for linked, source in LINKED.items():
         node: Any = tree
         for part in linked.split("."):

@@ -3,13 +3,16 @@
 Formulas: METHODS C. None of them depends on how a set is cut into batches.
 """
 
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torchmetrics import Metric
 
+from kanllama_lightning.functional.bootstrap import interval
 from kanllama_lightning.types import Codes
 
 
@@ -134,54 +137,130 @@ class Reconstruction(_Sums):
 
 
 class SplicedLoss(_Sums):
-    """Next-token losses of the LM with its activations replaced, against the untouched LM."""
+    """Next-token losses of the LM with its activations replaced, against the untouched LM.
+
+    Args:
+        vocab_size: Token ids that the LM knows: a uniform guess costs ln of that.
+        runs: What was run beside `clean`; of `zero` and `mean` none is needed (see `score`).
+    """
 
     RUNS = ("clean", "recon", "zero", "mean")
+    GROUPS = 4096
+    """Documents are put into so many groups by their number; intervals resample the groups."""
     n: Tensor
+    documents: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, vocab_size: int, runs: Sequence[str] = RUNS[1:]) -> None:
         super().__init__()
+        self.vocab_size = vocab_size
         self._sum_state("n", integer=True)
-        for run in self.RUNS:
+        # of every group of documents: positions, and what the reconstruction adds to their loss
+        self._sum_state("documents", (self.GROUPS, 2))
+        self._sum_state("ce_clean")
+        for run in runs:
             self._sum_state(f"ce_{run}")
-            if run != "clean":
-                self._sum_state(f"kl_{run}")
+            self._sum_state(f"kl_{run}")
 
-    def update(self, sums: dict[str, Tensor], n: int) -> None:
-        """Add summed losses of n positions: `ce_<run>` and `kl_<run>`, nats."""
-        self.n += n
-        for name, value in sums.items():
+    def update(
+        self,
+        ce: Mapping[str, Float[Tensor, " n"]],
+        kl: Mapping[str, Float[Tensor, " n"]],
+        doc: Int[Tensor, " n"],
+    ) -> None:
+        """Add the losses of n positions.
+
+        Args:
+            ce: -log P(next token) of every run and of `clean`, nats.
+            kl: KL(P_clean || P_run) of every run, nats.
+            doc: Document that each position is of.
+        """
+        self.n += len(doc)
+        for name, value in _sums(ce, kl).items():
             state: Tensor = getattr(self, name)
             state += value
+        added = (ce["recon"].double() - ce["clean"].double()).to(self.documents.device)
+        pairs = torch.stack([torch.ones_like(added), added], 1)
+        self.documents.index_add_(0, (doc % self.GROUPS).to(self.documents.device), pairs)
 
     def compute(self) -> dict[str, float]:
-        """Means in nats per token, and the scores: pooled, divided once, clipped nowhere."""
+        """`score` of the means; `ce_uniform` = ln V; `delta_ce_low`, `_high`: a 95 % interval.
+
+        The interval is a bootstrap over documents; NaN for fewer than two of them.
+        """
         n = int(self.n)
         if not n:
             return {}
-        return score({k: float(getattr(self, k)) / n for k in self._defaults if k != "n"}, n)
+        known = [k for k in self._defaults if k.startswith(("ce_", "kl_"))]
+        found = score({k: float(getattr(self, k)) / n for k in known}, n)
+        found["ce_uniform"] = math.log(self.vocab_size)
+        counts, added = self.documents[self.documents[:, 0] > 0].cpu().unbind(1)
+        found["delta_ce_low"], found["delta_ce_high"] = interval(added, counts)
+        return found
 
 
-def score(means: dict[str, float], n: int) -> dict[str, float]:
-    """Scores from pooled mean losses.
+def _sums(ce: Mapping[str, Tensor], kl: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Summed losses by name, fp64 nats."""
+    sums = {f"ce_{name}": value.double().sum() for name, value in ce.items()}
+    return sums | {f"kl_{name}": value.double().sum() for name, value in kl.items()}
 
-    `ce_score` = (zero - recon) / (zero - clean), 1 is perfect and < 0 worse than ablation;
-    `ce_score_mean` the same against mean ablation; `delta_ce` = recon - clean in nats;
-    `kl_score` = 1 - KL_recon / KL_zero.
+
+def mean_losses(
+    ce: Mapping[str, Float[Tensor, " n"]], kl: Mapping[str, Float[Tensor, " n"]]
+) -> dict[str, float]:
+    """Mean losses of n positions by name (`ce_<run>`, `kl_<run>`), nats; NaN of none."""
+    n = len(ce["clean"])
+    return {k: float(v) / n if n else math.nan for k, v in _sums(ce, kl).items()}
+
+
+LEAST_COST = 0.01
+"""Nats per token that an ablation must cost for a share of that cost to mean anything."""
+
+
+def score(means: Mapping[str, float], n: int) -> dict[str, float]:
+    """Scores from pooled mean losses (`ce_<run>`, `kl_<run>`, nats per token).
+
+    `delta_ce` = recon - clean is what the reconstruction costs, in nats per token. `delta_ce_share`
+    = delta_ce / (mean - clean) is that as a share of what mean ablation costs: 0 is perfect, 1 no
+    better than the mean. `ce_score` = (zero - recon) / (zero - clean) is the field's older score:
+    1 is perfect, < 0 worse than zeros; zeros may cost more than a uniform guess (ln V), which
+    flatters it. `kl_score` = 1 - KL_recon / KL_zero. Nothing is clipped; a share of what costs less
+    than `LEAST_COST`, or was not run, is NaN.
+
+    Args:
+        means: Of `clean`, `recon` and, as far as they were run, `zero` and `mean`.
+        n: Positions they are means of.
     """
 
-    def ratio(top: float, bottom: float) -> float:
-        return top / bottom if bottom else float("nan")
+    def share(top: float, cost: float) -> float:
+        return top / cost if cost >= LEAST_COST else math.nan
 
     clean, recon = means["ce_clean"], means["ce_recon"]
+    zero, mean = means.get("ce_zero", math.nan), means.get("ce_mean", math.nan)
     return {
         **means,
         "delta_ce": recon - clean,
-        "ce_score": ratio(means["ce_zero"] - recon, means["ce_zero"] - clean),
-        "ce_score_mean": ratio(means["ce_mean"] - recon, means["ce_mean"] - clean),
-        "kl_score": 1 - ratio(means["kl_recon"], means["kl_zero"]),
+        "delta_ce_share": share(recon - clean, mean - clean),
+        "ce_score": share(zero - recon, zero - clean),
+        "kl_score": 1 - share(means["kl_recon"], means.get("kl_zero", math.nan)),
         "ce_tokens": float(n),
     }
+
+
+NOT_MEANINGFUL = "not meaningful"
+"""What tables say in the place of a share that means nothing."""
+NOT_MEANINGFUL_WHY = (
+    f"{NOT_MEANINGFUL}: FVU is above 1 (the mean reconstructs better), or mean ablation costs less "
+    f"than {LEAST_COST} nats per token"
+)
+
+
+def meaningful(share: float | None, fvu: float | None) -> bool:
+    """Whether a share of an ablation's cost says anything of a head with this FVU.
+
+    It does not where the ablation costs next to nothing (the share is NaN, see `score`) or the
+    head reconstructs worse than the mean (FVU above 1). What is missing or NaN says nothing.
+    """
+    return share is not None and math.isfinite(share) and fvu is not None and fvu <= 1
 
 
 class Activations(_Sums):

@@ -23,7 +23,7 @@ from kanllama_lightning.heads.base import SAEHead, Trained
 from kanllama_lightning.lm import FrozenLM, overflow_hint
 from kanllama_lightning.optim import Adam
 from kanllama_lightning.phase import Phase
-from kanllama_lightning.preflight import SINK_RATIO, check_varied, preflight
+from kanllama_lightning.preflight import check_varied, preflight
 from kanllama_lightning.saved import buffer_file, load_buffer_
 from kanllama_lightning.schedule import Schedule
 from kanllama_lightning.side_by_side import SideBySide
@@ -35,7 +35,7 @@ from kanllama_lightning.types import (
     TokenBatch,
     ValidationBatch,
 )
-from kanllama_lightning.view import views, within
+from kanllama_lightning.view import regular, sink_limit, views, within
 
 log = logging.getLogger(__name__)
 
@@ -260,7 +260,7 @@ class SAEModule(L.LightningModule):
         check_varied(x, self.lm)
         sizes = norms(x)
         with ranks.pooled():
-            limit = SINK_RATIO * ranks.rows(sizes).median()
+            limit = sink_limit(ranks.rows(sizes))
         for head in self.heads().values():
             head.norm_limit.copy_(limit)
         filled, kept = len(x), sizes <= limit

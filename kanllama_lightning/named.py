@@ -16,6 +16,8 @@ PACKAGE = "kanllama_lightning"
 PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 SHIPPED: dict[str, type] = {}
 """Heads, KAN layers and corpora of this package: what a file may name."""
+LIBRARIES = ("callbacks.", "torch.optim.", "lightning.pytorch.", f"{PACKAGE}.")
+"""What else the configuration of a run names."""
 _allowed: ContextVar[Collection[str] | None] = ContextVar("allowed", default=None)
 
 
@@ -78,17 +80,33 @@ def refuse_module(name: str, modules: Collection[str]) -> None:
     )
 
 
-def refuse_modules(tree: Any, modules: Collection[str]) -> None:
-    """Refuse a tree from a file that names, by `class_path`, a class that it may not.
+def refuse_modules(tree: Any, modules: Collection[str], every: bool = False) -> None:
+    """Refuse a tree from a file that names a class that it may not.
+
+    Args:
+        tree: Of plain values.
+        modules: Allowed beside what is shipped.
+        every: Whether any text that looks like `module.Name` counts, not `class_path` alone; then
+            what configurations name of the libraries used here is allowed too.
 
     Raises:
         InputError: It does; nothing was imported.
     """
-    parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
-    for part in parts:
-        refuse_modules(part, modules)
-    if isinstance(tree, dict) and "class_path" in tree:
-        refuse_module(str(tree["class_path"]), modules)
+    if isinstance(tree, dict):
+        for key, part in tree.items():
+            if key == "class_path":
+                _refuse_text(str(part), modules, every)
+            refuse_modules(part, modules, every)
+    elif isinstance(tree, list):
+        for part in tree:
+            refuse_modules(part, modules, every)
+    elif every and isinstance(tree, str) and PATH.fullmatch(tree):
+        _refuse_text(tree, modules, every)
+
+
+def _refuse_text(name: str, modules: Collection[str], libraries: bool) -> None:
+    if not libraries or not name.startswith(LIBRARIES) and "." in name:
+        refuse_module(name, modules)
 
 
 def named_class(name: str, base: type) -> Any:

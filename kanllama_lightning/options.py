@@ -1,5 +1,6 @@
 """Options of the command line that are refused before anything is loaded, and why."""
 
+import argparse
 import inspect
 import math
 import pydoc
@@ -89,13 +90,15 @@ def fixed(option: str) -> bool:
     return option in DEFAULTS and option not in ALLOWED
 
 
+class NoSeed(argparse.ArgumentTypeError, ValueError):
+    """No seed; said in full on the command line, where argparse hides another ValueError's text."""
+
+
 def seed_number(value: Any) -> int:
     """`--seed_everything`: a number, from which everything random of a run follows."""
     text = str(value)
     if isinstance(value, bool) or not text.isascii() or not text.isdigit() or int(text) >= 1 << 32:
-        raise ValueError(
-            f"seed_everything={value!r}: must be a whole number from 0 to {(1 << 32) - 1}"
-        )
+        raise NoSeed(f"seed_everything={value!r}: must be a whole number from 0 to {(1 << 32) - 1}")
     return int(text)
 
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from kanllama_lightning.functional.moments import mean_and_std, norms
 from kanllama_lightning.lm import FrozenLM, overflow_hint
-from kanllama_lightning.splice import put, spliced_losses
+from kanllama_lightning.splice import ablated, put, spliced_losses
 from kanllama_lightning.types import InputError, TokenBatch
 from kanllama_lightning.units import size
+from kanllama_lightning.view import regular, sink_limit
 
 log = logging.getLogger(__name__)
 
@@ -23,8 +24,6 @@ ROWS, TOKENS = 4, 512
 tokens. Whole, since a model may see only so far back (a window), and rows are where that shows."""
 CE_LIMIT = 0.8
 """Share of ln V (the loss of a uniform guess) above which a model does not know its tokens."""
-SINK_RATIO = 10.0
-"""Rows whose norm is so many times the median are attention sinks (METHODS 0.5)."""
 CONSTANT = {torch.float32: 1e-9, torch.bfloat16: 1.5e-5, torch.float16: 2.5e-7}
 """Variance over squared mean up to which activations are one vector and its rounding errors:
 a hundred times what rounding makes of one."""
@@ -33,23 +32,29 @@ FEW = 16
 
 
 @torch.no_grad()
-def preflight(lm: FrozenLM, tokens: TokenBatch) -> None:
+def preflight(lm: FrozenLM, tokens: TokenBatch, norm_limit: Tensor | None = None) -> None:
     """Check that tokens, model and hook point fit together.
+
+    Ablations are those of validation: BOS and the like, and attention sinks, keep their activation.
 
     Args:
         lm: Loaded LM.
         tokens: Some real text in rows of `ctx_len`, on the LM's device.
+        norm_limit: Activations with a larger norm are sinks; left out, by the text's own norms.
 
     Raises:
         InputError: They do not; says which check failed and what to do.
     """
     part = check_forward(lm, tokens)
     prefix = lm.prefix(part.ids)
-    everywhere = torch.ones_like(part.keep)
-    runs = {
-        "same": put(prefix.acts, part.keep, prefix.acts[part.keep].float()),
-        "zero": put(prefix.acts, everywhere, torch.zeros_like(prefix.acts[everywhere])),
-    }
+    kept = prefix.acts[part.keep].float()
+    if not len(kept):
+        raise InputError("data: the first validation rows hold no token that counts")
+    limit = sink_limit(norms(kept)) if norm_limit is None else norm_limit
+    mask = part.keep & regular(prefix.acts, limit)
+    x = prefix.acts[mask].float()
+    runs = {k: put(prefix.acts, mask, rows) for k, rows in ablated(x, x.mean(0)).items()}
+    runs["same"] = put(prefix.acts, part.keep, kept)
     losses = spliced_losses(lm, prefix, part, runs).ce
     if not len(losses["clean"]):
         raise InputError("data: the first validation rows hold no two neighbouring real tokens")
@@ -64,11 +69,12 @@ def preflight(lm: FrozenLM, tokens: TokenBatch) -> None:
     uniform = math.log(lm.vocab_size)
     log.info(
         "pre-flight: loss %.3f nats per token (uniform guess %.2f), with %s spliced back in %.3f, "
-        "zero-ablated %.3f",
+        "mean-ablated %.3f, zero-ablated %.3f",
         ce["clean"],
         uniform,
         lm.hook.name,
         ce["same"],
+        ce["mean"],
         ce["zero"],
     )
     if not abs(ce["same"] - ce["clean"]) <= 1e-4 * max(1.0, ce["clean"]):
@@ -143,7 +149,7 @@ def check_varied(rows: Float[Tensor, "tok d_model"], lm: FrozenLM) -> None:
             f"{where}: {bad:,} of {len(rows):,} activations are NaN or infinite. "
             f"{overflow_hint(lm.dtype)}Give an undamaged model or another hook point"
         )
-    x = rows[sizes <= SINK_RATIO * sizes.median()]
+    x = rows[sizes <= sink_limit(sizes)]
     mean, std = mean_and_std(x)
     square, variance = float(mean.square().sum()), float(std.square().sum())
     if not square + variance > 0:

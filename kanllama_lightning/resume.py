@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 FREE = (
     "ckpt_path",
     "config",
+    "allow",
     "run",
     "runs_dir",
     "model.tokens",

@@ -11,6 +11,8 @@ from typing import Any, TypedDict
 from kanllama_lightning.files import replacing
 from kanllama_lightning.lock import confirm_mine
 from kanllama_lightning.small_files import (
+    Count,
+    FileName,
     read_csv,
     read_json,
     read_text,
@@ -83,6 +85,17 @@ def head_folder(root: str | Path, name: str) -> Path:
 def members(folder: Path) -> list[Path]:
     """Folders of the heads that a run trained side by side; empty for a run of one head."""
     return [folder / name for name in read_summary(folder).get("heads", [])]
+
+
+class RunSummary(TypedDict, total=False):
+    """`summary.json`, as far as somebody reads it."""
+
+    finished: bool
+    heads: list[FileName]
+    tokens: Count
+    steps: Count
+    seconds: float
+    tokens_per_second: float | None
 
 
 def read_summary(folder: Path) -> dict[str, Any]:

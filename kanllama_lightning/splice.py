@@ -1,6 +1,6 @@
 """What the LM's next-token losses become when its activations are replaced."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,6 +25,15 @@ class SplicedLosses(NamedTuple):
     where: tuple[Int[Tensor, " n"], Int[Tensor, " n"]]
     """Row and position of each."""
 
+    def of(self, name: str, alone: Sequence[str] = ()) -> "SplicedLosses":
+        """Those of one head: its run `name` as `recon`, beside the runs in `alone` and `clean`."""
+
+        def pick(losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            kept = {k: v for k, v in losses.items() if k in ("clean", *alone)}
+            return kept | {"recon": losses[name]}
+
+        return SplicedLosses(pick(self.ce), pick(self.kl), self.where)
+
 
 def put(
     acts: Float[Tensor, "batch pos d_model"],
@@ -35,6 +44,20 @@ def put(
     out = acts.clone()
     out[mask] = rows.to(acts.dtype)
     return out
+
+
+def ablated(
+    x: Float[Tensor, "tok d_model"], mean: Float[Tensor, " d_model"]
+) -> dict[str, Float[Tensor, "tok d_model"]]:
+    """What `put` splices in for the ablations: `zero`, and `mean`, at every position that counts.
+
+    The one definition of either: positions that are BOS, EOS, PAD or sinks keep their activation.
+
+    Args:
+        x: Activations of the positions that count.
+        mean: What mean ablation puts in their place.
+    """
+    return {"zero": torch.zeros_like(x), "mean": mean.to(x.dtype).expand_as(x)}
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ Axes, everywhere: `batch` sequences, `pos` positions in a sequence, `tok` tokens
 
 from collections.abc import Callable
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 
 import torch

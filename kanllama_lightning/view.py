@@ -9,6 +9,14 @@ from kanllama_lightning.heads.base import SAEHead
 from kanllama_lightning.lm import overflow_hint
 from kanllama_lightning.types import InputError, Prefix, TokenBatch, ValidationBatch
 
+SINK_RATIO = 10.0
+"""Rows whose norm is so many times the median are attention sinks (METHODS 0.5)."""
+
+
+def sink_limit(norms: Float[Tensor, " tok"]) -> Float[Tensor, ""]:
+    """The norm from which on an activation is an attention sink, from those of a sample."""
+    return SINK_RATIO * norms.median()
+
 
 def regular(rows: Float[Tensor, "*tok d_model"], norm_limit: Tensor) -> Bool[Tensor, "*tok"]:
     """False where an activation is an attention sink (METHODS 0.5); NaN and infinity are none."""

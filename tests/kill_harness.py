@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import json
 import os
+import pydoc
 import random
 import shutil
 import signal
@@ -268,6 +269,8 @@ def contents(where: Path, kind: str) -> dict[str, Any]:
 def main(folder: Path, lm: Path, text: Path, part: str) -> int:
     """Kill at every point whose name holds `part`; print a table; the exit code."""
     torch.set_num_threads(1)
+    for class_path in (*train.ESSENTIAL, "callbacks.kan_curves.KANCurves"):
+        pydoc.locate(class_path)  # so that no fork has to
     harness = Harness(folder, lm, text)
     began = time.perf_counter()
     kinds = dict.fromkeys(p.kind for p in POINTS if part in p.name and p.kind != "report")

@@ -18,8 +18,6 @@ from kanllama_lightning.phase import Phase
 from kanllama_lightning.types import InputError
 from tests.conftest import Fit, only_run
 
-ROOT = Path(__file__).resolve().parents[1]
-
 EMPTY = {
     "unknown words alone": ["zzz qqq zzz"] * 60,
     "special tokens alone": ["<eos> <bos>"] * 60,
@@ -92,9 +90,8 @@ def test_a_drought_is_a_whole_pass() -> None:
 
 
 def with_checkpoints(path: Path, **args: Any) -> str:
-    base = yaml.safe_load((ROOT / "configs" / "base.yaml").read_text())["trainer"]["callbacks"]
-    base[-1]["init_args"] = args
-    path.write_text(yaml.safe_dump({"trainer": {"callbacks": base}}))
+    callback = {"class_path": "callbacks.checkpoint.RunCheckpoint", "init_args": args}
+    path.write_text(yaml.safe_dump({"trainer": {"callbacks": [callback]}}))
     return f"--config={path}"
 
 

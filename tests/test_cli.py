@@ -25,14 +25,25 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def test_a_run_leaves_everything_behind(capsys: pytest.CaptureFixture, run_folder: Path) -> None:
     summary = json.loads((run_folder / "summary.json").read_text())
-    for key in ("l0", "ce_score", "delta_ce", "fvu", "dead_frac", "cosine", "bias", "kl_recon"):
+    keys = ("l0", "delta_ce", "delta_ce_low", "delta_ce_high", "fvu", "dead_frac", "cosine", "bias")
+    for key in (*keys, "kl_recon"):
         assert math.isfinite(summary[f"val/{key}"])
         assert summary[f"val/{key}"] == summary[f"val/heldout/{key}"]
     assert summary["tokens"] == 2560
     assert summary["finished"] is True
     assert summary["tokens_per_second"] > 0
-    for control in ("PCA", "untrained_head"):
-        assert math.isfinite(summary[f"baseline/{control}/delta_ce"])
+    assert summary["val/delta_ce_low"] < summary["val/delta_ce"] < summary["val/delta_ce_high"]
+    assert summary["val/ce_uniform"] == pytest.approx(math.log(64))
+    losses = {run: summary[f"val/ce_{run}"] for run in ("clean", "zero", "mean")}
+    own = {k.removeprefix("val/"): v for k, v in summary.items() if k.count("/") == 1}
+    for control in ("", "PCA", "untrained_head"):
+        if control:
+            own = {k.rsplit("/")[-1]: v for k, v in summary.items() if f"baseline/{control}/" in k}
+        assert own["delta_ce_low"] < own["delta_ce"] < own["delta_ce_high"]
+        # the random model does not get worse without its activations: shares of that mean nothing
+        assert own["delta_ce_share"] is None
+        assert own["ce_score"] is None
+    assert all(losses[run] - losses["clean"] < 0.01 for run in ("zero", "mean"))
 
     l0 = pd.read_csv(run_folder / "l0.csv")
     losses = pd.read_csv(run_folder / "losses.csv")
@@ -47,7 +58,11 @@ def test_a_run_leaves_everything_behind(capsys: pytest.CaptureFixture, run_folde
 
     config = yaml.safe_load((run_folder / "config.yaml").read_text())
     assert config["model"]["head"]["init_args"]["target_l0"] == 4
-    assert "untrained head" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "untrained head on heldout" in out
+    for said in ("delta CE (95 %", "of a uniform guess", "not meaningful: FVU is above 1"):
+        assert said in out
+    assert "CE score" not in out
 
 
 def test_wandb_run_can_be_read_back(run_folder: Path) -> None:

@@ -139,6 +139,8 @@ def test_table_equals_numpy(pair: list[Path]) -> None:
         assert row["l0"] == pytest.approx(d["l0"].sum() / d["n_tokens"].sum())
         zero = (d["ce_zero"] - d["ce_recon"]).sum() / (d["ce_zero"] - d["ce_clean"]).sum()
         assert row["ce_score"] == pytest.approx(zero)
+        share = (d["ce_recon"] - d["ce_clean"]).sum() / (d["ce_mean"] - d["ce_clean"]).sum()
+        assert row["delta_ce_share"] == pytest.approx(share)
         e2, x2 = d["e2"].to_numpy(), d["x2"].to_numpy()
         ratios = [e2[i].sum() / x2[i].sum() for i in drawn(N_DOC)]
         low, high = np.quantile(ratios, [0.025, 0.975])

@@ -90,6 +90,25 @@ def test_bfloat16(make_lm, tiny_lm_dir, tokens, name):
     torch.testing.assert_close(resumed, logits.float(), atol=0.1, rtol=0.02)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("at_once", [10, 64, 1 << 14])
+def test_logits_are_not_rounded(make_lm, tokens, monkeypatch, dtype, at_once):
+    """They are those of fp64, from the hidden states and weights as they are."""
+    monkeypatch.setattr("kanllama_lightning.lm.UNEMBEDDED_AT_ONCE", at_once)
+    lm = make_lm(dtype=str(dtype).removeprefix("torch."))
+    prefix = lm.prefix(tokens.ids)
+    hidden = lm.resume(prefix, prefix.acts)
+    assert hidden.dtype == dtype
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = lm.logits(hidden)
+    want = hidden.double() @ lm.model.lm_head.weight.double().T
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), want, atol=1e-5, rtol=1e-5)
+    rounded = lm.model.lm_head(hidden).double()
+    assert (rounded - want).abs().max() > 10 * (logits - want).abs().max()
+
+
 @every_kind
 def test_autocast_changes_nothing(make_lm, tokens, name):
     lm = make_lm(name)

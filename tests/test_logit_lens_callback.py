@@ -14,6 +14,7 @@ import torch
 from callbacks.logit_lens import LogitLens
 from kanllama_lightning.heads import SAEHead
 from kanllama_lightning.lens import FIGURES
+from kanllama_lightning.types import InputError
 from tests.conftest import Fit, only_run
 
 OFTEN = {"trainer__val_check_interval": "5"}

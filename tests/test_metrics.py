@@ -8,7 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kanllama_lightning.metrics import Reconstruction, Sparsity, SplicedLoss, score
+from kanllama_lightning import cells
+from kanllama_lightning.functional.bootstrap import interval
+from kanllama_lightning.metrics import (
+    NOT_MEANINGFUL,
+    Reconstruction,
+    Sparsity,
+    SplicedLoss,
+    meaningful,
+    score,
+)
 from kanllama_lightning.types import SparseCodes
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``compute`` method of metric:UserWarning")
@@ -188,30 +197,84 @@ def test_negative_codes_count_and_stored_zeros_do_not():
 
 # -------------------------------------------------------------------- SplicedLoss
 
-NAMES = [f"ce_{run}" for run in SplicedLoss.RUNS] + ["kl_recon", "kl_zero", "kl_mean"]
+RUNS = ("recon", "zero", "mean")
+NAMES = ["ce_clean", *(f"{of}_{run}" for of in ("ce", "kl") for run in RUNS)]
 
 
-@settings(max_examples=20)
+def per_token(seed, n):
+    """Losses of n positions, and the documents they are of."""
+    ce = {run: random(seed + i, n).abs() for i, run in enumerate(("clean", *RUNS))}
+    kl = {run: random(seed + 10 + i, n).abs() for i, run in enumerate(RUNS)}
+    doc = torch.randint(5000, (n,), generator=torch.Generator().manual_seed(seed)) % 9 + 4093
+    return ce, kl, doc
+
+
+def add(metric, ce, kl, doc, part=slice(None)):
+    def cut(losses):
+        return {name: value[part] for name, value in losses.items()}
+
+    metric.update(cut(ce), cut(kl), doc[part])
+
+
+@settings(max_examples=20, deadline=None)
 @given(SEEDS, cuts(30))
 def test_spliced_loss_is_numpys_however_the_set_is_cut(seed, at):
-    per_token = {name: random(seed + i, 30).abs() for i, name in enumerate(NAMES)}
-    metric = SplicedLoss()
+    ce, kl, doc = per_token(seed, 30)
+    metric = SplicedLoss(50)
     for a, b in zip(at, at[1:], strict=False):
-        metric.update({n: v[a:b].double().sum() for n, v in per_token.items()}, b - a)
-    means = {name: value.double().numpy().mean() for name, value in per_token.items()}
+        add(metric, ce, kl, doc, slice(a, b))
+    means = {f"ce_{run}": value.double().numpy().mean() for run, value in ce.items()}
+    means |= {f"kl_{run}": value.double().numpy().mean() for run, value in kl.items()}
     clean, recon = means["ce_clean"], means["ce_recon"]
     zero, mean = means["ce_zero"], means["ce_mean"]
+
+    def share(top, cost):
+        return top / cost if cost >= 0.01 else math.nan
+
+    added = (ce["recon"].double() - ce["clean"].double()).numpy()
+    # documents 4096 to 4101 follow 4093 to 4095 in the order of their groups: 0 to 5, 4093 ...
+    own = [doc.numpy() == d for d in [*range(4096, 4102), *range(4093, 4096)]]
+    sums = [(added[o].sum(), o.sum()) for o in own if o.any()]
+    low, high = interval(*(torch.tensor(column).double() for column in zip(*sums, strict=True)))
     assert metric.compute() == pytest.approx(
         means
         | {
+            "ce_uniform": math.log(50),
             "delta_ce": recon - clean,
-            "ce_score": (zero - recon) / (zero - clean),
-            "ce_score_mean": (mean - recon) / (mean - clean),
-            "kl_score": 1 - means["kl_recon"] / means["kl_zero"],
+            "delta_ce_low": low,
+            "delta_ce_high": high,
+            "delta_ce_share": share(recon - clean, mean - clean),
+            "ce_score": share(zero - recon, zero - clean),
+            "kl_score": 1 - share(means["kl_recon"], means["kl_zero"]),
             "ce_tokens": 30,
         },
         rel=1e-9,
+        nan_ok=True,
     )
+
+
+def test_one_document_has_no_interval():
+    ce, kl, _ = per_token(0, 12)
+    metric = SplicedLoss(50)
+    metric.update(ce, kl, torch.full((12,), 7))
+    found = metric.compute()
+    assert math.isnan(found["delta_ce_low"])
+    assert math.isnan(found["delta_ce_high"])
+
+
+def test_the_interval_is_of_documents_and_not_of_tokens():
+    """40 documents of 25 equal tokens: as sure as 40 numbers, not as 1,000."""
+    of_document = random(3, 40)
+    recon = of_document.repeat_interleave(25) + 5
+    doc = torch.arange(40).repeat_interleave(25)
+    ce = {"clean": torch.full((1000,), 4.0), "recon": recon}
+    metric = SplicedLoss(50, ("recon",))
+    metric.update(ce, {"recon": recon}, doc)
+    found = metric.compute()
+    error = float(of_document.double().std() / 40**0.5)
+    width = found["delta_ce_high"] - found["delta_ce_low"]
+    assert width == pytest.approx(2 * 1.96 * error, rel=0.1)
+    assert found["delta_ce_low"] < 1 + float(of_document.mean()) < found["delta_ce_high"]
 
 
 def losses(clean=2.0, recon=2.5, zero=6.0, mean=4.0, kl_recon=0.5, kl_zero=5.0, kl_mean=2.0):
@@ -223,8 +286,8 @@ def test_score_by_hand():
     got = score(losses(), 10)
     assert got == losses() | {
         "delta_ce": 0.5,
+        "delta_ce_share": 0.25,
         "ce_score": 3.5 / 4,
-        "ce_score_mean": 1.5 / 2,
         "kl_score": 0.9,
         "ce_tokens": 10.0,
     }
@@ -232,23 +295,55 @@ def test_score_by_hand():
 
 def test_scores_are_not_clipped():
     worse = score(losses(recon=8.0, kl_recon=10.0), 1)
-    assert (worse["ce_score"], worse["kl_score"]) == (-0.5, -1.0)
+    assert (worse["ce_score"], worse["delta_ce_share"], worse["kl_score"]) == (-0.5, 3.0, -1.0)
     better = score(losses(recon=1.0), 1)
     assert (better["ce_score"], better["delta_ce"]) == (1.25, -1.0)
 
 
-def test_scores_without_an_ablation_are_nan():
-    got = score(losses(zero=2.0, kl_zero=0.0), 1)
+@pytest.mark.parametrize("zero", [2.0, 2.0099, 1.0, math.nan])
+def test_a_share_of_what_costs_next_to_nothing_is_nan(zero):
+    got = score(losses(zero=zero, kl_zero=0.0), 1)
     assert math.isnan(got["ce_score"])
     assert math.isnan(got["kl_score"])
-    assert got["ce_score_mean"] == 0.75
+    assert got["delta_ce_share"] == 0.25
+    assert math.isnan(score(losses(mean=zero), 1)["delta_ce_share"])
+
+
+def test_scores_of_ablations_that_were_not_run_are_nan():
+    got = score({k: v for k, v in losses().items() if "zero" not in k and "mean" not in k}, 1)
+    assert got["delta_ce"] == 0.5
+    assert all(math.isnan(got[key]) for key in ("delta_ce_share", "ce_score", "kl_score"))
+
+
+@pytest.mark.parametrize(
+    ("share", "fvu", "says"),
+    [
+        (0.25, 0.5, True),
+        (0.25, 1.0, True),
+        (0.0, 2662.6, False),  # constant activations
+        (-0.5558, 2.4e17, False),  # a run that diverged
+        (0.25, math.nan, False),
+        (math.nan, 0.5, False),
+        (math.inf, 0.5, False),
+        (None, 0.5, False),
+        (0.25, None, False),
+    ],
+)
+def test_when_a_share_means_something(share, fvu, says):
+    assert meaningful(share, fvu) is says
+    shown = cells.share({"delta_ce": 0.1, "delta_ce_share": share, "fvu": fvu})
+    assert (shown != NOT_MEANINGFUL) is says
+    assert bool(cells.footnote([shown])) is not says
 
 
 def test_ratios_are_pooled_and_not_averaged():
     """Two batches of unlike size and unlike gap."""
-    metric = SplicedLoss()
-    metric.update({k: torch.tensor(v).double() for k, v in losses().items()}, 1)
-    metric.update({k: torch.tensor(v * 9).double() for k, v in losses(zero=2.6).items()}, 9)
+    metric = SplicedLoss(50)
+    for n, zero in ((1, 6.0), (9, 2.6)):
+        values = {k: torch.full((n,), v) for k, v in losses(zero=zero).items()}
+        ce = {k.removeprefix("ce_"): v for k, v in values.items() if k.startswith("ce_")}
+        kl = {k.removeprefix("kl_"): v for k, v in values.items() if k.startswith("kl_")}
+        metric.update(ce, kl, torch.arange(n))
     zero = (6.0 + 9 * 2.6) / 10
     assert metric.compute()["ce_score"] == pytest.approx((zero - 2.5) / (zero - 2.0))
 
@@ -264,13 +359,13 @@ def updated(kind, seed, n=15):
         metric = Reconstruction(6)
         metric.update(random(seed, n, 6) + 1, random(seed + 100, n, 6))
     else:
-        metric = SplicedLoss()
-        metric.update({name: random(seed, 9)[i].double() for i, name in enumerate(NAMES)}, n)
+        metric = SplicedLoss(50)
+        add(metric, *per_token(seed, n))
     return metric
 
 
 EMPTY = {Sparsity: lambda: Sparsity(6), Reconstruction: lambda: Reconstruction(6)}
-EMPTY[SplicedLoss] = SplicedLoss
+EMPTY[SplicedLoss] = lambda: SplicedLoss(50)
 every_metric = pytest.mark.parametrize("kind", EMPTY)
 
 
@@ -288,8 +383,8 @@ def test_ranks_are_merged_by_summing_states(kind):
         one.update(random(1, 4, 6) + 1, random(101, 4, 6))
     else:
         for seed, n in ((0, 15), (1, 4)):
-            one.update({name: random(seed, 9)[i].double() for i, name in enumerate(NAMES)}, n)
-    assert both == pytest.approx(one.compute())
+            add(one, *per_token(seed, n))
+    assert both == pytest.approx(one.compute(), nan_ok=True)
     assert both != pytest.approx(a.compute())
 
 
@@ -313,4 +408,4 @@ def test_sums_stay_in_double_precision(kind, cast):
     metric.set_dtype(torch.float32)
     dtypes = {getattr(metric, name).dtype for name in metric._defaults}
     assert dtypes <= {torch.float64, torch.int64}
-    assert metric.compute() == updated(kind, 0).compute()
+    assert metric.compute() == pytest.approx(updated(kind, 0).compute(), rel=0, abs=0, nan_ok=True)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from kanllama_lightning.functional.losses import next_token_targets
 from kanllama_lightning.heads import BatchTopK
 from kanllama_lightning.lm import FrozenLM
 from kanllama_lightning.preflight import check_room, preflight
@@ -42,6 +43,30 @@ def test_an_untrained_model_that_says_so_passes(make_lm, tokens, hook, dtype, ca
         preflight(make_lm(hook, dtype=dtype), tokens)
     assert "pre-flight: loss" in caplog.text
     assert "uniform guess 4.16" in caplog.text
+
+
+@every_hook
+def test_zero_ablation_is_that_of_validation(make_lm, tokens, hook, caplog):
+    """BOS, and a sink, keep their activation; by hand, with a plain forward and a hook."""
+    lm = make_lm(hook)
+    tokens = tokens._replace(ids=tokens.ids[:4], keep=tokens.keep[:4], doc=tokens.doc[:4])
+    acts = lm.acts(tokens.ids)
+    sizes = acts.norm(dim=-1)
+    limit = 0.9 * sizes[tokens.keep].max()
+    mask = tokens.keep & (sizes <= limit)
+    assert 0 < int(mask.sum()) < int(tokens.keep.sum())
+    x = acts[mask]
+    want = {}
+    for name, value in {"zero": torch.zeros_like(x), "mean": x.mean(0).expand_as(x)}.items():
+        prefix = lm.prefix(tokens.ids)
+        spliced = prefix.acts.clone()
+        spliced[mask] = value
+        logits = lm.logits(lm.resume(prefix, spliced))
+        targets, counts = next_token_targets(tokens.ids, tokens.keep, tokens.doc)
+        want[name] = float(nn.functional.cross_entropy(logits[counts], targets[counts]))
+    with caplog.at_level(logging.INFO):
+        preflight(lm, tokens, norm_limit=limit)
+    assert f"mean-ablated {want['mean']:.3f}, zero-ablated {want['zero']:.3f}" in caplog.text
 
 
 def test_leaves_no_hooks_behind(make_lm, tokens):

@@ -2,13 +2,18 @@
 
 import json
 import os
+import pickle
+from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from kanllama_lightning.resume import compare, find_checkpoint
 from kanllama_lightning.saved import remove, seal, written
 from kanllama_lightning.types import InputError
+from tests.fuzz.areas import CHECKPOINT, run_folder
+from tests.fuzz.areas import CONFIG as OWN
 
 CONFIG = {
     "seed_everything": 0,
@@ -36,7 +41,7 @@ def run(folder, config=None, steps=(1,), finished=None, age=0):
     (folder / "config.yaml").write_text(config or text())
     for step in steps:
         path = folder / "checkpoints" / f"step={step:09d}.ckpt"
-        path.touch()
+        torch.save(CHECKPOINT, path)
         seal(path, [written(path)])
         os.utime(path, (1e9 - age, 1e9 - age))
     if finished is not None:
@@ -172,7 +177,7 @@ def test_no_such_file(tmp_path, exact):
 def test_a_checkpoint_outside_its_run(tmp_path):
     alone = tmp_path / "a" / "step=000000001.ckpt"
     alone.parent.mkdir()
-    alone.touch()
+    torch.save(CHECKPOINT, alone)
     seal(alone, [written(alone)])
     with pytest.raises(InputError, match=r"no config\.yaml beside it"):
         find(str(alone))
@@ -196,8 +201,8 @@ def saved(tmp_path):
     for step in (1, 2):
         path = folder / "checkpoints" / f"step={step:09d}.ckpt"
         files = [path, path.with_suffix(".rank0.safetensors")]
-        for file in files:
-            file.write_bytes(b"some bytes of " + file.name.encode())
+        torch.save(CHECKPOINT, files[0])
+        files[1].write_bytes(b"some bytes of " + files[1].name.encode())
         seal(path, [written(file) for file in files])
     return folder
 
@@ -210,7 +215,7 @@ def saved(tmp_path):
         (".rank0.safetensors", flip, "checksum differs"),
         (".rank0.safetensors", lambda path: path.unlink(), "is missing"),
         (".json", lambda path: path.unlink(), "written last, is missing"),
-        (".json", cut, "cannot be read"),
+        (".json", cut, "is no valid JSON"),
     ],
 )
 def test_a_torn_checkpoint_is_left_for_the_one_before_it(saved, suffix, harm, why, caplog):
@@ -238,3 +243,99 @@ def test_removing_a_checkpoint_leaves_nothing_of_it(saved):
     remove(saved / "checkpoints" / "step=000000001.ckpt")
     names = {path.name for path in (saved / "checkpoints").iterdir()}
     assert names == {f"step=000000002.{end}" for end in ("ckpt", "json", "rank0.safetensors")}
+
+
+# ------------------------------------------------------------------- what a folder may name
+
+
+EVIL = "open({mark!r}, 'w').close()\n"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"data": {"train": {"class_path": "evil_config.Corpus"}}},
+        {"data": {"val": [{"class_path": "evil_config.Corpus", "init_args": {}}]}},
+        {"model": {"head": "evil_config.Head"}},
+        {"model": {"head": {"class_path": "evil_config.Head"}}},
+        {
+            "model": {
+                "head": {"class_path": "KANEncoder", "init_args": {"kan_class": "evil_config.K"}}
+            }
+        },
+        {"model": {"optimizer": {"class_path": "evil_config.Adam"}}},
+        {"trainer": {"logger": "evil_config.Logger"}},
+        {"trainer": {"callbacks": [{"class_path": "evil_config.Callback"}]}},
+    ],
+    ids=str,
+)
+def test_the_config_in_a_run_folder_imports_nothing(tmp_path, monkeypatch, capsys, change):
+    from train import main
+
+    mark = tmp_path / "imported"
+    (tmp_path / "evil_config.py").write_text(EVIL.format(mark=str(mark)))
+    monkeypatch.syspath_prepend(tmp_path)
+    config = tmp_path / "sent" / "config.yaml"
+    (config.parent / "checkpoints").mkdir(parents=True)
+    config.write_text(yaml.safe_dump(change))
+    assert main(["plan", "--config", str(config)]) == 2
+    said = capsys.readouterr().err
+    assert "if you trust the module evil_config, allow it: `--allow evil_config`" in said
+    assert said.count("\n") == 1
+    assert not mark.exists()
+
+
+def test_the_config_of_a_run_names_what_runs_name(tmp_path):
+    """All that this project's own configurations name is allowed; one's own where it is said."""
+    from kanllama_lightning.cli import _allowed, _refuse_foreign
+
+    for path in sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml")):
+        _refuse_foreign(path, yaml.safe_load(path.read_text()) or {}, [])
+    assert _allowed(["fit", "--allow", "a", "b.c", "--run", "x", "--allow=d"]) == ["a", "b.c", "d"]
+    foreign = {"model": {"head": {"init_args": {"kan_class": "efficient_kan.KANLinear"}}}}
+    with pytest.raises(InputError, match="efficient_kan"):
+        _refuse_foreign(tmp_path, foreign, ["efficient"])
+    _refuse_foreign(tmp_path, foreign, ["efficient_kan"])
+
+
+# --------------------------------------------------------------------- damaged neighbours
+
+
+@pytest.mark.parametrize("name", ["summary.json", "config.yaml", "checkpoints/step=000000020.json"])
+@pytest.mark.parametrize("what", [b"", b"\xff\xfe", b"[1", b"- 1\n", b'{"heads": 3}', None])
+def test_a_damaged_neighbour_is_named_and_left_out(tmp_path, caplog, name, what):
+    own, near = (run_folder(tmp_path / "runs" / one) for one in ("a", "b"))
+    (near / name).unlink()
+    (near / name).mkdir() if what is None else (near / name).write_bytes(what)
+    os.utime(own / "checkpoints" / "step=000000020.ckpt", (2e9, 2e9))
+    found = find_checkpoint("last", str(tmp_path / "runs"), yaml.safe_dump(OWN), None, True)
+    assert found.parent.parent == own
+    os.utime(near / "checkpoints" / "step=000000020.ckpt", (3e9, 3e9))
+    found = find_checkpoint("last", str(tmp_path / "runs"), yaml.safe_dump(OWN), None, True)
+    assert found.parent.parent == own or name.startswith("checkpoints")
+    if what is None or name == "summary.json" and what != b"- 1\n":
+        assert str(near) in caplog.text
+
+
+def test_a_pickle_in_place_of_a_checkpoint_is_not_opened(tmp_path):
+    from kanllama_lightning.saved import damage, seal, written
+
+    folder = run_folder(tmp_path / "run")
+    path = folder / "checkpoints" / "step=000000020.ckpt"
+    assert damage(path) is None
+    mark = tmp_path / "mark"
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(mark),)
+
+    torch.save({"state_dict": Evil()}, path)
+    seal(path, [written(path)])
+    assert damage(path) == f"{path.name} holds more than tensors and plain values: it is not opened"
+    path.write_bytes(pickle.dumps(Evil()))
+    seal(path, [written(path)])
+    assert "not opened" in damage(path) or "no checkpoint" in damage(path)
+    assert not mark.exists()
+    torch.save({"state_dict": {}}, path)
+    seal(path, [written(path)])
+    assert damage(path) == f"{path.name} is no checkpoint of a run (epoch is missing)"

@@ -10,6 +10,7 @@ from rich.console import Group as Lines
 from rich.table import Table
 from rich.text import Text
 
+from kanllama_lightning.cells import SHARE, fine, footnote
 from kanllama_lightning.comparison.plots import Row, figures
 from kanllama_lightning.comparison.reading import Evaluated
 from kanllama_lightning.comparison.tables import (
@@ -22,14 +23,10 @@ from kanllama_lightning.comparison.tables import (
 )
 from kanllama_lightning.figures import page
 from kanllama_lightning.files import write_text
+from kanllama_lightning.metrics import NOT_MEANINGFUL, meaningful
 from kanllama_lightning.run import make_folder
 
 SEEDS_OF_A_CLAIM = 3
-
-
-def _fine(value: float, sign: str = "") -> str:
-    """Four decimals, six for what is small."""
-    return f"{value:{sign}.{4 if abs(value) >= 0.01 else 6}f}"
 
 
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
@@ -37,10 +34,10 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "parameters": ("parameters", "{:,}".format),
     "target_l0": ("L0 target", "{:g}".format),
     "l0": ("L0", "{:.2f}".format),
-    "fvu": ("FVU", _fine),
-    "delta_ce": ("delta CE", _fine),
-    "ce_score": ("CE score", "{:.4f}".format),
-    "kl": ("KL", _fine),
+    "fvu": ("FVU", fine),
+    "delta_ce": ("delta CE", fine),
+    "delta_ce_share": (SHARE, "{:.2%}".format),
+    "kl": ("KL", fine),
     "dead_frac": ("dead", "{:.1%}".format),
     "dead_tokens": ("dead: of N tokens", "{:,.0f}".format),
     "dense_frac": ("dense", "{:.1%}".format),
@@ -52,15 +49,20 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "train_tokens": ("training tokens", "{:,}".format),
     "train_passes": ("passes over the text", "{:.2f}".format),
     "train_tokens_per_second": ("tokens/s", "{:,.0f}".format),
+    "ce_score": ("CE score (by zeros)", "{:.4f}".format),
+    "ce_uniform": ("uniform guess, ln V (nats)", "{:.3f}".format),
     "train_commit": ("commit", str),
 }
 """Columns for people, with their heads; those blank for all runs are left out."""
+SHARES = ("delta_ce_share", "ce_score")
+"""Columns that say nothing of some heads (`metrics.meaningful`)."""
 BESIDE = (
     *("lens_kurtosis_median", "lens_skewness_median", "sae_agreement", "recovered_frac", "mean_f1"),
     *("train_tokens", "train_passes", "train_tokens_per_second", "train_commit"),
+    *("ce_score", "ce_uniform"),
 )
 """Columns that belong to a run, not to a set."""
-BRIEF = ("parameters", "l0", "fvu", "delta_ce", "ce_score", "kl", "dead_frac", "dead_tokens")
+BRIEF = ("parameters", "l0", "fvu", "delta_ce", "delta_ce_share", "kl", "dead_frac", "dead_tokens")
 """Columns that fit a terminal."""
 
 
@@ -90,7 +92,8 @@ def write(
     text = (
         f"{len(runs)} runs at {runs[0].summary.get('hook_point')} of {runs[0].summary.get('lm')}. "
         "Lower FVU, delta CE and KL are better; losses in nats per token. Below a figure: its 95 % "
-        "interval, bootstrap over documents."
+        f"interval, bootstrap over documents. {SHARE}: what the reconstruction costs as a share of "
+        "what the mean activation in its place costs; 0 is perfect, 1 no better than the mean."
     )
     body = _body(rows, means, pairs, flags, tolerance)
     html = page("Comparison", text, figures(runs), body)
@@ -118,6 +121,8 @@ def _body(
     beside = [c for c in _used(main) if c in BESIDE]
     if beside:
         parts += ["<h2>Latents, concepts, training</h2>", _of_runs(main, beside)]
+    shown = (_cell(row, key) for row in rows for key in SHARES)
+    parts.append(f"<p>{escape(footnote(shown))}</p>")
     if means:
         parts.append("<h2>Over seeds: means</h2>")
         parts.append(
@@ -169,8 +174,8 @@ def _paired(pairs: Sequence[Row]) -> list[list[str]]:
             continue
         weak = row["level"] == "seeds" and min(row["seeds_a"], row["seeds_b"]) < SEEDS_OF_A_CLAIM
         verdict = _sided(row) + (", too few seeds" if weak else "")
-        ends = f"{_fine(row['low'], '+')} to {_fine(row['high'], '+')}"
-        cells.append(f"{_fine(row['difference'], '+')}\n{ends}\n{verdict}")
+        ends = f"{fine(row['low'], '+')} to {fine(row['high'], '+')}"
+        cells.append(f"{fine(row['difference'], '+')}\n{ends}\n{verdict}")
     return list(found.values())
 
 
@@ -196,6 +201,8 @@ def _of_runs(rows: Sequence[Row], columns: Sequence[str]) -> str:
 def _cell(row: Row, key: str) -> str:
     """A figure as text; its interval or range, if it has one, on a second line."""
     show, value = COLUMNS[key][1], row.get(key)
+    if key in SHARES and not meaningful(value, row.get("fvu")):
+        return NOT_MEANINGFUL
     if value is None:
         return ""
     low, high = (
@@ -242,6 +249,8 @@ def render(
         title = f"a minus b at L0 within {tolerance:.0%}; {kind}"
         parts.append(_terminal(title, ["a", "b", "L0", *QUANTITIES.values()], own, 2))
     parts += [Text(f"- {flag}") for flag in flags]
+    why = footnote(cell for row in cells for cell in row)
+    parts += [Text(why)] if why else []
     return Lines(*parts)
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from kanllama_lightning import cells
+from kanllama_lightning.cells import SHARE
 from kanllama_lightning.comparison.reading import Evaluated
 from kanllama_lightning.comparison.tables import seeds, table
 from kanllama_lightning.figures import PALETTE, SYMBOLS, styled
@@ -86,9 +88,9 @@ def _scatter(
             marker={"color": colour, "symbol": symbol, "size": 9},
             name=escape(name),
             legendgroup=str(i),
-            customdata=[[escape(row["run"]), row["l0"]] for row in own],
+            customdata=[[escape(row["run"]), row["l0"], _share(row)] for row in own],
             hovertemplate=f"%{{customdata[0]}}<br>{escape(y_title)} %{{y:.4g}}, "
-            "L0 %{customdata[1]:.4g}<extra></extra>",
+            f"L0 %{{customdata[1]:.4g}}<br>{SHARE}: %{{customdata[2]}}<extra></extra>",
         )
     if not shown:
         return None
@@ -103,6 +105,10 @@ def _scatter(
     if y.endswith("_frac"):
         figure.update_yaxes(tickformat=".0%")
     return figure.update_layout(showlegend=True)
+
+
+def _share(row: Row) -> str:
+    return cells.share(row) or "unknown"
 
 
 def _mean(rows: Sequence[Row], key: str) -> float:

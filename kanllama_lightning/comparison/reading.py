@@ -56,7 +56,9 @@ class Recorded(TypedDict):
     parameters: NotRequired[Count | None]
     scale: NotRequired[float | None]
     train_tokens: NotRequired[Count | None]
+    train_passes: NotRequired[float | None]
     train_tokens_per_second: NotRequired[float | None]
+    train_commit: NotRequired[str | None]
     train_finished: NotRequired[bool | None]
     train_data: NotRequired[dict[str, Any] | None]
     head_sha256: NotRequired[str | None]
@@ -126,12 +128,17 @@ def labelled(args: Sequence[str]) -> list[tuple[str | None, Path]]:
     return found
 
 
-def load(folders: Sequence[Path], labels: Sequence[str | None] | None = None) -> list[Evaluated]:
+def load(
+    folders: Sequence[Path],
+    labels: Sequence[str | None] | None = None,
+    records: Sequence[Path] | None = None,
+) -> list[Evaluated]:
     """Read the records of runs.
 
     Args:
-        folders: Run folders, each with a finished `eval/`.
+        folders: Run folders, each with a finished record.
         labels: What to call them; None for what distinguishes their folders.
+        records: Folder of each one's record; left out, its `eval/`.
 
     Raises:
         InputError: Fewer than two, the same one twice, or no record of losses; or labels collide.
@@ -143,7 +150,8 @@ def load(folders: Sequence[Path], labels: Sequence[str | None] | None = None) ->
     given = labels or [None] * len(folders)
     names = [own or made for own, made in zip(given, _labels(places), strict=True)]
     _once("LABEL", names, "give others with LABEL=RUN")
-    return [_load(name, folder) for name, folder in zip(names, folders, strict=True)]
+    homes = records or [folder / EVAL for folder in folders]
+    return [_load(*each) for each in zip(names, folders, homes, strict=True)]
 
 
 def _once(argument: str, values: Sequence[str], remedy: str) -> None:
@@ -152,23 +160,24 @@ def _once(argument: str, values: Sequence[str], remedy: str) -> None:
             raise InputError(f"{argument}={value!r}: given more than once; {remedy}")
 
 
-def _load(label: str, folder: Path) -> Evaluated:
+def _load(label: str, folder: Path, record: Path) -> Evaluated:
     remedy = f"run `python evaluate.py report {folder}` first"
-    path = folder / EVAL / SUMMARY
+    path = record / SUMMARY
     if not there(path):
-        raise InputError(f"RUN={str(folder)!r}: has no {EVAL}/{SUMMARY}; {remedy}")
+        raise InputError(f"RUN={str(folder)!r}: has no {path.relative_to(folder)}; {remedy}")
     summary: dict[str, Any] = read_json(path, Recorded, remedy)
     known = shipped(str(summary.get("class_path", "")))
     if known is not None:  # whatever the file of the class was called then
         summary["class_path"] = name_of(known)
     if not summary.get("sets"):
         raise InputError(f"{path}: names no token sets; {remedy}")
-    table = folder / EVAL / DOCUMENTS
+    table = record / DOCUMENTS
     if not there(table):
-        raise InputError(f"RUN={str(folder)!r}: has no {EVAL}/{DOCUMENTS} (losses); {remedy}")
+        where = table.relative_to(folder)
+        raise InputError(f"RUN={str(folder)!r}: has no {where} (losses); {remedy}")
     anew = f"delete it and {remedy}"
     rows = read_csv(table, COLUMNS, anew)
-    _unchanged(table, folder / EVAL / "done" / "losses.json", anew)
+    _unchanged(table, record / "done" / "losses.json", anew)
     documents = pd.DataFrame(rows, columns=None if rows else list(COLUMNS))
     main = next(iter(summary["sets"]))
     if main not in set(documents["set"]):

@@ -84,7 +84,8 @@ def _row(run: Evaluated, name: str, drawn: Drawn) -> dict[str, Any]:
         row[key] = float(drawn.whole[i])
         row[f"{key}_low"], row[f"{key}_high"] = middle(drawn.draws[:, i])
     scores = score(means, int(targets))
-    row |= {key: scores[key] for key in ("ce_clean", "ce_score", "ce_score_mean")}
+    row |= {key: scores[key] for key in ("ce_clean", "delta_ce_share", "ce_score")}
+    row["ce_uniform"] = run.figure("losses", "ce_uniform", name)
     row["dead_tokens"] = run.figure("sparsity", "sparsity_tokens", name)
     for report, names in {
         "sparsity": ("dead_frac", "dense_frac"),
@@ -188,7 +189,7 @@ def seed_table(
         for i, key in enumerate(QUANTITIES):
             whole, draws = _stacked(part, i)
             row[key], row[f"{key}_low"], row[f"{key}_high"] = centre(whole, draws)
-        for key in ("l0", "ce_score", "ce_score_mean", "dead_frac", "recovered_frac"):
+        for key in ("l0", "delta_ce_share", "ce_score", "dead_frac", "recovered_frac"):
             values = [r[key] for r in own if r[key] is not None]
             known = len(values) == len(own)
             row[key] = statistics.fmean(values) if known else None

@@ -51,7 +51,9 @@ class Provenance(TypedDict, total=False):
     hook_point: str
     lm_dtype: str
     tokens: Count
+    passes: float | None
     step: Count
+    commit: str | None
 
 
 class Card(TypedDict):

@@ -14,7 +14,7 @@ from kanllama_lightning.heads.base import SAEHead
 from kanllama_lightning.lm import FrozenLM
 from kanllama_lightning.prompts.prompt import Prompt
 from kanllama_lightning.prompts.reading import bos, check_length, log_probs, seen_by, text_ids
-from kanllama_lightning.splice import put
+from kanllama_lightning.splice import ablated, put
 
 RUNS = ("original", "sae", "zero", "mean")
 """Activations as they are, reconstructed, 0, and the mean of the head's start sample."""
@@ -92,12 +92,7 @@ def ask(head: SAEHead, lm: FrozenLM, asked: Question, top: int) -> Answers:
     last = len(asked.prompt_ids)
     seen = seen_by(head, lm, ids)
     acts = seen.prefix.acts
-    rows = {
-        "original": seen.x,
-        "sae": seen.out.x_hat,
-        "zero": torch.zeros_like(seen.x),
-        "mean": head.x_mean.expand_as(seen.x),
-    }
+    rows = {"original": seen.x, "sae": seen.out.x_hat, **ablated(seen.x, head.x_mean)}
     answer = torch.tensor(asked.answer_ids, device=lm.device)
     readings: dict[str, Reading] = {}
     for run in RUNS:

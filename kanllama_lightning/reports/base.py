@@ -47,6 +47,7 @@ class EvalRun:
         out: Folder of the record.
         counts: How often each token id occurs in the main set, [vocab].
         png: Whether figures are also written as PNG, which needs kaleido and a browser.
+        record: Folder of the record that `out` is a part of; left out, `out` itself.
     """
 
     def __init__(
@@ -59,9 +60,13 @@ class EvalRun:
         out: Path,
         counts: Int[Tensor, " vocab"] | None = None,
         png: bool = False,
+        record: Path | None = None,
     ) -> None:
+        self.record = record or out
         self.folder, self.head, self.lm, self.card = folder, head, lm, card
         self.sets, self.out, self.counts, self.png = list(sets), out, counts, png
+        self.reports: list[Report] = []
+        """What was asked for here, made just now or there already."""
         self.tables: dict[str, pd.DataFrame] = {}
         self.figures: dict[str, go.Figure] = {}
 
@@ -78,9 +83,14 @@ class EvalRun:
             table.to_csv(part, index=False, lineterminator="\r\n")  # so that a lone \r is quoted
         self.tables[Path(file).stem] = table
 
+    def path(self, file: str) -> Path:
+        """Where a file is: among those written here, or else in the record this belongs to."""
+        own = self.out / file
+        return own if own.is_file() else self.record / file
+
     def read_table(self, file: str) -> pd.DataFrame:
         """A CSV file of this record; strings such as "nan" and "null" stay strings."""
-        return pd.read_csv(self.out / file, keep_default_na=False, na_values=[""])
+        return pd.read_csv(self.path(file), keep_default_na=False, na_values=[""])
 
     def write_text(self, file: str, text: str) -> None:
         """Write a text file, whole."""
@@ -146,6 +156,17 @@ class Report(ABC):
         """The constructor arguments, for the record and to know whether it is up to date."""
         names = [n for n in inspect.signature(type(self).__init__).parameters if n != "self"]
         return json.loads(json.dumps({name: getattr(self, name) for name in names}, default=str))
+
+    def own(self) -> bool:
+        """Whether it is asked something of the user's own, which is no part of the record."""
+        return False
+
+    def told(self, run: EvalRun) -> str | None:
+        """What was asked and what came of it, for the terminal; None if a table says it.
+
+        Called when the files are there, of this call or an earlier one.
+        """
+        return None
 
     def fresh(self) -> "Report":
         """A copy for another head."""

@@ -103,6 +103,30 @@ class Capability(Report):
             return super().settings()
         return super().settings() | {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
+    def own(self) -> bool:
+        """Whether the prompts are the user's own."""
+        return self.prompt is not None or self.prompts is not None
+
+    def told(self, run: EvalRun) -> str | None:
+        """What became of a prompt of the user's own, or the totals of a file of prompts."""
+        if not self.own() or not (run.out / self.files[1]).is_file():
+            return None
+        table = run.read_table(self.files[1])
+        if self.prompt is None:
+            return _totals(table)
+        first = table.iloc[0]
+        several = int(first["answer_tokens"]) > 1
+        lines = [
+            f"{quoted(self.prompt)} -> {quoted(str(self.answer))}",
+            f"  {'':<15}{'rank':>7}{'probability':>13}  likeliest next token"
+            + (f" (rank and probability are of the first of {first['answer_tokens']} tokens of the "
+               "answer)" if several else ""),
+        ]  # fmt: skip
+        for row in table.to_dict("records"):
+            figures = f"{row['rank']:>7,}{row['probability']:>13.4f}"
+            lines.append(f'  {LABELS[row["run"]]:<15}{figures}  "{row["top1"]}"')
+        return "\n".join(lines)
+
     def begin(self, run: EvalRun) -> None:
         """Read and tokenise the prompts."""
         self._questions = []

@@ -4,15 +4,16 @@ import math
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from kanllama_lightning import comparison
+from kanllama_lightning import cells, comparison
 from kanllama_lightning.cli import quiet
 from kanllama_lightning.entry import Aftermath, guarded
 from kanllama_lightning.files import write_text
@@ -22,9 +23,11 @@ from kanllama_lightning.reports.concepts import Concepts
 from kanllama_lightning.reports.dashboard import DashboardReport
 from kanllama_lightning.reports.evaluation import How, complete, device_named, report
 from kanllama_lightning.reports.interpretability import Interpretability
+from kanllama_lightning.reports.labels import read_labels
 from kanllama_lightning.reports.latents import Latents
 from kanllama_lightning.reports.losses import Losses
 from kanllama_lightning.reports.reconstruction import Reconstruction
+from kanllama_lightning.reports.record import finished, stale
 from kanllama_lightning.reports.sparsity import Sparsity
 from kanllama_lightning.reports.subject import (
     LM_KEYS,
@@ -35,11 +38,6 @@ from kanllama_lightning.reports.subject import (
 )
 from kanllama_lightning.run import EVAL, SUMMARY, make_folder, remove_parts
 from kanllama_lightning.small_files import (
-    Count,
-    Wrong,
-    check,
-    from_json,
-    read_csv,
     read_json,
     there,
 )
@@ -53,22 +51,25 @@ REPORTS: tuple[type[Report], ...] = (
     Sparsity,
     Losses,
     Reconstruction,
+    Interpretability,  # what comes after takes its explanations in
     Latents,
-    Interpretability,
     DashboardReport,
 )
 """In the order they are made; a new report adds its class here."""
 PAGES = (Interpretability, DashboardReport)
 """What is about one run alone: nothing that runs are compared by."""
-OVERVIEW = (
+Form = str | Callable[[Mapping[str, Any]], str]
+"""How a figure is written: a format, or what makes text of all figures that it belongs to."""
+OVERVIEW: tuple[tuple[str, str, Form], ...] = (
     ("L0", "sparsity/{set}/l0", "{:.2f}"),
     ("FVU", "reconstruction/{set}/fvu", "{:.4f}"),
     ("CE, original", "losses/{set}/ce_clean", "{:.4f}"),
     ("CE, reconstruction", "losses/{set}/ce_recon", "{:.4f}"),
     ("CE, zero ablation", "losses/{set}/ce_zero", "{:.4f}"),
     ("CE, mean ablation", "losses/{set}/ce_mean", "{:.4f}"),
-    ("delta CE (nats per token)", "losses/{set}/delta_ce", "{:.4f}"),
-    ("CE score", "losses/{set}/ce_score", "{:.4f}"),
+    ("CE, uniform guess", "losses/{set}/ce_uniform", "{:.4f}"),
+    ("delta CE (95 % interval)", "losses/{set}/delta_ce", cells.delta_ce),
+    (cells.SHARE, "losses/{set}/delta_ce_share", cells.share),
     ("KL (nats per token)", "losses/{set}/kl_recon", "{:.4f}"),
     ("dead", "latents/dead_frac", "{:.1%}"),
     ("dense", "latents/dense_frac", "{:.1%}"),
@@ -81,6 +82,12 @@ OVERVIEW = (
     ("LLM: score, 1 to 5", "interpretability/score", "{:.2f}"),
 )
 """What `report` shows at the end; everything is in `summary.json`."""
+OF_THEIR_OWN = {
+    "capability": ("n_prompts", "prompts"),
+    "concepts": ("n_facts", "facts in stories of their own"),
+    "interpretability": ("n_judged", "latents"),
+}
+"""Reports that are of something else than the sample: the figure that counts it, and its name."""
 
 
 def add_report_arguments(parser: ArgumentParser) -> None:
@@ -213,8 +220,11 @@ def run_report(given: Namespace) -> None:
     made = report(folders, reports, how(given), given.reports is not None, given.again)
     console = Console(width=max(100, Console().width))
     for run in made:
+        answers = [a for r in run.reports if (a := r.told(run)) is not None]
+        for answer in answers:
+            console.print(Text(answer), soft_wrap=True)
         shown = overview(run)
-        if shown.row_count:
+        if shown.row_count and len(answers) < len(run.reports):
             console.print(shown)
         console.print(f"Everything is in {run.out}", soft_wrap=True, highlight=False)
 
@@ -260,8 +270,9 @@ def run_compare(given: Namespace) -> None:
         raise InputError(f"RUN={', '.join(given.runs)}: give at least two runs to compare")
     if not 0 <= given.tolerance < 1:
         raise InputError(f"--tolerance={given.tolerance}: must be from 0 to below 1")
-    complete(folders, [kind() for kind in REPORTS if kind not in PAGES], how(given))
-    runs = comparison.load(folders, labels)
+    kinds = [kind() for kind in REPORTS if kind not in PAGES]
+    records = complete(folders, kinds, how(given))
+    runs = comparison.load(folders, labels, records)
     flags = comparison.conflicts(runs, given.force)
     written = comparison.write(Path(given.out), runs, flags, given.tolerance)
     console = Console(width=max(120, Console().width))
@@ -333,35 +344,62 @@ def steering(given: Sequence[str]) -> dict[int, float]:
     return found
 
 
-def read_labels(latents: Path) -> dict[int, str]:
-    """What the latents promote most, from `latents.csv`."""
-    remedy = "`python evaluate.py report RUN --reports latents --again true` makes it anew"
-    labels = {}
-    for row in read_csv(latents, {"latent": Count, "top_tokens": str}, remedy):
-        try:
-            tokens = check(from_json(row["top_tokens"] or "[]"), list[str], "top_tokens")
-        except Wrong as e:
-            raise InputError(f"{latents}: latent {row['latent']}: {e}; {remedy}") from e
-        labels[row["latent"]] = " ".join(tokens[:3])
-    return labels
-
-
 def overview(run: EvalRun) -> Table:
-    """The figures of a record that matter most, for a terminal."""
+    """The figures of a record that matter most, for a terminal; all of one sample of text.
+
+    A row that is of something else (prompts, stories, a part of the sample) says of what.
+    """
     path = run.out / SUMMARY  # which a dry run does not write
     known = read_json(path, dict[str, Any]) if there(path) else {}
     table = Table(title=run.title, title_justify="left", min_width=len(run.title))
     table.add_column("figure")
-    sets = list(known.get("sets", {})) or [""]
-    for name in sets:
-        table.add_column(name or "value", justify="right")
+    sets = known.get("sets", {})
+    for name, one in sets.items():
+        table.add_column(f"{name}\n{one.get('tokens', 0):,} tokens", justify="right")
+    if not sets:
+        table.add_column("value", justify="right")
+    limits = _limits(run, known)
+    said = []
     for label, key, form in OVERVIEW:
-        values = [known.get(key.format(set=name)) for name in sets]
-        if any(value is not None for value in values):
-            shown = ["" if v is None else form.format(v) for v in values]
-            per_set = "{set}" in key
-            table.add_row(label, *(shown if per_set else [shown[0], *[""] * (len(sets) - 1)]))
+        shown = [_cell(known, key.format(set=name), form) for name in sets or [""]]
+        if any(shown):
+            per_set, report = "{set}" in key, key.split("/")[0]
+            row = shown if per_set else [shown[0], *[""] * (len(shown) - 1)]
+            table.add_row(label + _sample_of(report, known, limits), *row)
+            said += shown
+    notes = [cells.footnote(said)] if cells.footnote(said) else []
+    notes += [
+        f"Left out: {name}, which is of {sample}; `--reports {name}` makes it anew."
+        for name, sample in stale(run.out, known).items()
+    ]
+    table.caption, table.caption_justify = Text("\n".join(notes)) if notes else None, "left"
     return table
+
+
+def _limits(run: EvalRun, known: Mapping[str, Any]) -> dict[str, int]:
+    """Reports that looked at a part of the sample, and at how many tokens of each set."""
+    every = finished(run.out, known.get("head_sha256"))
+    limits = {done["report"]: done["settings"].get("tokens") for done in every}
+    return {name: limit for name, limit in limits.items() if limit is not None}
+
+
+def _sample_of(report: str, known: Mapping[str, Any], limits: Mapping[str, int]) -> str:
+    """What a row is of, where it is not the sample that the table is of."""
+    if report in limits:
+        return f", about the first {limits[report]:,} tokens"
+    if report not in OF_THEIR_OWN:
+        return ""
+    key, what = OF_THEIR_OWN[report]
+    n = known.get(f"{report}/{key}")
+    return f", of {n:,.0f} {what}" if n is not None else f", of {what}"
+
+
+def _cell(known: Mapping[str, Any], key: str, form: Form) -> str:
+    """A figure as text, "" if unknown."""
+    under = key.rpartition("/")[0]
+    if isinstance(form, str):
+        return cells.plain(known, key, form)
+    return form({k.removeprefix(f"{under}/"): v for k, v in known.items() if under in k})
 
 
 COMMANDS = {

@@ -1,9 +1,8 @@
 """The feature dashboard: what every latent fires on, says, and has to do with, on one page."""
 
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, NamedTuple, TypedDict
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,12 +16,10 @@ from kanllama_lightning.dashboard.data import (
     Ablation,
     Band,
     Column,
-    Concept,
     Curve,
     Dashboard,
     Latent,
     Related,
-    Scores,
     Window,
 )
 from kanllama_lightning.dashboard.page import write_dashboard
@@ -32,7 +29,7 @@ from kanllama_lightning.lens import OPERATING_POINT, STRAIGHT, Look, look
 from kanllama_lightning.metrics import Activations
 from kanllama_lightning.prompts.reading import token_text
 from kanllama_lightning.reports.base import EvalRun, Figures, Report, Seen
-from kanllama_lightning.small_files import Count, Within, read_csv, read_json, there
+from kanllama_lightning.reports.labels import PEAKS, READS, TELLING, Known, firing_tokens
 from kanllama_lightning.types import InputError, SparseCodes
 
 ROWS = 4096
@@ -53,8 +50,6 @@ SHOWN_TOKENS, COORDINATES, RELATED, LENS_BINS = 10, 10, 5, 60
 SPARK = 16
 """Most bins of a sparkline."""
 ORDER = ("strongest", "second", "third", "fourth", "weakest")
-LABELS = 3
-"""Tokens of either kind in the index."""
 
 
 class DashboardReport(Report):
@@ -78,7 +73,7 @@ class DashboardReport(Report):
 
     name = "dashboard"
     files = ("dashboard.html",)
-    reads = ("concepts.csv", "interpretability.csv")
+    reads = READS
 
     def __init__(
         self,
@@ -104,7 +99,12 @@ class DashboardReport(Report):
         """Without windows."""
         top, per_band = self._shown(run)
         self._contexts = Contexts(
-            run.head.d_sae, self.width, top, 2 * BANDS * per_band, silent=1, seed=self.seed
+            run.head.d_sae,
+            self.width,
+            max(top, PEAKS),
+            2 * BANDS * per_band,
+            silent=1,
+            seed=self.seed,
         )
         self._x, self._codes = [], []
 
@@ -140,7 +140,7 @@ class DashboardReport(Report):
         self._x, self._codes = [], []
         near = neighbours(*codes, top=RELATED)
         ablations = self._ablations(run, contexts)
-        known = _Known.read(run)
+        known = Known.read(run)
         made = _Made(run, contexts, found, near, curves, bends, ablations, known, self._shown(run))
         write_dashboard(run.out / self.files[0], made.dashboard(codes.n_rows))
         measured = list(ablations.values())
@@ -189,64 +189,6 @@ def _limited(parts: list[SparseCodes]) -> SparseCodes:
     return SparseCodes(values, at, latents, n, parts[0].d_sae)
 
 
-ANEW = "`--reports concepts interpretability --again true` makes it anew"
-CONCEPTS = {
-    **{"subject": str, "fact": str, "latent": Count | None},
-    **dict.fromkeys(("f1", "precision", "recall"), float | None),
-}
-SCORES = {
-    **{"subject": str, "latent": Count, "explanation": str | None, "category": str | None},
-    **{
-        "score": Annotated[float, Within(0, 5)] | None,
-        "detection": Annotated[float, Within(0, 1)] | None,
-    },
-}
-"""Columns of what other reports found, as far as the page shows it."""
-
-
-class Judged(TypedDict):
-    """`done/interpretability.json`, as far as the page tells it."""
-
-    settings: dict[str, Any]
-
-
-class _Known(NamedTuple):
-    """What other reports found, per latent."""
-
-    concepts: Mapping[int, list[Concept]]
-    scores: Mapping[int, Scores]
-
-    @classmethod
-    def read(cls, run: EvalRun) -> "_Known":
-        """From the record, as far as it is there."""
-        concepts: dict[int, list[Concept]] = {}
-        if (run.out / "concepts.csv").is_file():
-            rows = read_csv(run.out / "concepts.csv", CONCEPTS, ANEW)
-            for row in sorted(rows, key=lambda row: -(row["f1"] or 0.0)):
-                if row["subject"] == "head" and None not in row.values():
-                    fact = Concept(row["fact"], row["f1"], row["precision"], row["recall"])
-                    concepts.setdefault(row["latent"], []).append(fact)
-        scores: dict[int, Scores] = {}
-        if (run.out / "interpretability.csv").is_file():
-            judge = _judge(run)
-            for row in read_csv(run.out / "interpretability.csv", SCORES, ANEW):
-                if row["subject"] == "head" and row["explanation"] is not None:
-                    scores[row["latent"]] = Scores(
-                        row["explanation"],
-                        row["category"] or "",
-                        None if row["score"] is None else int(row["score"]),
-                        row["detection"],
-                        judge,
-                    )
-        return cls(concepts, scores)
-
-
-def _judge(run: EvalRun) -> str:
-    path = run.out / "done" / "interpretability.json"
-    done = read_json(path, Judged, ANEW) if there(path) else {"settings": {}}
-    return str(done["settings"].get("model", ""))
-
-
 class _Made:
     """Everything about the latents, ready to be put on the page."""
 
@@ -259,7 +201,7 @@ class _Made:
         curves: list[Curve | None],
         bends: list[float | None],
         ablations: Mapping[int, Ablation],
-        known: _Known,
+        known: Known,
         shown: tuple[int, int],
     ) -> None:
         self.run, self.contexts, self.found, self.near = run, contexts, found, near
@@ -283,6 +225,7 @@ class _Made:
         )
         self.pool = Pool(run.lm.tokenizer, contexts, rows, starts, lengths)
         self.cosine = _encoder_cosine(run, found)
+        self.tokens = [firing_tokens(contexts, j, run.lm.tokenizer) for j in range(run.head.d_sae)]
 
     def dashboard(self, n_related: int) -> Dashboard:
         """The page; the latents are made when they are asked for."""
@@ -290,7 +233,7 @@ class _Made:
             f"Latents: {self.run.title}",
             self._about(n_related),
             self._columns(),
-            [self._labels(j) for j in range(self.run.head.d_sae)],
+            self.tokens,
             self._sparklines(),
             [float(f"{e:.6g}") for e in self.edges],
             self.pool.texts,
@@ -326,7 +269,12 @@ class _Made:
         kinds = np.where(frequency > DENSE, "dense", np.where(fired, "alive", "dead")).tolist()
         largest = torch.where(fired, meter.largest, torch.nan)
         number, percent, text = "number", "percent", "text"
+        labels: list[float | int | str | None] = [
+            self.known.label(j, tokens) or None for j, tokens in enumerate(self.tokens)
+        ]
         columns = [
+            Column("label", "label", labels, "its explanation, else the fact it tells with an F1 "
+                   f"of at least {TELLING}, else the tokens it fires on most", text),
             Column("kind", "kind", kinds, "dead: never fired; dense: on over a tenth", text),
             Column("frequency", "frequency", _list(frequency), "share of tokens it fires on",
                    percent),
@@ -377,19 +325,6 @@ class _Made:
                        percent),
             ]  # fmt: skip
         return columns
-
-    def _labels(self, latent: int) -> list[str]:
-        bands = self.bands[latent]
-        if not bands:
-            return []
-        windows = bands[0][1]
-        peaks = [
-            self.pool.texts[self.pool.tokens[self.pool.at(row, at)]]
-            for row, at in zip(
-                windows.row.tolist(), (windows.start + windows.peak).tolist(), strict=True
-            )
-        ]
-        return [text for text, _ in Counter(p for p in peaks if p).most_common(LABELS)]
 
     def _sparklines(self) -> list[list[int]]:
         n_bins = self.density.shape[1]

@@ -1,5 +1,9 @@
 """The record of heads on one LM: what is read, what is missing, and one pass for all of it."""
 
+import hashlib
+import json
+import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -14,12 +18,23 @@ from kanllama_lightning.packing import Rows
 from kanllama_lightning.preflight import check_forward
 from kanllama_lightning.reports import texts
 from kanllama_lightning.reports.base import EvalRun, Report
-from kanllama_lightning.reports.record import DONE, make, pending, read_done
+from kanllama_lightning.reports.record import (
+    DONE,
+    finished,
+    make,
+    pending,
+    read_done,
+    same_sample,
+    sample,
+)
 from kanllama_lightning.reports.send import send
 from kanllama_lightning.reports.subject import Subject, read_subject, shared_lm
-from kanllama_lightning.run import EVAL
+from kanllama_lightning.run import EVAL, SUMMARY
+from kanllama_lightning.small_files import read_json, there
 from kanllama_lightning.types import InputError
 from kanllama_lightning.wandb_logger import check_mode
+
+log = logging.getLogger(__name__)
 
 CTX_LEN = 512
 """Of a saved head without a run, unless another is asked for."""
@@ -66,7 +81,7 @@ def report(
         again: Make anew what is there already.
 
     Returns:
-        The runs, in the order given.
+        The runs, in the order given; more than one of a head where reports go to several folders.
     """
     if how.png:
         check_png()
@@ -81,11 +96,18 @@ def report(
     main = next(iter(sets.values()), None)
     counts = None if main is None else _counts(main, lm)
     about = {str(s.folder): _about(s, lm, sets, device, how.dtype) for s in subjects}
-    made = [
-        EvalRun(s.folder, s.head, lm, s.card, list(sets), s.folder / EVAL, counts, how.png)
-        for s in subjects
-    ]
-    jobs = pending(made, reports, list(about.values()), by_name, again)
+    made: list[EvalRun] = []
+    for s in subjects:
+        home = _home(s, how, about[str(s.folder)])
+        places: dict[Path, list[Report]] = {}
+        for one in reports:
+            places.setdefault(_place(home, one, s.sha256), []).append(one)
+        for out, own in places.items():
+            run = EvalRun(s.folder, s.head, lm, s.card, list(sets), out, counts, how.png, home)
+            run.reports = own
+            made.append(run)
+    jobs = pending(made, about, by_name, again)
+    made = [run for run in made if run.reports]
     if not jobs:
         return made
     lm.load_(device)
@@ -93,33 +115,106 @@ def report(
         check_forward(lm, next(texts.batches(main, how.batch_seqs)).to(device))
     for run in made:
         run.head.to(device)
+    configs = {str(s.folder): s.config for s in subjects}
     try:
         make(jobs, lm, sets, about, how.batch_seqs)
     finally:
-        for subject, run in zip(subjects, made, strict=True):
+        for run in made:
             if how.wandb and run.tables:
-                send(run, subject.config)
+                send(run, configs[str(run.folder)])
     return made
 
 
-def complete(runs: Sequence[Path], reports: Sequence[Report], how: How) -> None:
+def _home(subject: Subject, how: How, about: Mapping[str, Any]) -> Path:
+    """The folder of the record that a call is about.
+
+    `eval/` is that of the run's own text. Text of the user's own has a folder inside it, and so has
+    another number of documents or number format where `eval/` has a record already that differs.
+    """
+    home = subject.folder / EVAL
+    names = _asked(how)
+    if not names:
+        return home
+    standing = finished(home, subject.sha256)
+    differs = [done for done in standing if not _alike(done, about)]
+    if not differs and (how.text is None or "data" not in subject.config):
+        return home
+    beside = home / "-".join(names)
+    if differs:
+        log.info(
+            "%s: the record there is of %s; this one goes to %s",
+            home,
+            sample(differs[0]["about"]["sets"]),
+            beside,
+        )
+    return beside
+
+
+def _asked(how: How) -> list[str]:
+    """Names for what is asked otherwise than by default; empty if nothing is."""
+    found = []
+    if how.text is not None:
+        given = json.dumps([how.text, how.ctx_len])
+        plain = re.sub(r"[^\w.]+", "_", "_".join(Path(name).name for name in how.text))
+        found.append(f"{plain[:40]}-{_hash(given)}")
+    if how.documents is not None:
+        found.append(f"documents-{how.documents}")
+    if how.dtype != "float32":
+        found.append(how.dtype)
+    return found
+
+
+def _alike(done: Mapping[str, Any], about: Mapping[str, Any]) -> bool:
+    """Whether a finished report is of the sample and number format that is asked for."""
+    sampled = not about["sets"] or same_sample(done, about["sets"])
+    return sampled and done["about"].get("dtype") == about["dtype"]
+
+
+def _place(home: Path, one: Report, sha256: str) -> Path:
+    """The folder of a report: the record's, or one inside it for settings of one's own."""
+    settings = one.settings()
+    if settings == type(one)().settings() or (one.on_request and not one.own()):
+        return home
+    standing = read_done(home / DONE / f"{one.name}.json") or {}
+    same = standing.get("settings") == settings
+    other_head = standing.get("about", {}).get("head_sha256") != sha256
+    if not one.own() and (same or other_head):
+        return home
+    return home / f"{one.name}-{_hash(json.dumps(settings, sort_keys=True))}"
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def complete(runs: Sequence[Path], reports: Sequence[Report], how: How) -> list[Path]:
     """Make what is missing of the records of several heads, and nothing that is there.
 
-    A report is there if it was made of this very head, on whatever text.
+    A report is there if it was made of this very head and of the sample that its record is of;
+    which sample that is, is as it was asked for, or as it is where nothing was asked.
+
+    Returns:
+        The folder of each head's record.
     """
+    if _asked(how):
+        return [run.record for run in report(runs, reports, how)]
     alike: dict[tuple[str, ...], list[Path]] = {}
     for folder in runs:
-        subject = read_subject(folder, how.allow)
-        lacking = tuple(r.name for r in reports if not _there(subject, r))
+        made = _made(read_subject(folder, how.allow))
+        lacking = tuple(r.name for r in reports if r.name not in made)
         if lacking:
             alike.setdefault(lacking, []).append(folder)
     for names, folders in alike.items():
         report(folders, [r for r in reports if r.name in names], how)
+    return [folder / EVAL for folder in runs]
 
 
-def _there(subject: Subject, kind: Report) -> bool:
-    done = read_done(subject.folder / EVAL / DONE / f"{kind.name}.json")
-    return done is not None and done["about"]["head_sha256"] == subject.sha256
+def _made(subject: Subject) -> set[str]:
+    """Names of the reports in the record of a head that are of one sample."""
+    home = subject.folder / EVAL
+    sets = read_json(home / SUMMARY).get("sets", {}) if there(home / SUMMARY) else {}
+    every = finished(home, subject.sha256)
+    return {done["report"] for done in every if same_sample(done, sets)}
 
 
 def _sets(first: Subject, lm: FrozenLM, how: How) -> dict[str, Rows]:

@@ -14,10 +14,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from kanllama_lightning.contexts import Contexts
 from kanllama_lightning.figures import PALETTE, SYMBOLS, styled
 from kanllama_lightning.lens import END, OPERATING_POINT, STRAIGHT, Look, look
 from kanllama_lightning.metrics import Activations
+from kanllama_lightning.prompts.reading import token_text, visible
 from kanllama_lightning.reports.base import EvalRun, Figures, Report, Seen
+from kanllama_lightning.reports.labels import COLUMN, PEAKS, READS, Known, firing_tokens
 from kanllama_lightning.types import InputError
 
 ROWS = 4096
@@ -38,11 +41,13 @@ LOG_TICKS = [a * 10**b for b in range(6) for a in (1, 1.5, 2, 3, 4, 5, 7)]
 class Latents(Report):
     """Every latent: frequency, size, direction, and its logit lens; over the first token set.
 
-    `latents.csv` has a row per latent, `logit_lens.csv` the tokens that it raises and lowers most,
-    `latents.html` the distributions. Sizes are in the head's units (raw activations times the
-    head's `scale`; raw ones for PCA), of signed codes those of |z|. Dead latents fired on none of
-    the tokens, dense ones on more than a tenth. The lens is T = (w g) W_U with the final norm's
-    gain g: at block 0 only the direct path. Kurtosis is mean(z^4), 3 for a normal distribution.
+    `latents.csv` has a row per latent, with its label (explanation by a language model, else the
+    known fact it tells with an F1 of at least 0.5, else the tokens it fires on);
+    `logit_lens.csv` the tokens that it raises and lowers most, `latents.html` the distributions.
+    Sizes are in the head's units (raw activations times the head's `scale`; raw ones for PCA), of
+    signed codes those of |z|. Dead latents fired on none of the tokens, dense ones on more than a
+    tenth. The lens is T = (w g) W_U with the final norm's gain g: at block 0 only the direct path.
+    Kurtosis is mean(z^4), 3 for a normal distribution.
 
     A KAN decoder has curves: a latent's direction is the secant at its median activation, or its
     mean Jacobian where latents mix; a latent is called curved if its straightness up to the 0.99
@@ -56,6 +61,7 @@ class Latents(Report):
 
     name = "latents"
     files = ("latents.csv", "logit_lens.csv", "latents.html")
+    reads = READS
 
     def __init__(self, top: int = 10, block: int = 256, tokens: int | None = None) -> None:
         for argument, value in {"top": top, "block": block, "tokens": tokens}.items():
@@ -63,17 +69,20 @@ class Latents(Report):
                 raise InputError(f"Latents.{argument}={value}: must be at least 1")
         self.top, self.block, self.tokens = top, block, tokens
         self._meter: Activations | None = None
+        self._contexts: Contexts | None = None
         self._x: list[Tensor] = []
 
     def begin(self, run: EvalRun) -> None:
         """Without counts and rows."""
         self._meter, self._x = Activations(run.head.d_sae).to(run.lm.device), []
+        self._contexts = Contexts(run.head.d_sae, width=1, top=PEAKS, sampled=0, silent=0)
 
     def observe(self, run: EvalRun, seen: Seen) -> None:
         """Count a batch of the first set; take its rows, until there are enough."""
-        if self._meter is None or seen.batch.set_name != run.sets[0]:
+        if self._meter is None or self._contexts is None or seen.batch.set_name != run.sets[0]:
             return
         self._meter.update(seen.batch.out.codes)
+        self._contexts.update(seen.batch)
         room = ROWS - sum(len(x) for x in self._x)
         if room > 0:
             self._x.append(seen.batch.x[:room])
@@ -81,13 +90,17 @@ class Latents(Report):
     def finish(self, run: EvalRun) -> Figures:
         """Look at the latents; tables, page and figures."""
         meter = self._meter
-        if meter is None or not int(meter.n):
+        if meter is None or self._contexts is None or not int(meter.n):
             raise InputError(f"report latents: set {run.sets[0]!r} has no token to look at")
         found = look(run.head, run.lm, meter, torch.cat(self._x), self.top, self.block)
         self._x = []
         tops = _tokens(run.lm.tokenizer, found.lens.top_ids, found.lens.top_values)
         bottoms = _tokens(run.lm.tokenizer, found.lens.bottom_ids, found.lens.bottom_values)
         table = _table(meter, found, tops)
+        known, tokenizer = Known.read(run), run.lm.tokenizer
+        fires = [firing_tokens(self._contexts, j, tokenizer) for j in range(run.head.d_sae)]
+        table.insert(1, COLUMN, [known.label(j, tokens) for j, tokens in enumerate(fires)])
+        table["fires_on"] = [_json(tokens) for tokens in fires]
         run.write_table("latents.csv", table)
         run.write_table("logit_lens.csv", _lens_table(found, tops, bottoms))
         lens = {f"lens_{name}": value for name, value in found.figures.items()}
@@ -104,7 +117,7 @@ def _tokens(
     values: Float[Tensor, "d_sae top"],
 ) -> list[list[str]]:
     """Texts of the tokens of each latent; none where it has no direction."""
-    text = {i: str(tokenizer.decode([i])) for i in ids.unique().tolist()}
+    text = {i: token_text(tokenizer, i) for i in ids.unique().tolist()}
     defined = values.isfinite().all(1).tolist()
     return [
         [text[i] for i in row] if known else []
@@ -261,7 +274,9 @@ def _scatter(table: pd.DataFrame, unusual: float) -> go.Figure:
             },
             text=[
                 _hover(*row)
-                for row in zip(some["latent"], some["frequency"], some["top_tokens"], strict=True)
+                for row in zip(
+                    *(some[c] for c in ("latent", COLUMN, "frequency", "top_tokens")), strict=True
+                )
             ],
             hovertemplate="%{text}<br>skewness %{x:.2f}, kurtosis %{y:.2f}<extra></extra>",
         )
@@ -281,10 +296,14 @@ def _scatter(table: pd.DataFrame, unusual: float) -> go.Figure:
     return figure.update_layout(showlegend=True, height=560, hovermode="closest", legend=LEGEND)
 
 
-def _hover(latent: int, frequency: float, tokens: str) -> str:
+def _hover(latent: int, label: str, frequency: float, tokens: str) -> str:
     """What pointing at a latent shows; token text may be anything."""
     shown = ", ".join(_json(t[:LONGEST]) for t in json.loads(tokens))
-    return f"latent {latent}, fires on {frequency:.3%}<br>{escape(shown, quote=False)}"
+    name = escape(visible(label[: 3 * LONGEST]), quote=False)
+    return (
+        f"latent {latent}: {name}<br>fires on {frequency:.3%}<br>"
+        f"raises {escape(shown, quote=False)}"
+    )
 
 
 def _frequencies(frequency: np.ndarray, n_tokens: int) -> go.Figure:

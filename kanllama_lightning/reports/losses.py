@@ -1,5 +1,6 @@
 """What the LM loses when it has to make do with the reconstruction."""
 
+import math
 from typing import Any
 
 import pandas as pd
@@ -7,13 +8,16 @@ import plotly.graph_objects as go
 import torch
 from torch import Tensor
 
-from kanllama_lightning import metrics
+from kanllama_lightning import cells, metrics
 from kanllama_lightning.figures import PALETTE, styled
 from kanllama_lightning.functional.bootstrap import interval
+from kanllama_lightning.metrics import NOT_MEANINGFUL, NOT_MEANINGFUL_WHY
 from kanllama_lightning.reports.base import EvalRun, Figures, Report, Seen
 from kanllama_lightning.reports.documents import LOSSES, RUNS, Documents
 from kanllama_lightning.splice import put, spliced_losses
 
+SCORES = ("delta_ce", "delta_ce_share", "ce_score", "ce_uniform")
+"""Columns of `losses.csv` behind the losses."""
 CHECKED_LOGITS = 1 << 24
 """Logits that the check of the error term compares."""
 LABELS = {
@@ -55,20 +59,21 @@ class Losses(Report):
 
     def begin(self, run: EvalRun) -> None:
         """One meter per set."""
-        self._meters = {s: metrics.SplicedLoss().to(run.lm.device) for s in run.sets}
+        self._meters = {
+            s: metrics.SplicedLoss(run.lm.vocab_size).to(run.lm.device) for s in run.sets
+        }
         self._documents = {s: Documents(run.head.d_model) for s in run.sets}
 
     def observe(self, run: EvalRun, seen: Seen) -> None:
         """Add a batch."""
         losses, name = seen.losses, seen.batch.set_name
         assert losses is not None, "the pass was made without losses"
-        sums = {f"ce_{k}": v.double().sum() for k, v in losses.ce.items()}
-        sums |= {f"kl_{k}": v.double().sum() for k, v in losses.kl.items()}
-        n = len(losses.ce["clean"])
-        self._meters[name].update(sums, n)
+        doc = seen.batch.tokens.doc[losses.where]
+        self._meters[name].update(losses.ce, losses.kl, doc)
         self._documents[name].update(seen)
-        means = {k: float(v) / n if n else float("nan") for k, v in sums.items()}
-        self._rows.append(_row(name, seen.number, n, means))
+        means = metrics.mean_losses(losses.ce, losses.kl)
+        values = metrics.score(means, len(doc)) | {"ce_uniform": math.log(run.lm.vocab_size)}
+        self._rows.append(_row(name, seen.number, values))
         if seen.number == 0:
             self._checks |= {f"{name}/{k}": v for k, v in check(run, seen).items()}
 
@@ -82,21 +87,35 @@ class Losses(Report):
             table = self._documents[name].table()
             figures |= {f"{name}/{k}": v for k, v in self._intervals(table).items()}
             figures[f"{name}/documents"] = len(table)
+            e2, x2 = float(table["e2"].sum()), float(table["x2"].sum())
+            figures[f"{name}/fvu"] = e2 / x2 if x2 > 0 else math.nan
             table.insert(0, "set", name)
             tables.append(table)
             rows += [row for row in self._rows if row["set"] == name]
-            rows.append(_row(name, "all", int(values.get("ce_tokens", 0)), values))
+            rows.append(_row(name, "all", values))
         run.write_table("losses.csv", rows)
         run.write_table("documents.csv", pd.concat(tables))
-        n = ", ".join(f"{figures[f'{s}/ce_tokens']:,.0f} tokens of {s}" for s in self._meters)
+        size = ", ".join(f"{figures[f'{s}/ce_tokens']:,.0f} tokens of {s}" for s in self._meters)
         run.write_page(
             "losses.html",
             "Next-token loss",
-            f"The same {n}, with the activations untouched, reconstructed, and ablated. Whiskers: "
-            "95 % interval of the difference from the original, bootstrap over documents.",
+            f"The same {size}, with the activations untouched, reconstructed, and ablated. "
+            "Whiskers: 95 % interval of the difference from the original, bootstrap over "
+            "documents. " + " ".join(self._said(name, figures) for name in self._meters),
             [_bars(run.sets, figures), _by_batch(self._rows)],
         )
         return figures | self._checks
+
+    @staticmethod
+    def _said(name: str, figures: dict[str, float]) -> str:
+        """What the reconstruction costs on a set, in a sentence."""
+        own = {k.removeprefix(f"{name}/"): v for k, v in figures.items() if k.startswith(name)}
+        share = cells.share(own)
+        why = f" ({NOT_MEANINGFUL_WHY})" if share == NOT_MEANINGFUL else ""
+        return (
+            f"On {name} the reconstruction costs {cells.delta_ce(own)} nats per token; as a share "
+            f"of what mean ablation costs: {share}{why}. A uniform guess: {own['ce_uniform']:.3f}."
+        )
 
     def _intervals(self, table: pd.DataFrame) -> dict[str, float]:
         """95 % intervals of what is reported most, over documents."""
@@ -135,10 +154,9 @@ def check(run: EvalRun, seen: Seen) -> dict[str, float]:
     return {"error_term_max_diff": float(gap), "ce_first_batch": means.pop("ce_clean")} | means
 
 
-def _row(name: str, batch: int | str, n: int, means: dict[str, float]) -> dict[str, Any]:
-    own = {key: means.get(key, float("nan")) for key in LOSSES}
-    where = {"set": name, "batch": batch, "n_targets": n}
-    return where | own | {"delta_ce": own["ce_recon"] - own["ce_clean"]}
+def _row(name: str, batch: int | str, values: dict[str, float]) -> dict[str, Any]:
+    own = {key: values.get(key, float("nan")) for key in (*LOSSES, *SCORES)}
+    return {"set": name, "batch": batch, "n_targets": int(values.get("ce_tokens", 0))} | own
 
 
 def _bars(sets: list[str], figures: dict[str, float]) -> go.Figure:

@@ -1,9 +1,9 @@
 """One pass over the text for all heads and reports together, and what is already there."""
 
-import copy
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ from kanllama_lightning.reports.base import EvalRun, Report, Seen
 from kanllama_lightning.reports.texts import batches
 from kanllama_lightning.run import SUMMARY, make_folder
 from kanllama_lightning.small_files import read_json, there, write_json
-from kanllama_lightning.splice import SplicedLosses, put, spliced_losses
+from kanllama_lightning.splice import SplicedLosses, ablated, put, spliced_losses
 from kanllama_lightning.types import InputError, Prefix, TokenBatch, ValidationBatch
 from kanllama_lightning.view import view
 
@@ -71,18 +71,14 @@ class Job(NamedTuple):
 
 
 def pending(
-    runs: Sequence[EvalRun],
-    reports: Sequence[Report],
-    about: Sequence[Mapping[str, Any]],
-    by_name: bool,
-    again: bool,
+    runs: Sequence[EvalRun], about: Mapping[str, Mapping[str, Any]], by_name: bool, again: bool
 ) -> list[Job]:
     """What is not there yet; says what is left out, and why.
 
     Args:
-        runs: Heads.
-        reports: With their settings.
-        about: Of each head: everything its figures depend on, beside the reports' settings.
+        runs: Heads, with the reports that were asked for of each; those that do not apply, and
+            those that were not named and have to be, are taken out.
+        about: Per run folder: what figures depend on, beside the reports' settings.
         by_name: Whether the reports were asked for by name: one that does not apply is an error.
         again: Make all of them anew.
 
@@ -90,8 +86,9 @@ def pending(
         InputError: A report that was asked for does not apply to a head.
     """
     jobs = []
-    for run, facts in zip(runs, about, strict=True):
-        for report in reports:
+    for run in runs:
+        facts, asked, run.reports = about[str(run.folder)], run.reports, []
+        for report in asked:
             if report.on_request and not by_name:
                 continue
             reason = report.applies(run)
@@ -100,6 +97,7 @@ def pending(
                     raise InputError(f"--reports {report.name}: {reason}")
                 log.info("%s: left out: %s", report.name, reason)
                 continue
+            run.reports.append(report)
             if not again and _is_done(run, report, facts):
                 log.info("%s: there already (--again makes it anew)", run.out / report.files[0])
                 continue
@@ -111,7 +109,7 @@ def _fingerprint(run: EvalRun, report: Report, facts: Mapping[str, Any]) -> str:
     about = {k: v for k, v in facts.items() if report.streams or k != "sets"}
     about |= {"report": report.name, "settings": report.settings()}
     for name in report.reads:
-        path = run.out / name
+        path = run.path(name)
         about[name] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
     return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -159,9 +157,13 @@ def _finish(job: Job, about: Mapping[str, Any]) -> None:
     began = time.perf_counter()
     run, report = job.run, job.report
     log.info("%s: making it", report.name)
-    figures = report.finish(run)
-    if figures is None:
+    made = report.finish(run)
+    if made is None:
         return
+    # what is no number has no place in JSON
+    figures = {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in made.items()
+    }
     seconds = round(time.perf_counter() - began, 3)
     done = {
         "report": report.name,
@@ -184,17 +186,56 @@ def _finish(job: Job, about: Mapping[str, Any]) -> None:
 
 
 def summary(run: EvalRun, about: Mapping[str, Any]) -> dict[str, Any]:
-    """What is known about the head, and the figures of all reports there are."""
+    """What is known about the head, and the figures of all reports on one sample of text.
+
+    Reports on another sample than `sets` says are left out (`stale` lists them).
+    """
     flat: dict[str, Any] = dict(about)
-    found = [read_done(path) for path in sorted((run.out / DONE).glob("*.json"))]
-    every = [d for d in found if d and d["about"]["head_sha256"] == about["head_sha256"]]
-    # a report that looks at no text says nothing about it; the losses are what intervals are of
-    looked = sorted((d for d in every if d["about"]["sets"]), key=lambda d: d["report"] != "losses")
-    if looked:
+    every = finished(run.out, about["head_sha256"])
+    looked = [done for done in every if done["about"]["sets"]]
+    if looked and not about["sets"]:
+        # a report that looks at no text says nothing about it: the sample stays what it was
+        path = run.out / SUMMARY
+        before = read_json(path).get("sets") if there(path) else None
+        looked.sort(key=lambda done: (done["about"]["sets"] != before, done["report"] != "losses"))
         flat["sets"] = looked[0]["about"]["sets"]
     for done in every:
-        flat |= {f"{done['report']}/{name}": value for name, value in done["figures"].items()}
+        if same_sample(done, flat["sets"]):
+            flat |= {f"{done['report']}/{name}": value for name, value in done["figures"].items()}
     return flat
+
+
+def finished(out: Path, sha256: str | None) -> list[dict[str, Any]]:
+    """What is recorded of every finished report about a head, in a folder of a record."""
+    every = [read_done(path) for path in sorted((out / DONE).glob("*.json"))]
+    return [done for done in every if done and done["about"]["head_sha256"] == sha256]
+
+
+def same_sample(done: Mapping[str, Any], sets: Mapping[str, Any]) -> bool:
+    """Whether a finished report looked at these very sets, or at no text."""
+    own = done["about"]["sets"]
+    return not own or _digests(own) == _digests(sets)
+
+
+def _digests(sets: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: one.get("ids_sha256") for name, one in sets.items()}
+
+
+def stale(out: Path, known: Mapping[str, Any]) -> dict[str, str]:
+    """Reports in a folder that its summary leaves out, and the sample that each is of."""
+    return {
+        done["report"]: sample(done["about"]["sets"])
+        for done in finished(out, known.get("head_sha256"))
+        if not same_sample(done, known.get("sets", {}))
+    }
+
+
+def sample(sets: Mapping[str, Any]) -> str:
+    """Sets of text in words."""
+    return ", ".join(
+        f"{one.get('tokens', 0):,} tokens ({one.get('documents', 0):,} documents) of {name}"
+        for name, one in sets.items()
+    )
 
 
 @torch.no_grad()
@@ -210,7 +251,7 @@ def _stream(jobs: Sequence[Job], lm: FrozenLM, sets: Mapping[str, Rows], batch_s
             for index, tokens in enumerate(batches(rows, batch_seqs)):
                 tokens = tokens.to(lm.device)
                 if first:
-                    preflight(lm, tokens)
+                    preflight(lm, tokens, reference.norm_limit)
                     first = False
                 wanting = [i for i, job in enumerate(jobs) if _wants(job.report, looked[i])]
                 progress.add()
@@ -249,20 +290,8 @@ def _losses(
     if not ids:
         return {}
     some = views[ids[0]]
-    runs = {
-        "zero": put(prefix.acts, some.mask, torch.zeros_like(some.x)),
-        "mean": put(prefix.acts, some.mask, mean.expand_as(some.x)),
-    }
+    ablations = ablated(some.x, mean)
+    runs = {name: put(prefix.acts, some.mask, rows) for name, rows in ablations.items()}
     runs |= {f"recon {i}": put(prefix.acts, views[i].mask, views[i].out.x_hat) for i in ids}
     every = spliced_losses(lm, prefix, tokens, runs)
-    return {i: _own(every, f"recon {i}") for i in ids}
-
-
-def _own(every: SplicedLosses, name: str) -> SplicedLosses:
-    """The losses with one head's run as `recon`, the others' left out."""
-
-    def pick(losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        kept = {k: v for k, v in losses.items() if not k.startswith("recon ")}
-        return kept | {"recon": losses[name]}
-
-    return SplicedLosses(pick(every.ce), pick(every.kl), copy.copy(every.where))
+    return {i: every.of(f"recon {i}", tuple(ablations)) for i in ids}

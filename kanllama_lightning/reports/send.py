@@ -46,14 +46,16 @@ def send(run: EvalRun, config: dict[str, Any]) -> None:
         name=args.get("name") or run.folder.name,
         id=read_logger_id(run.folder),
     ).experiment
+    # what is beside the record goes beside it there too, under the name of its folder
+    under = run.out.relative_to(run.folder).as_posix()
     try:
         for name, table in run.tables.items():
             texts = {c: str for c in table.columns if table[c].dtype == object}
             shown = table.head(MOST_ROWS).astype(texts)
-            tracker.log({f"eval/{name}": wandb.Table(dataframe=shown)}, step=row)
-        tracker.log({f"eval/{name}": figure for name, figure in run.figures.items()}, step=row)
+            tracker.log({f"{under}/{name}": wandb.Table(dataframe=shown)}, step=row)
+        tracker.log({f"{under}/{name}": figure for name, figure in run.figures.items()}, step=row)
         known = read_json(run.out / SUMMARY)
-        tracker.summary.update({f"eval/{k}": v for k, v in known.items() if "/" in k})
+        tracker.summary.update({f"{under}/{k}": v for k, v in known.items() if "/" in k})
     finally:
         tracker.finish()
 

@@ -102,11 +102,7 @@ def folder_named(name: str, runs_dir: str) -> Path:
 
 def _cards(folder: Path) -> list[Path]:
     """The saved heads of a run; empty if one is missing."""
-    try:
-        cards = [one / HEAD / CARD for one in members(folder) or [folder]]
-    except InputError as e:
-        log.warning("%s is left out: %s", folder, e)
-        return []
+    cards = [one / HEAD / CARD for one in members(folder) or [folder]]
     return cards if all(there(card) for card in cards) else []
 
 

@@ -37,10 +37,84 @@ def test_compare_refuses_other_text(runs, tmp_path, capsys):
     call("report", runs / "seed0", "--reports", "losses", "--documents", 30)
     call("report", runs / "seed1", "--reports", "losses", "--documents", 20)
     args = ["compare", str(runs / "seed0"), str(runs / "seed1"), "--out", str(tmp_path / "out")]
-    assert main([*args, "--documents", "30"]) == 2
+    # asked for nothing, it takes the records as they are
+    assert main(args) == 2
     assert "like for like" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-    assert main([*args, "--documents", "30", "--force", "true"]) == 0
+    assert main([*args, "--force", "true"]) == 0
+
+
+def test_compare_on_as_many_documents_as_asked(runs, tmp_path, caplog):
+    """Records of another sample stay as they are; what is asked for is made beside them."""
+    one, other = runs / "seed0", runs / "seed1"
+    call("report", one, "--reports", "losses", "--documents", 20)
+    before = {p: p.read_bytes() for p in (one / "eval").rglob("*") if p.is_file()}
+    with caplog.at_level("INFO"):
+        call("compare", one, other, "--documents", 12, "--out", tmp_path / "out")
+    assert {p: p.read_bytes() for p in before} == before
+    assert "this one goes to" in caplog.text
+    assert str(one / "eval" / "documents-12") in caplog.text
+    own = pd.read_csv(one / "eval/documents-12/documents.csv")
+    theirs = pd.read_csv(other / "eval/documents.csv")
+    assert own["document"].tolist() == theirs["document"].tolist()
+    table = pd.read_csv(tmp_path / "out/comparison.csv")
+    assert table["documents"].tolist() == [len(own)] * 2
+
+
+def test_a_closing_table_is_of_one_sample(runs, capsys):
+    run = runs / "seed0"
+    call("report", run, "--reports", "losses", "sparsity", "--documents", 20)
+    first = json.loads((run / "eval/summary.json").read_text())
+    assert first["sets"]["heldout"]["documents"] <= 20
+    assert {k.split("/")[0] for k in first if "/" in k} == {"losses", "sparsity"}
+    capsys.readouterr()
+    call("report", run, "--reports", "sparsity")
+    out = " ".join(capsys.readouterr().out.split())
+    summary = json.loads((run / "eval/summary.json").read_text())
+    n = summary["sets"]["heldout"]["tokens"]
+    assert n > first["sets"]["heldout"]["tokens"]
+    assert {k.split("/")[0] for k in summary if "/" in k} == {"sparsity"}
+    assert f"{n:,} tokens" in out
+    assert "delta CE" not in out
+    assert "Left out: losses, which is of" in out
+    assert f"{first['sets']['heldout']['tokens']:,} tokens" in out
+    # a report without text leaves the sample as it is
+    call("report", run, "--reports", "capability")
+    again = json.loads((run / "eval/summary.json").read_text())
+    assert again["sets"] == summary["sets"]
+    assert {k.split("/")[0] for k in again if "/" in k} == {"sparsity", "capability"}
+
+
+def test_a_part_of_the_sample_is_said_in_its_row(runs, capsys):
+    run = runs / "seed0"
+    call("report", run, "--reports", "losses", "sparsity", "--losses.tokens", 128)
+    out = capsys.readouterr().out
+    for row in ("CE, original", "delta CE (95 % interval)"):
+        assert f"{row}, about the first 128 tokens" in out
+    assert "L0, about" not in out
+
+
+@pytest.mark.parametrize(
+    ("asked", "folder"),
+    [
+        (["--reports", "losses", "--documents", 12], "documents-12"),
+        (["--reports", "losses", "--dtype", "bfloat16"], "documents-20-bfloat16"),
+        (["--reports", "losses", "--losses.resamples", 50], "losses-"),
+        (["--reports", "losses", "--text", "TEXT", "--documents", 9], "words.jsonl-"),
+    ],
+    ids=str,
+)
+def test_other_questions_leave_the_record_alone(asked, folder, runs, text_file, capsys):
+    run = runs / "seed0"
+    call("report", run, "--reports", "losses", "--documents", 20)
+    before = {p: p.read_bytes() for p in (run / "eval").rglob("*") if p.is_file()}
+    capsys.readouterr()
+    sample = [] if "--documents" in asked else ["--documents", 20]
+    call("report", run, *[text_file if a == "TEXT" else a for a in asked], *sample)
+    assert {p: p.read_bytes() for p in before} == before
+    (summary,) = set((run / "eval").rglob("summary.json")) - set(before)
+    assert summary.parent.relative_to(run / "eval").parts[0].startswith(folder)
+    assert "Everything is in " + str(summary.parent) in capsys.readouterr().out
 
 
 def test_try_shows_predictions_latents_and_a_page(runs, tmp_path, capsys):
@@ -60,10 +134,22 @@ def test_try_shows_predictions_latents_and_a_page(runs, tmp_path, capsys):
 def test_capability_from_the_command_line(runs, capsys):
     run = runs / "seed0"
     prompt = ["--capability.prompt", "w1 w2", "--capability.answer", "w3"]
-    call("report", run, "--reports", "capability", *prompt)
-    table = pd.read_csv(run / "eval/capability.csv")
-    assert set(table["prompt"]) == {"w1 w2"}
-    capsys.readouterr()
+    call("report", run, "--reports", "capability")
+    before = {p: p.read_bytes() for p in (run / "eval").rglob("*") if p.is_file()}
+    for _ in range(2):  # made, and there already
+        capsys.readouterr()
+        call("report", run, "--reports", "capability", *prompt)
+        out = capsys.readouterr().out
+        (path,) = (run / "eval").glob("capability-*/capability.csv")
+        table = pd.read_csv(path)
+        assert set(table["prompt"]) == {"w1 w2"}
+        assert '"w1 w2" -> "w3"' in out
+        for name, row in zip(
+            ("original", "reconstruction"), table.to_dict("records"), strict=False
+        ):
+            said = next(line for line in out.splitlines() if line.split()[:1] == [name]).split()
+            assert said[1:3] == [str(row["rank"]), f"{row['probability']:.4f}"]
+    assert {p: p.read_bytes() for p in before} == before
     args = ["report", str(run), "--reports", "capability", "--capability.prompt", "w1"]
     assert main(args) == 2
     assert "answer" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from scipy import stats
 
 from kanllama_lightning.heads import PCA, BatchTopK, DenseOnlyKAN, KANReLUDense, OnlyKAN
 from kanllama_lightning.lens import FIGURES
+from kanllama_lightning.prompts.reading import token_text
 from kanllama_lightning.reports.base import EvalRun, Seen
 from kanllama_lightning.reports.latents import KINDS, Latents
 from kanllama_lightning.types import InputError
@@ -99,7 +100,7 @@ def test_tables_against_numpy(head, lm, tokens, tmp_path):
         order = logits[j].argsort()
         for end, ids in {"top": order[::-1][:4], "bottom": order[:4]}.items():
             texts, values = (json.loads(lens[f"{end}_{c}"][j]) for c in ("tokens", "values"))
-            assert texts == [lm.tokenizer.decode([int(i)]) for i in ids]
+            assert texts == [token_text(lm.tokenizer, int(i)) for i in ids]
             np.testing.assert_allclose(values, logits[j][ids], rtol=1e-4)
     assert json.loads(table["top_tokens"][0]) == json.loads(lens["top_tokens"][0])[:5]
 

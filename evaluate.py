@@ -2,7 +2,15 @@
 
 import sys
 
-from kanllama_lightning.reports.cli import main
+from kanllama_lightning.stopping import answered
+
+
+def main() -> int:
+    """Run the command line; returns the exit code."""
+    from kanllama_lightning.reports import cli
+
+    return cli.main()
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answered(main))

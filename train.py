@@ -3,8 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from callbacks.log_config import LogConfig
-from kanllama_lightning import cli
+from kanllama_lightning.stopping import answered
 
 ESSENTIAL = (
     "callbacks.progress.Progress",
@@ -21,7 +20,14 @@ ESSENTIAL = (
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    return cli.main(args, save_config_callback=LogConfig, essential=ESSENTIAL)
+
+    def run() -> int:
+        from callbacks.log_config import LogConfig
+        from kanllama_lightning import cli
+
+        return cli.main(args, save_config_callback=LogConfig, essential=ESSENTIAL)
+
+    return answered(run)
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ class KANCurves(LookingCallback):
         if isinstance(trainer.logger, WandbLogger):
             named = {f"val/curves/{k.replace(' ', '_')}": f for k, f in figures.items()}
             drawn = prefixed(name, named) | {"tokens": pl_module.tokens_seen}
-            trainer.logger.experiment.log(drawn)
+            trainer.logger.log_metrics(drawn)
 
 
 def _rows(curves: Curves) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from kanllama_lightning.files import write_text
 from kanllama_lightning.run import CONFIG, SESSIONS, head_folder
+from kanllama_lightning.secrets import known, scrubbed
 from kanllama_lightning.side_by_side import SideBySide, alone_config
 from kanllama_lightning.small_files import read_json, there, write_json
 
@@ -23,7 +24,7 @@ class Sessions(TypedDict):
 
 
 class LogConfig(SaveConfigCallback):
-    """Writes `config.yaml` into the run folder and sends it to W&B. Configs hold no secrets.
+    """Writes `config.yaml` into the run folder and sends it to W&B, without secrets.
 
     Adds a session to `sessions.json`.
 
@@ -39,7 +40,7 @@ class LogConfig(SaveConfigCallback):
 
     def __init__(self, *args: Any, resolved: str, execution: dict[str, Any], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.resolved, self.execution = resolved, execution
+        self.resolved, self.execution = scrubbed(resolved), known.scrubbed_tree(execution)
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Runs on rank zero only."""

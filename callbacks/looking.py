@@ -23,18 +23,20 @@ class LookingCallback(L.Callback):
             )
         self.every_n_validations = every_n_validations
         self.looks = False
-        self._validations = 0
+        self._validations, self._counted_at = 0, -1
 
     def state_dict(self) -> dict[str, Any]:
         """How many validations there were: a continued run looks when an undisturbed one would."""
-        return {"validations": self._validations}
+        return {"validations": self._validations, "counted_at": self._counted_at}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         self._validations = state_dict["validations"]
+        self._counted_at = state_dict.get("counted_at", -1)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Decide whether this validation is looked at."""
         final = trainer.state.fn == TrainerFn.VALIDATING
-        self._validations += not final
+        if not final and trainer.global_step != self._counted_at:  # not one that is made again
+            self._validations, self._counted_at = self._validations + 1, trainer.global_step
         self.looks = final or self._validations % self.every_n_validations == 0

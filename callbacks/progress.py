@@ -9,7 +9,9 @@ import lightning as L
 from tqdm import tqdm
 
 from kanllama_lightning.clock import PARTS
+from kanllama_lightning.phase import Phase
 from kanllama_lightning.run import prefixed
+from kanllama_lightning.units import duration
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +21,8 @@ SHOWN = {"loss": "train/loss", "L0": "train/l0", "EV": "train/ev", "dead": "trai
 class Progress(L.Callback):
     """A bar with loss, L0, EV, dead share, tokens/s and time left; lines without a terminal.
 
-    Behind them, where the time of a step goes (`StepClock`); of heads side by side EV and L0.
+    Behind them, where the time of a step goes (`StepClock`); of heads side by side EV and L0. A
+    validation that takes longer than seconds shows how far it is.
 
     Args:
         lines: How many lines a whole run prints into a file or pipe.
@@ -28,6 +31,7 @@ class Progress(L.Callback):
     def __init__(self, lines: int = 20) -> None:
         self.lines = lines
         self._bar: Any = None
+        self._validation: Phase | None = None
         self._began = (0.0, 0)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -69,8 +73,35 @@ class Progress(L.Callback):
                 trainer.max_steps,
                 self._figures(trainer, pl_module),
                 rate * pl_module.schedule.batch,
-                f"{left:.0f} s" if left < 600 else f"{left / 60:.0f} min",
+                duration(left),
             )
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Begin to count batches."""
+        total = sum(len(loader) for loader in trainer.val_dataloaders)
+        self._validation = Phase("validating", total, "batches", trainer.is_global_zero)
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Count one."""
+        if self._validation is not None:
+            self._validation.add()
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """All batches are through."""
+        self._close_validation()
+
+    def _close_validation(self) -> None:
+        if self._validation is not None:
+            self._validation.close()
+            self._validation = None
 
     @staticmethod
     def _figures(trainer: L.Trainer, pl_module: Any) -> str:
@@ -95,6 +126,7 @@ class Progress(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         """Close the bar before anything else is printed."""
+        self._close_validation()
         self._close()
 
     def _close(self) -> None:

@@ -42,13 +42,14 @@ class SaveHead(L.Callback):
         if trainer.state.fn == TrainerFn.VALIDATING:
             where = Path(HEAD)
         elif tokens // self.every_tokens > self._last:
-            self._last = tokens // self.every_tokens
             where = Path(HEADS) / f"tokens={tokens:012d}"
         else:
             return
         for name, head in pl_module.heads().items():
             folder = head_folder(trainer.default_root_dir, name)
             head.save(folder / where, self._provenance(trainer, pl_module))
+        if where != Path(HEAD):
+            self._last = tokens // self.every_tokens
 
     def _provenance(self, trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
         lm = pl_module.lm

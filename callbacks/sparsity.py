@@ -54,4 +54,4 @@ class Sparsity(ValidationMeter):
             log10 = np.log10(frequency[frequency > 0])
             histogram = wandb.Histogram(np_histogram=np.histogram(log10, BINS))
             drawn = prefixed(name, {"val/log10_frequency": histogram})
-            trainer.logger.experiment.log(drawn | {"tokens": pl_module.tokens_seen})
+            trainer.logger.log_metrics(drawn | {"tokens": pl_module.tokens_seen})

@@ -7,8 +7,6 @@ import logging
 import os
 import pydoc
 import re
-import shutil
-import signal
 import sys
 import time
 import uuid
@@ -21,12 +19,13 @@ import torch
 import transformers
 import wandb
 import yaml
-from jsonargparse import ArgumentError, Namespace
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from kanllama_lightning import heads, options
 from kanllama_lightning.cache.filling import fill_
+from kanllama_lightning.entry import Aftermath, guarded
 from kanllama_lightning.files import write_text
 from kanllama_lightning.lm import FrozenLM
 from kanllama_lightning.lock import RunLock, gone
@@ -39,22 +38,19 @@ from kanllama_lightning.run import (
     CONFIG,
     HEAD,
     LOGGER_ID,
-    SESSIONS,
     SUMMARY,
     make_folder,
+    remove_parts,
+    remove_unused,
 )
 from kanllama_lightning.run_state import Kind, RunState, clear, look, step_of
 from kanllama_lightning.saved import newest_whole
 from kanllama_lightning.schedule import Schedule
 from kanllama_lightning.small_files import read_yaml, there
+from kanllama_lightning.stopping import CacheStopped, Stopped, say
 from kanllama_lightning.tokens import TokenData
-from kanllama_lightning.types import (
-    CacheStopped,
-    InputError,
-    RunDiverged,
-    RunFinished,
-    RunStopped,
-)
+from kanllama_lightning.types import InputError, RunDiverged, RunFinished
+from kanllama_lightning.wandb_logger import check_mode
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +102,8 @@ class KanllamaCLI(LightningCLI):
     """The run folder, taken."""
     made: ClassVar[bool] = False
     """Whether the folder was made for the run."""
+    place: ClassVar[Path | None] = None
+    """The folder that the command writes into."""
 
     def __init__(self, *args: Any, essential: Sequence[str] = (), **kwargs: Any) -> None:
         self.essential = essential
@@ -192,6 +190,8 @@ class KanllamaCLI(LightningCLI):
         """Choose the run folder and take it, find what to continue, derive the clock."""
         config = self.config[self.subcommand]
         trainer, model = config.trainer, config.model
+        if "RunLogger" in str(trainer.logger):
+            check_mode()
         self._drop_default_val(config)
         trainer.callbacks = _with_essential(trainer.callbacks, self.essential)
         resolved = self._parser(self.subcommand).dump(config, skip_unset=False)
@@ -257,7 +257,7 @@ class KanllamaCLI(LightningCLI):
         new = not folder.exists()
         make_folder(folder)
         KanllamaCLI.lock = RunLock.take(folder)
-        KanllamaCLI.made = new
+        KanllamaCLI.made, KanllamaCLI.place = new, folder
         if goes_on:
             return
         state = look(folder, mine=True, was_left=KanllamaCLI.lock.was_left)
@@ -564,10 +564,23 @@ def main(args: Sequence[str] | None = None, **kwargs: Any) -> int:
     """
     quiet()
     given = list(sys.argv[1:] if args is None else args)
+    after = Aftermath(_explain, _stopped, lambda: KanllamaCLI.place, _onward, _clear)
+    return guarded(lambda: _run(given, args is None, kwargs), given, after)
+
+
+def _run(given: list[str], started: bool, kwargs: dict[str, Any]) -> int:
+    """The command itself.
+
+    Args:
+        given: Arguments.
+        started: Whether they are those of the process.
+        kwargs: Passed to `KanllamaCLI`.
+    """
     own = sys.argv
     # what a launcher of further processes starts again
-    sys.argv = own if args is None else [str(ROOT / "train.py"), *given]
+    sys.argv = own if started else [str(ROOT / "train.py"), *given]
     told, unused = os.environ.get(RUN_FOLDER), False
+    KanllamaCLI.made, KanllamaCLI.place = False, None
     try:
         kind = KanllamaCLI
         if given[:1] == ["plan"]:
@@ -591,41 +604,24 @@ def main(args: Sequence[str] | None = None, **kwargs: Any) -> int:
             **kwargs,
         )
     except RunFinished as e:
-        sys.stderr.write(f"{e}\n")
-    except InputError as e:
+        say(str(e))
+    except InputError:
         unused = True
-        sys.stderr.write(f"error: {e}\n")
-        return 2
-    except ArgumentError as e:
-        sys.stderr.write(f"error: {_explain(str(e))}\n")
-        return 2
-    except CacheStopped as e:
-        unused = True
-        sys.stderr.write(
-            f"stopped; cache {e.folder} holds {e.rows:,} activations, the same command goes on "
-            "from its last whole shard\n"
-        )
-        return 128 + signal.SIGINT
+        raise
+    except Stopped as e:
+        unused = e.step is None
+        raise
     except RunDiverged as e:
         if is_first():
-            sys.stderr.write(f"error: {e.what}. {_after_divergence(e.folder)}\n")
+            say(f"error: {e.what}. {_after_divergence(e.folder)}")
         return 1
-    except RunStopped as e:
-        if is_first():
-            sys.stderr.write(
-                f"stopped at step {e.step}, everything is saved; the same command with "
-                "`--ckpt_path last` goes on from here\n"
-            )
-        return 128 + e.signal_number
     except MisconfigurationException as e:
         unused = True
-        sys.stderr.write(f"error: Lightning refuses this configuration: {e}\n")
-        return 2
-    except Exception:
+        raise InputError(f"Lightning refuses this configuration: {e}") from e
+    except Exception as e:
         if KanllamaCLI.lock is None or not KanllamaCLI.lock.lost:
             raise
-        sys.stderr.write(f"error: {gone(KanllamaCLI.lock.folder)}\n")
-        return 2
+        raise InputError(gone(KanllamaCLI.lock.folder)) from e
     finally:
         sys.argv = own
         os.environ.pop(RUN_FOLDER, None)
@@ -660,8 +656,46 @@ def _let_go(unused: bool) -> None:
     lock.release()
     if gone_already or not unused or not KanllamaCLI.made:
         return
-    if {path.name for path in folder.iterdir()} <= {CONFIG, LOGGER_ID, SESSIONS, "wandb"}:
-        shutil.rmtree(folder)
+    remove_unused(folder)
+
+
+def _stopped(e: Stopped) -> str:
+    """What a person who stopped a command has, and how to go on."""
+    if not is_first():
+        return ""
+    if isinstance(e, CacheStopped):
+        return (
+            f"stopped; cache {e.folder} holds {e.rows:,} activations, the same command goes on "
+            "from its last whole shard"
+        )
+    if e.step is not None:
+        return (
+            f"stopped at step {e.step}, everything is saved; the same command with "
+            "`--ckpt_path last` goes on from here"
+        )
+    if not KanllamaCLI.made and KanllamaCLI.place is not None:
+        return f"stopped; {KanllamaCLI.place} is as it was, the same command goes on from there"
+    return "stopped before there was anything to save; the same command does it all"
+
+
+def _onward() -> str:
+    """How to go on after a write that failed."""
+    folder = KanllamaCLI.place
+    if folder is None or not (folder / CONFIG).is_file():
+        return "make room, or choose another place, and start again"
+    checkpoint = newest_whole(folder)
+    if checkpoint is None:
+        return f"make room, or choose another place, and start again; {folder} holds no checkpoint"
+    return (
+        f"make room, then the same command with `--ckpt_path {folder}` goes on from "
+        f"{checkpoint.name}, which is whole"
+    )
+
+
+def _clear(disk: bool) -> None:
+    """Leave nothing half written behind a full disk."""
+    if disk and KanllamaCLI.place is not None and is_first():
+        remove_parts(KanllamaCLI.place)
 
 
 def quiet() -> None:

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from kanllama_lightning.buffer import ShuffleBuffer
 from kanllama_lightning.clock import StepClock
+from kanllama_lightning.drought import Drought
 from kanllama_lightning.functional import ranks
 from kanllama_lightning.functional.moments import norms
 from kanllama_lightning.heads.base import SAEHead, Trained
 from kanllama_lightning.lm import FrozenLM, overflow_hint
 from kanllama_lightning.optim import Adam
+from kanllama_lightning.phase import Phase
 from kanllama_lightning.preflight import check_varied, preflight
 from kanllama_lightning.saved import buffer_file, load_buffer_
 from kanllama_lightning.schedule import Schedule
@@ -120,6 +122,7 @@ class SAEModule(L.LightningModule):
         )
         self.tokens_seen = 0
         self.clock = StepClock()
+        self._drought = Drought()
         # of this process: rows looked at, rows dropped as sinks; where its text goes on
         self.seen = torch.zeros(2, dtype=torch.int64)
         self.data_position = torch.zeros(3, dtype=torch.int64)
@@ -238,6 +241,7 @@ class SAEModule(L.LightningModule):
         self.bad_rows += (~sizes.isfinite()).sum()
         kept = rows[within(sizes, self.head.norm_limit)]
         self.seen += torch.tensor([len(rows), len(rows) - len(kept)])
+        self._drought.check(len(rows), len(kept), batch.position)
         return kept
 
     def _next_batch(self, batches: Iterator[Any]) -> TokenBatch | ActivationBatch:
@@ -269,8 +273,10 @@ class SAEModule(L.LightningModule):
             head.start_(everyone)
         del everyone
         self.buffer.push_(x[: self.buffer.capacity])
-        while self.buffer.filled < self.buffer.capacity:
-            self.buffer.push_(self.rows(self._next_batch(batches)))
+        with self._phase("filling the buffer", self.buffer.capacity) as progress:
+            while self.buffer.filled < self.buffer.capacity:
+                self.buffer.push_(self.rows(self._next_batch(batches)))
+                progress.add(self.buffer.filled - progress.done)
         self.started.fill_(True)
         self.trainer.strategy.barrier()
         log.info("statistics and buffer ready after %.1f s", time.perf_counter() - began)
@@ -278,11 +284,18 @@ class SAEModule(L.LightningModule):
     def _first_rows(self, batches: Iterator[Any], n: int) -> Float[Tensor, "tok d_model"]:
         x = torch.empty(n, self.lm.d_model, dtype=self.buffer.dtype, device=self.device)
         filled = 0
-        while filled < n:
-            rows = self._next_batch(batches).activations(self.lm.acts)[: n - filled]
-            x[filled : filled + len(rows)] = rows.to(x.dtype)
-            filled += len(rows)
+        with self._phase("start statistics", n) as progress:
+            while filled < n:
+                batch = self._next_batch(batches)
+                rows = batch.activations(self.lm.acts)[: n - filled]
+                self._drought.check(len(rows), len(rows), batch.position)
+                x[filled : filled + len(rows)] = rows.to(x.dtype)
+                filled += len(rows)
+                progress.add(len(rows))
         return x
+
+    def _phase(self, name: str, rows: int) -> Phase:
+        return Phase(name, rows, "activations", self.trainer.is_global_zero)
 
     def next_batch(self, batches: Iterator[Any]) -> Float[Tensor, "tok d_model"]:
         """One shuffled batch of activations, running the LM as often as needed."""

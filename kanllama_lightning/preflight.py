@@ -14,6 +14,7 @@ from kanllama_lightning.functional.moments import mean_and_std, norms
 from kanllama_lightning.lm import FrozenLM, overflow_hint
 from kanllama_lightning.splice import ablated, put, spliced_losses
 from kanllama_lightning.types import InputError, TokenBatch
+from kanllama_lightning.units import size
 from kanllama_lightning.view import regular, sink_limit
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,6 @@ CONSTANT = {torch.float32: 1e-9, torch.bfloat16: 1.5e-5, torch.float16: 2.5e-7}
 a hundred times what rounding makes of one."""
 FEW = 16
 """Tokens that may well be alike by chance, as the first ones of a few rows are."""
-GIB = 1 << 30
 
 
 @torch.no_grad()
@@ -270,22 +270,21 @@ def check_room(heads: nn.Module, buffer_bytes: int, lm_bytes: int, folder: Path)
     disk = disk_bytes(weights, buffer_bytes)
     free_disk, free = shutil.disk_usage(folder).free, free_memory()
     log.info(
-        "needs about %.2f GiB of memory before batches (%.1f free) and %.2f GiB of disk (%.1f "
-        "free)",
-        memory / GIB,
-        free / GIB,
-        disk / GIB,
-        free_disk / GIB,
+        "needs about %s of memory before batches (%s free) and %s of disk (%s free)",
+        size(memory),
+        size(free),
+        size(disk),
+        size(free_disk),
     )
     if not disk <= free_disk:
         raise InputError(
-            f"run folder {str(folder)!r}: the run needs {disk / GIB:.1f} GiB, "
-            f"{free_disk / GIB:.1f} are free; choose another --runs_dir or a smaller buffer"
+            f"run folder {str(folder)!r}: the run needs {size(disk)}, {size(free_disk)} are "
+            "free; choose another --runs_dir or a smaller buffer"
         )
     if not memory <= max(free, 1) * 1.5:
         raise InputError(
-            f"memory: the run needs about {memory / GIB:.1f} GiB, {free / GIB:.1f} are "
-            "free; lower model.buffer.capacity_tokens, model.head.d_sae or use lm.dtype=bfloat16"
+            f"memory: the run needs about {size(memory)}, {size(free)} are free; "
+            "lower model.buffer.capacity_tokens, model.head.d_sae or use lm.dtype=bfloat16"
         )
 
 

@@ -3,6 +3,7 @@
 import csv
 import os
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
@@ -48,6 +49,23 @@ def make_folder(folder: Path) -> Path:
     if not os.access(folder, os.W_OK):
         raise InputError(f"run folder {str(folder)!r}: cannot be written to")
     return folder
+
+
+def remove_unused(folder: Path) -> None:
+    """Take away a run folder in which nothing was computed yet: configurations and a W&B log."""
+    if not folder.is_dir():
+        return
+    logs = [folder / "wandb", folder / LOGGER_ID, folder / SESSIONS]
+    found = [p for p in folder.rglob("*") if not any(p == log or log in p.parents for log in logs)]
+    if all(path.is_dir() or path.name == CONFIG for path in found):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_parts(folder: Path) -> None:
+    """Take away what was written half: files beside the place that they were for."""
+    for part in folder.rglob("*.tmp"):
+        if part.is_file():
+            part.unlink(missing_ok=True)
 
 
 def prefixed(name: str, values: Mapping[str, Any]) -> dict[str, Any]:

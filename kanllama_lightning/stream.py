@@ -91,8 +91,9 @@ class TokenStream(IterableDataset):
                 shares = [(d, share) for d in members if (share := d.share()) >= self.held_out]
                 training = [d for d, share in shares if share not in self.validated]
                 left_out += len(shares) - len(training)
-                empty = empty and not training
-                yield epoch, number, self._rows(epoch, number, training)
+                rows = self._rows(epoch, number, training)
+                empty = empty and not len(rows.ids)
+                yield epoch, number, rows
             if whole and empty:
                 raise InputError(
                     f"train: {self.corpus.name} has no document left to train on beside the "

@@ -253,19 +253,6 @@ class ValidationBatch(NamedTuple):
     """The head's output on x, as at inference."""
 
 
-class CacheStopped(Exception):  # noqa: N818
-    """Writing a cache was interrupted; whole shards are kept.
-
-    Args:
-        folder: Of the cache.
-        rows: Activations in it.
-    """
-
-    def __init__(self, folder: Path, rows: int) -> None:
-        super().__init__(f"stopped; cache {folder} holds {rows:,} activations")
-        self.folder, self.rows = folder, rows
-
-
 class RunDiverged(Exception):  # noqa: N818
     """A run whose numbers are no longer finite. Nothing of it was saved since.
 
@@ -281,16 +268,3 @@ class RunDiverged(Exception):  # noqa: N818
 
 class RunFinished(Exception):
     """There is nothing left to do in the run that was named; nothing was written."""
-
-
-class RunStopped(Exception):  # noqa: N818
-    """A run was asked to stop by a signal, and has saved.
-
-    Args:
-        signal_number: The signal.
-        step: Optimizer step at which it stopped.
-    """
-
-    def __init__(self, signal_number: int, step: int) -> None:
-        super().__init__(f"stopped by signal {signal_number} at step {step}")
-        self.signal_number, self.step = signal_number, step

@@ -17,10 +17,11 @@ from kanllama_lightning.plan import timing
 from kanllama_lightning.plan.cli import PlanCLI
 from kanllama_lightning.plan.costs import HeadCost, _Counter, head_cost, lm_flops
 from kanllama_lightning.plan.estimate import Estimate
-from kanllama_lightning.plan.page import duration, size, verdict
-from kanllama_lightning.plan.timing import HeadTime, head_time, lm_seconds
+from kanllama_lightning.plan.page import verdict
+from kanllama_lightning.plan.timing import HeadTime, head_time, lm_rest_seconds, lm_seconds
 from kanllama_lightning.schedule import Schedule
 from kanllama_lightning.trainee import Trainee
+from kanllama_lightning.units import duration, size
 from tests.conftest import SMALL
 from tests.test_configs import HEAD_CONFIGS, ROOT
 from train import main
@@ -189,8 +190,29 @@ def test_verdicts() -> None:
     assert verdict(slow_disk, "h", 10**9).startswith("not worth it at h: reading takes as long")
 
 
+def test_validations_by_hand() -> None:
+    e = made(lm_rest_seconds=0.003, val_tokens=100, val_sets=2, validations=4)
+    seen = 0.002 + 5 * 0.003 + (1e-3 + 5e-4) / 3
+    assert e.seen_seconds == pytest.approx(seen)
+    assert e.validation_seconds == pytest.approx(200 * seen)
+    assert e.all_validations_seconds == pytest.approx(5 * 200 * seen + 6 * 100 * 0.003)
+
+
+def test_the_rest_of_the_lm(
+    make_lm: Callable[..., FrozenLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three blocks less what is before the hook point, and the unembedding of 64 positions."""
+    monkeypatch.setattr(timing, "_fastest", lambda *_: [2.56, 0.64])
+    for layer in (0, 2):
+        lm = make_lm(f"model.layers.{layer}")
+        rest = lm_rest_seconds(lm, (layer + 1) * 0.01, 4, 64, CPU)
+        assert rest == pytest.approx((2 - layer) * 0.01 + 0.01)
+
+
 def test_sizes_and_durations() -> None:
     assert [size(2**20), size(3 * 2**30)] == ["1.0 MiB", "3.00 GiB"]
+    assert [size(300), size(5000), size(60_000)] == ["0.3 KiB", "4.9 KiB", "58.6 KiB"]
+    assert [size(0), size(12 * 2**20), size(2**27)] == ["0 bytes", "12.0 MiB", "0.12 GiB"]
     assert [duration(s) for s in (90, 600, 7200)] == ["90 s", "10 min", "2.0 h"]
 
 
@@ -242,6 +264,9 @@ def test_plans_every_config(
     assert all(f"{head.n_parameters():,}" in said for head in heads.values())
     assert "a step" in said
     assert "activation cache" in said
+    assert cli.estimate.validations == cli.estimate.tokens // cli.estimate.batch // 500
+    assert 0 < cli.estimate.seen_seconds < 1
+    assert "the whole run" in said
 
 
 def test_the_real_target_needs_no_weights(

@@ -5,7 +5,6 @@ import fcntl
 import logging
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -15,16 +14,18 @@ from typing import NamedTuple
 import torch
 from jaxtyping import BFloat16
 from torch import Tensor
-from tqdm import tqdm
 
 from kanllama_lightning.cache.key import cache_key
 from kanllama_lightning.cache.shards import ROW_DTYPE, Cache, Key, Place
 from kanllama_lightning.lm import FrozenLM
-from kanllama_lightning.preflight import GIB, preflight
+from kanllama_lightning.phase import Phase
+from kanllama_lightning.preflight import preflight
 from kanllama_lightning.run import make_folder
+from kanllama_lightning.stopping import CacheStopped, Stopped
 from kanllama_lightning.stream import EPOCH_STRIDE
 from kanllama_lightning.tokens import TokenData
-from kanllama_lightning.types import Acts, CacheStopped, InputError, TokenBatch
+from kanllama_lightning.types import Acts, InputError, TokenBatch
+from kanllama_lightning.units import size as shown_size
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,6 @@ SHARDS_AT_LEAST = 8
 STREAM_SEED = 0
 """Of the order the text is written in: the same whatever the run's seed, so that runs of all
 seeds share, and extend, one cache. Reading shuffles by the run's own."""
-LINES = 20
 POLL_SECONDS = 0.5
 
 
@@ -62,7 +62,7 @@ def fill_(lm: FrozenLM, data: TokenData, rows: int, device: torch.device) -> Non
 
     Raises:
         InputError: The folder holds other activations, or the disk has no room.
-        CacheStopped: Ctrl-C while this process was writing.
+        CacheStopped: A signal came while this process was writing.
     """
     folder, wanted = Path(str(data.cache)), data.cache_tokens or rows
     key = cache_key(lm, data)
@@ -75,14 +75,20 @@ def fill_(lm: FrozenLM, data: TokenData, rows: int, device: torch.device) -> Non
             if not _complete(cache, wanted):
                 try:
                     _write_(cache, wanted, lm, data, device)
-                except KeyboardInterrupt as e:
-                    raise CacheStopped(folder, Cache.open(folder, key).rows) from e
+                except Stopped as e:
+                    raise CacheStopped(e.number, folder, Cache.open(folder, key).rows) from e
+    if not cache.rows:
+        raise InputError(
+            "data.train: a whole pass over the text gave no token to cache: it holds special "
+            "tokens alone, or documents that are empty for this tokenizer; give other text, or "
+            "another column of it"
+        )
     data.cached = cache.upto(wanted)
     log.info(
-        "cache %s: training reads %s activations (%.2f GiB); the LM runs in validation only%s",
+        "cache %s: training reads %s activations (%s); the LM runs in validation only%s",
         folder,
         f"{data.cached.rows:,}",
-        cache.n_bytes(data.cached.rows) / GIB,
+        shown_size(cache.n_bytes(data.cached.rows)),
         f"; the run needs about {rows:,}, so they repeat" if data.cached.rows < rows else "",
     )
 
@@ -118,37 +124,39 @@ def _write_(cache: Cache, wanted: int, lm: FrozenLM, data: TokenData, device: to
     to_write = n_new * size + sum(cache.shards[i].rows for i in torn)
     needed, free = cache.n_bytes(to_write), shutil.disk_usage(cache.folder).free
     log.info(
-        "cache %s: writing %s activations, %s are there already: %.2f GiB of disk (%.1f free)",
+        "cache %s: writing %s activations, %s are there already: %s of disk (%s free)",
         cache.folder,
         f"{to_write:,}",
         f"{cache.rows:,}",
-        needed / GIB,
-        free / GIB,
+        shown_size(needed),
+        shown_size(free),
     )
     if needed > free:
         raise InputError(
-            f"data.cache={str(cache.folder)!r}: {to_write:,} activations need {needed / GIB:.1f} "
-            f"GiB, {free / GIB:.1f} are free; give a folder on another disk, or fewer with "
-            f"--data.cache_tokens (at most {free // cache.n_bytes(1):,} would fit)"
+            f"data.cache={str(cache.folder)!r}: {to_write:,} activations need "
+            f"{shown_size(needed)}, {shown_size(free)} are free; give a folder on another disk, "
+            f"or fewer with --data.cache_tokens (at most {free // cache.n_bytes(1):,} would fit)"
         )
     lm.load_(device)
     preflight(lm, next(iter(data.val_dataloader()[0])).to(device))
 
+    progress = Phase("caching", to_write, "activations")
+
     def batches(place: Place) -> Iterator[TokenBatch]:
         stream = data.stream(STREAM_SEED, 0, 1, torch.tensor(place[:3]))
-        return (batch.to(device) for batch in data.loader(stream))
+        for batch in data.loader(stream):
+            yield batch.to(device)
+            progress.add(int(batch.keep.sum()))
 
-    with contextlib.closing(_Progress(to_write)) as progress:
+    with progress:
         for i in torn:
             log.info("cache %s: shard %s is torn: written anew", cache.folder, cache.shards[i].name)
             chunk = next(chunks(batches, lm.acts, cache.shards[i].start, cache.shards[i].rows))
             cache.write_(chunk.rows, chunk.start, chunk.end, i)
-            progress.add(len(chunk.rows))
         for chunk in islice(chunks(batches, lm.acts, cache.end, size), n_new):
             cache.whole = chunk.last
             if len(chunk.rows):
                 cache.write_(chunk.rows, chunk.start, chunk.end, len(cache.shards))
-            progress.add(len(chunk.rows))
     if cache.whole and missing:
         cache.list_()
         log.info("cache: the text ends after %s activations", f"{cache.rows:,}")
@@ -187,37 +195,3 @@ def chunks(
             empty = rows[:0].to("cpu", ROW_DTYPE)
             yield Chunk(torch.cat([empty, *parts]), begun, before, last=True)
             return
-
-
-class _Progress:
-    """A bar at a terminal, some lines elsewhere."""
-
-    def __init__(self, total: int) -> None:
-        self.total, self.done, self.began = total, 0, time.perf_counter()
-        self.bar = tqdm(
-            total=total,
-            unit="act",
-            unit_scale=True,
-            dynamic_ncols=True,
-            desc="caching",
-            disable=not sys.stderr.isatty(),
-        )
-
-    def add(self, rows: int) -> None:
-        """So many more are written."""
-        before, self.done = self.done, self.done + rows
-        self.bar.update(rows)
-        passed = self.done * LINES // self.total > before * LINES // self.total
-        if self.bar.disable and passed:
-            rate = self.done / (time.perf_counter() - self.began)
-            log.info(
-                "caching: %s of %s activations, %.0f per second, %.0f s left",
-                f"{self.done:,}",
-                f"{self.total:,}",
-                rate,
-                (self.total - self.done) / rate,
-            )
-
-    def close(self) -> None:
-        """Take the bar away."""
-        self.bar.close()

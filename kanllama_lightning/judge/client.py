@@ -292,7 +292,11 @@ class Judge:
                 wait = _retry_after(e.response.headers)
                 raise _Again(f"answer {e.status_code}", wait=wait) from None
             raise
-        return _envelope(self.endpoint.scrubbed(response.text))
+        # before and after its escapes are resolved
+        reply: dict[str, Any] = self.endpoint.scrubbed(
+            _envelope(self.endpoint.scrubbed(response.text))
+        )
+        return reply
 
     def _adapt(self, error: openai.APIStatusError, sent: Mapping[str, Any]) -> bool:
         """Leave out the parameter that the server objects to, from now on; False if it is none."""

@@ -5,17 +5,17 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit, urlunsplit
 
 import openai
 
+from kanllama_lightning.secrets import Secrets, known
 from kanllama_lightning.types import InputError
 
 OFFICIAL = "https://api.openai.com/v1"
 CHATTY = ("httpx2", "httpx", "httpcore2", "httpcore", "openai")
 """Loggers of the libraries below, which write whole addresses."""
-LONG = 8
-"""Letters from which on a secret is looked for in what a server says."""
 
 
 class Endpoint:
@@ -45,8 +45,10 @@ class Endpoint:
                 "the environment, give the address of a local server, or see the prompts with "
                 "--interpretability.dry_run true"
             )
-        found = [self._key, *self._query.values(), *(self._user or "").split(":")]
-        self._secrets = [s for s in found if len(s) >= LONG]
+        self._secrets = Secrets()
+        for secrets in (self._secrets, known):  # of this server; and of all that is written or said
+            secrets.add(self._key)
+            secrets.add_address(parts.geturl())
 
     def client(self, timeout: float) -> openai.AsyncOpenAI:
         """A client that tries once.
@@ -67,11 +69,9 @@ class Endpoint:
             default_headers=headers or None,
         )
 
-    def scrubbed(self, text: str) -> str:
-        """What a server says, without secrets that it repeats."""
-        for secret in self._secrets:
-            text = text.replace(secret, "[secret]")
-        return text
+    def scrubbed(self, reply: Any) -> Any:
+        """What a server says, text or plain values, without secrets that it repeats."""
+        return self._secrets.scrubbed_tree(reply)
 
 
 def shown_address(base_url: str | None) -> str:

@@ -34,7 +34,9 @@ class PlanCLI(KanllamaCLI):
         device = torch.device("cuda" if cuda else "cpu")
         module, data = self.model, self.datamodule
         autocast = str(trainer.precision) == "bf16-mixed"
-        self.estimate = Estimate.of(module.lm, module, data, device, autocast)
+        every = trainer.val_check_interval
+        steps = every if isinstance(every, int) and every > 0 else None
+        self.estimate = Estimate.of(module.lm, module, data, device, autocast, steps)
         name = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
         free = Free(free_memory(), shutil.disk_usage(".").free)
         shown = table(self.estimate, module.lm.hook_point, name, free)

@@ -9,13 +9,17 @@ from kanllama_lightning.cache.shards import ROW_DTYPE
 from kanllama_lightning.lm import FrozenLM
 from kanllama_lightning.module import SAEModule
 from kanllama_lightning.plan.costs import HeadCost, head_cost, lm_flops
-from kanllama_lightning.plan.timing import HeadTime, head_time, lm_seconds
+from kanllama_lightning.plan.timing import HeadTime, head_time, lm_rest_seconds, lm_seconds
 from kanllama_lightning.preflight import disk_bytes
 from kanllama_lightning.tokens import TokenData
 from kanllama_lightning.trainee import Trainee
 
 DISK_RATE = 1e9
 """Bytes per second of reading or writing a disk, taken for granted: an ordinary SSD."""
+FORWARD = 1 / 3
+"""Share of a training step that is the forward pass: the backward pass takes about two."""
+CONTROLS = 3
+"""In the final validation, of each head: PCA, random directions, the untrained head."""
 FEW_PERCENT = 0.1
 """Of a step's time: a smaller share of the LM is not worth a cache."""
 
@@ -39,6 +43,10 @@ class Estimate:
         planes: Latents of all heads: a step holds one number for each, for every row.
         cached: Whether the run reads a cache.
         cache_rows: Rows that a cache of this run holds.
+        lm_rest_seconds: Per position, on from the hook point to the losses, on this machine.
+        val_tokens: Tokens of each validation set.
+        val_sets: How many there are.
+        validations: In training, the final one not counted.
     """
 
     costs: dict[str, HeadCost]
@@ -55,10 +63,20 @@ class Estimate:
     planes: int
     cached: bool
     cache_rows: int
+    lm_rest_seconds: float = 0.0
+    val_tokens: int = 0
+    val_sets: int = 0
+    validations: int = 0
 
     @classmethod
     def of(
-        cls, lm: FrozenLM, module: SAEModule, data: TokenData, device: torch.device, autocast: bool
+        cls,
+        lm: FrozenLM,
+        module: SAEModule,
+        data: TokenData,
+        device: torch.device,
+        autocast: bool,
+        val_check_interval: int | None = None,
     ) -> "Estimate":
         """Estimate a run whose parts are built, but neither loaded nor set up.
 
@@ -68,12 +86,15 @@ class Estimate:
             data: Gives the shape of token batches.
             device: Where the run would be.
             autocast: Whether heads train in bf16-mixed.
+            val_check_interval: Steps between two validations; None for the final one alone.
         """
         schedule, buffer = module.schedule, module.buffer
         lm_rows = data.lm_batch_seqs * data.ctx_len
         given: list[Trainee] = list(module.trainees)  # type: ignore[arg-type]
         trainees = {t.name or type(t.head).__name__: t for t in given}
         parameters = list(module.trainees.parameters())
+        upto = lm_seconds(lm, data.lm_batch_seqs, data.ctx_len, device)
+        rest = lm_rest_seconds(lm, upto, data.val_batch_seqs, data.ctx_len, device)
         held = buffer.capacity_tokens + schedule.batch + lm_rows
         return cls(
             costs={name: head_cost(t.head, autocast) for name, t in trainees.items()},
@@ -82,7 +103,7 @@ class Estimate:
                 for name, t in trainees.items()
             },
             lm_flops=lm_flops(lm, data.ctx_len),
-            lm_seconds=lm_seconds(lm, data.lm_batch_seqs, data.ctx_len, device),
+            lm_seconds=upto,
             tokens=schedule.steps * schedule.batch,
             batch=schedule.batch,
             filling=module.filling_rows,
@@ -93,6 +114,10 @@ class Estimate:
             planes=sum(t.head.d_sae for t in trainees.values()),
             cached=data.cache is not None,
             cache_rows=data.cache_tokens or schedule.rows_read(module.filling_rows),
+            lm_rest_seconds=rest,
+            val_tokens=data.val_tokens,
+            val_sets=(data.val_fraction > 0) + len(data.val_corpora),
+            validations=schedule.steps // val_check_interval if val_check_interval else 0,
         )
 
     # ------------------------------------------------------------------ memory and disk
@@ -152,6 +177,26 @@ class Estimate:
             return runs * (self.tokens * self.head_seconds + rows * self.lm_seconds)
         first = self.cache_rows * (self.lm_seconds + self.disk_seconds)
         return first + runs * (self.tokens * self.head_seconds + rows * self.disk_seconds)
+
+    @property
+    def seen_seconds(self) -> float:
+        """Per token that is validated, or read for a record: one pass up to the hook point, four
+        on from there for a head and one more for each further one, and the heads' forward pass."""
+        runs = 3 + len(self.times)
+        forward = sum(time.per_token for time in self.times.values()) * FORWARD
+        return self.lm_seconds + runs * self.lm_rest_seconds + forward
+
+    @property
+    def validation_seconds(self) -> float:
+        """Of one validation; what looks at weights alone left out."""
+        return self.val_sets * self.val_tokens * self.seen_seconds
+
+    @property
+    def all_validations_seconds(self) -> float:
+        """Of those in training and the final one, in which the first set is also read with three
+        controls of each head."""
+        controls = CONTROLS * len(self.times) * self.val_tokens * self.lm_rest_seconds
+        return (self.validations + 1) * self.validation_seconds + controls
 
     @property
     def runs_to_pay(self) -> int | None:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from rich.table import Table
 
 from kanllama_lightning.plan.estimate import DISK_RATE, FEW_PERCENT, Estimate
-from kanllama_lightning.preflight import GIB
+from kanllama_lightning.units import duration, size
 
 RUNS = 10
 
@@ -74,7 +74,27 @@ def table(estimate: Estimate, hook_point: str, device: str, free: Free) -> Table
     made.add_row(
         f"time of {e.tokens:,} tokens",
         duration(e.seconds(1, e.cached)),
-        "reading text and validation come on top",
+        "reading text comes on top, and the validations",
+    )
+    made.add_row(
+        "a validation",
+        duration(e.validation_seconds),
+        f"{e.val_sets * e.val_tokens:,} tokens; what looks at weights alone comes on top",
+    )
+    made.add_row(
+        "all validations",
+        duration(e.all_validations_seconds),
+        f"{e.validations} in training, and the final one with its controls",
+    )
+    made.add_row(
+        "the whole run",
+        duration(e.seconds(1, e.cached) + e.all_validations_seconds),
+        "training and validations",
+    )
+    made.add_row(
+        "a record, per million tokens of text",
+        duration(1e6 * e.seen_seconds),
+        "`evaluate.py report`: its one pass; drawing and what reads no text come on top",
     )
     made.add_section()
     made.add_row("activation cache", size(e.cache_disk), verdict(e, hook_point, free.disk))
@@ -100,15 +120,3 @@ def verdict(e: Estimate, hook_point: str, free_disk: int) -> str:
         f"pays from {pays} runs on: {RUNS} runs take {cached} instead of {live}, {disk}; add "
         "--data.cache FOLDER"
     )
-
-
-def size(n_bytes: float) -> str:
-    """Bytes for people."""
-    return f"{n_bytes / GIB:,.2f} GiB" if n_bytes >= GIB / 10 else f"{n_bytes / 2**20:,.1f} MiB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"

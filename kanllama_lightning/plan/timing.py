@@ -19,6 +19,8 @@ MOST_ROWS = {"cpu": 1024, "cuda": 8192}
 """Of a step: a GPU needs about a whole batch to be busy."""
 MOST_POSITIONS = 4096
 """Of a pass of the LM."""
+MOST_VOCABULARY = 8192
+"""Of the unembedding that is timed."""
 FEWER = 4
 """A step is measured on so many times fewer rows too: what both have in common is per step."""
 PROGRESS = 0.5
@@ -103,6 +105,39 @@ def lm_seconds(lm: FrozenLM, lm_batch_seqs: int, ctx_len: int, device: torch.dev
     probe.hook = HookPoint(0, "resid_post")
     (whole,) = _fastest([lambda: run(n)], device)
     return (lm.hook.layer * whole + own) / n
+
+
+def lm_rest_seconds(
+    lm: FrozenLM, upto: float, lm_batch_seqs: int, ctx_len: int, device: torch.device
+) -> float:
+    """Seconds per position of going on from the hook point to the losses, timed the same way.
+
+    Args:
+        lm: Its weights need not be loaded.
+        upto: Seconds per position up to the hook point, as of `lm_seconds`.
+        lm_batch_seqs: Rows of a pass.
+        ctx_len: Positions per row.
+        device: Where the run would be.
+    """
+    probe = lm.one_block(device)
+    probe.hook = HookPoint(0, "resid_post")
+    rows = max(1, min(lm_batch_seqs, MOST_POSITIONS // ctx_len))
+    ids = torch.zeros(rows, ctx_len, dtype=torch.int64, device=device)
+    vocab = min(lm.vocab_size, MOST_VOCABULARY)
+    hidden = torch.randn(64, lm.d_model, generator=_seeded()).to(device, lm.dtype)
+    unembedding = torch.randn(lm.d_model, vocab, generator=_seeded()).to(device, lm.dtype)
+
+    def losses() -> None:
+        logits = (hidden @ unembedding).float().log_softmax(-1)
+        (logits.exp() * logits).sum(-1)
+
+    def block() -> None:
+        probe.acts(ids)
+
+    losses()
+    whole, end = _fastest([block, losses], device)
+    blocks = lm.config.num_hidden_layers * whole / ids.numel() - upto
+    return max(0.0, blocks) + end / len(hidden) * lm.vocab_size / vocab
 
 
 def _affordable(work: Callable[[int], None], most: int, device: torch.device) -> int:

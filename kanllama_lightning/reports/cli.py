@@ -8,13 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from kanllama_lightning import cells, comparison
 from kanllama_lightning.cli import quiet
+from kanllama_lightning.entry import Aftermath, guarded
 from kanllama_lightning.files import write_text
 from kanllama_lightning.reports.base import EvalRun, Report
 from kanllama_lightning.reports.capability import Capability
@@ -35,7 +36,7 @@ from kanllama_lightning.reports.subject import (
     read_subject,
     shared_lm,
 )
-from kanllama_lightning.run import EVAL, SUMMARY, make_folder
+from kanllama_lightning.run import EVAL, SUMMARY, make_folder, remove_parts
 from kanllama_lightning.small_files import (
     read_json,
     there,
@@ -435,6 +436,26 @@ def _explain(message: str) -> str:
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     quiet()
+    given = list(sys.argv[1:] if args is None else args)
+    places: list[Path] = []
+    kept = "finished reports are kept, the same command goes on from them"
+
+    def clear(disk: bool) -> None:
+        for place in places if disk else []:
+            remove_parts(place)
+
+    after = Aftermath(
+        _explain,
+        lambda _: f"stopped; {kept}",
+        lambda: next((place for place in places if place.is_dir()), None),
+        lambda: f"make room; {kept}",
+        clear,
+    )
+    return guarded(lambda: _run(given, places), given, after)
+
+
+def _run(given: list[str], places: list[Path]) -> int:
+    """The command itself; puts the folders that it writes into `places`."""
     parser = ArgumentParser(
         prog="evaluate.py",
         description="The research record of saved heads.",
@@ -446,18 +467,12 @@ def main(args: Sequence[str] | None = None) -> int:
         sub = ArgumentParser(description=run.__doc__, exit_on_error=False, allow_abbrev=False)
         add(sub)
         commands.add_subcommand(name, sub)
+    parsed = parser.parse_args(given)
+    settings = parsed[parsed.subcommand]
+    runs = settings.get("runs") or [settings.get("run")]
+    places += [Path(str(run).rpartition("=")[2]) for run in runs]
     try:
-        given = parser.parse_args(list(sys.argv[1:] if args is None else args))
-        COMMANDS[given.subcommand][1](given[given.subcommand])
-    except InputError as e:
-        sys.stderr.write(f"error: {e}\n")
-        return 2
-    except ArgumentError as e:
-        sys.stderr.write(f"error: {_explain(str(e))}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("stopped; finished reports are kept, the same command goes on from them\n")
-        return 130
+        COMMANDS[parsed.subcommand][1](settings)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -32,6 +32,7 @@ from kanllama_lightning.reports.subject import Subject, read_subject, shared_lm
 from kanllama_lightning.run import EVAL, SUMMARY
 from kanllama_lightning.small_files import read_json, there
 from kanllama_lightning.types import InputError
+from kanllama_lightning.wandb_logger import check_mode
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +85,8 @@ def report(
     """
     if how.png:
         check_png()
+    if how.wandb:
+        check_mode()
     subjects = [read_subject(folder, how.allow) for folder in runs]
     lm = shared_lm(subjects, how.lm, how.dtype)
     device = device_named(how.device)

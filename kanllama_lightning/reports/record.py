@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from kanllama_lightning import stopping
 from kanllama_lightning.lm import FrozenLM
 from kanllama_lightning.packing import Rows
+from kanllama_lightning.phase import Phase
 from kanllama_lightning.preflight import preflight
 from kanllama_lightning.reports.base import EvalRun, Report, Seen
 from kanllama_lightning.reports.texts import batches
@@ -152,8 +153,10 @@ def make(
 
 
 def _finish(job: Job, about: Mapping[str, Any]) -> None:
+    stopping.obey()
     began = time.perf_counter()
     run, report = job.run, job.report
+    log.info("%s: making it", report.name)
     made = report.finish(run)
     if made is None:
         return
@@ -241,15 +244,7 @@ def _stream(jobs: Sequence[Job], lm: FrozenLM, sets: Mapping[str, Rows], batch_s
     runs = list({id(job.run): job.run for job in jobs}.values())
     reference = runs[0].head
     total = sum(-(-len(rows.ids) // batch_seqs) for rows in sets.values())
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("batches"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns) as progress:
-        bar = progress.add_task("reading", total=total)
+    with Phase("reading", total, "batches") as progress:
         first = True
         for name, rows in sets.items():
             looked = dict.fromkeys(range(len(jobs)), 0)
@@ -259,7 +254,7 @@ def _stream(jobs: Sequence[Job], lm: FrozenLM, sets: Mapping[str, Rows], batch_s
                     preflight(lm, tokens, reference.norm_limit)
                     first = False
                 wanting = [i for i, job in enumerate(jobs) if _wants(job.report, looked[i])]
-                progress.advance(bar)
+                progress.add()
                 if not wanting:
                     continue
                 prefix = lm.prefix(tokens.ids)

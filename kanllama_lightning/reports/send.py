@@ -1,5 +1,6 @@
 """The tables and figures of a record, in the W&B run of the training run too."""
 
+from pathlib import Path
 from typing import Any, TypedDict
 
 import wandb
@@ -37,6 +38,8 @@ def send(run: EvalRun, config: dict[str, Any]) -> None:
         args = check(logger.get("init_args", {}), LoggerArgs, "trainer.logger.init_args")
     except Wrong as e:
         raise InputError(f"{run.folder / CONFIG}: {e}; or leave W&B out: --wandb false") from e
+    # behind what was trained on, before what a longer run would add, and no piece on another
+    row = (run.card.get("provenance", {}).get("tokens") or 0) + _pieces(run.folder)
     tracker = RunLogger(
         project=args.get("project", "kanllama-lightning"),
         save_dir=str(run.folder),
@@ -49,9 +52,14 @@ def send(run: EvalRun, config: dict[str, Any]) -> None:
         for name, table in run.tables.items():
             texts = {c: str for c in table.columns if table[c].dtype == object}
             shown = table.head(MOST_ROWS).astype(texts)
-            tracker.log({f"{under}/{name}": wandb.Table(dataframe=shown)})
-        tracker.log({f"{under}/{name}": figure for name, figure in run.figures.items()})
+            tracker.log({f"{under}/{name}": wandb.Table(dataframe=shown)}, step=row)
+        tracker.log({f"{under}/{name}": figure for name, figure in run.figures.items()}, step=row)
         known = read_json(run.out / SUMMARY)
         tracker.summary.update({f"{under}/{k}": v for k, v in known.items() if "/" in k})
     finally:
         tracker.finish()
+
+
+def _pieces(folder: Path) -> int:
+    """Times that something was logged for a run."""
+    return sum(path.is_dir() for path in (folder / "wandb").glob("*run-*-*"))

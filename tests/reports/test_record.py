@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 from functools import cache
 from pathlib import Path
 
@@ -197,7 +198,7 @@ def test_nothing_is_computed_twice(run, monkeypatch):
 
 def test_what_is_finished_survives_what_fails_later(run, monkeypatch):
     def fails(*_):
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(losses.Losses, "finish", fails)
     args = ["report", str(run), "--documents", "30", "--reports", *PASS]

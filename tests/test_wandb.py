@@ -1,0 +1,97 @@
+"""Weights & Biases: pieces of one run follow on each other; without a network it logs offline."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kanllama_lightning.types import InputError
+from kanllama_lightning.wandb_logger import check_mode
+from tests.conftest import Fit, only_run, terminate_at
+from tests.wandb_file import history
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pieces(run: Path) -> list[Path]:
+    return sorted(run.glob("wandb/offline-run-*/*.wandb"), key=lambda p: p.stat().st_mtime)
+
+
+def test_a_continued_run_is_one_run(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two pieces, one id; rows are numbered by tokens, so the second goes on behind the first."""
+    terminate_at(monkeypatch, 13)
+    given = {"model__tokens": "1280"}
+    assert fit(**given) == 143
+    assert fit("--ckpt_path=last", **given) == 0
+    first, second = (history(piece)[0] for piece in pieces(only_run(tmp_path)))
+    assert {piece.name for piece in pieces(only_run(tmp_path))} == {first_name(only_run(tmp_path))}
+    steps = [[row["_step"] for row in rows] for rows in (first, second)]
+    assert steps[0] == sorted(set(steps[0]))
+    assert steps[1] == sorted(set(steps[1]))
+    assert max(steps[0]) < min(steps[1])
+    for row in (*first, *second):
+        if "tokens" in row:
+            assert row["_step"] == row["tokens"]
+    last = second[-1]
+    assert last["_step"] == 1280
+    assert "val/l0" in last
+
+
+def first_name(run: Path) -> str:
+    return f"run-{(run / 'wandb_id').read_text().strip()}.wandb"
+
+
+@pytest.mark.parametrize("mode", ["ofline", "Online", "yes"])
+def test_a_mode_that_there_is_not(
+    fit: Fit, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("WANDB_MODE", mode)
+    assert fit() == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"WANDB_MODE={mode!r}" in said
+    assert "online, offline and disabled" in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_modes_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    for mode in ("online", "offline", "disabled"):
+        monkeypatch.setenv("WANDB_MODE", mode)
+        assert check_mode() == mode
+    monkeypatch.setenv("WANDB_MODE", "")
+    assert check_mode() is None
+    monkeypatch.setenv("WANDB_MODE", "on")
+    with pytest.raises(InputError, match="WANDB_MODE"):
+        check_mode()
+
+
+FALLBACK = """
+import sys
+from kanllama_lightning.wandb_logger import RunLogger
+run = RunLogger(save_dir=sys.argv[1], name="x", id="abcd1234").experiment
+run.log({"a": 1})
+run.finish()
+sys.exit(0 if run.settings.mode == "offline" else 3)
+"""
+
+
+@pytest.mark.slow
+def test_a_key_without_a_network(tmp_path: Path) -> None:
+    """A made-up key, and a server at a closed port: the second start has the first one's id."""
+    environment = {
+        **os.environ, "WANDB_MODE": "online", "WANDB_API_KEY": "0123456789abcdef" * 2 + "01234567",
+        "WANDB_BASE_URL": "http://127.0.0.1:9", "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+    ran = subprocess.run(
+        [sys.executable, "-c", FALLBACK, str(tmp_path)],
+        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=180,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert "logging offline" in ran.stderr
+    (piece,) = pieces(tmp_path)
+    assert [row["a"] for row in history(piece)[0]] == [1]

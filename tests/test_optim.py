@@ -14,7 +14,7 @@ def test_same_numbers_as_torch(fused):
     for kind in (Adam, torch.optim.Adam):
         parameters = [torch.nn.Parameter(t.clone()) for t in tensors]
         assert parameters[1].stride() == (1, 7)
-        optimizer = kind(parameters, lr=0.1, betas=(0.8, 0.9), fused=fused)
+        optimizer = kind(parameters, lr=0.1, betas=(0.8, 0.9), eps=1e-8, fused=fused)
         for step in range(3):
             for i, p in enumerate(parameters):
                 p.grad = (p * (i + 1) + step).detach()
@@ -40,3 +40,12 @@ def test_the_kernels_see_transposed_weights_as_they_are_stored():
         assert tensors[0].is_contiguous()
     assert lists[0][0].data_ptr() == weight.data_ptr()
     assert lists[2][0].data_ptr() == optimizer.state[weight]["exp_avg"].data_ptr()
+
+
+def test_gradients_of_a_loss_without_a_unit_are_not_lost_in_eps():
+    """A latent that rarely fires at d_model 2,048: its gradients are below torch's eps."""
+    weight = torch.nn.Parameter(torch.zeros(3))
+    optimizer = Adam([weight], lr=0.1)
+    weight.grad = torch.full((3,), 1e-10)
+    optimizer.step()
+    assert weight.detach() == pytest.approx(-0.1, rel=0.02)

@@ -272,6 +272,8 @@ def read_csv(
     text = read_text(path, remedy)
     if not whole and not text.endswith("\n"):
         text = text[: text.rfind("\n") + 1]
+        if not text:
+            return []
     rows: list[dict[str, Any]] = []
     try:
         lines = csv.reader(io.StringIO(text, newline=""), strict=True)

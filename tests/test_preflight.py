@@ -163,7 +163,7 @@ def test_activations_of_another_shape_or_type(make_lm, tokens, change, monkeypat
 def test_a_small_run_fits(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         check_room(BatchTopK(8, 16, target_l0=2), 1 << 20, 1 << 20, tmp_path)
-    assert "GiB of memory" in caplog.text
+    assert "iB of memory" in caplog.text
 
 
 def test_refuses_what_the_disk_cannot_hold(tmp_path):

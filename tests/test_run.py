@@ -80,7 +80,7 @@ def test_a_torn_header_leaves_an_empty_table(table):
 def test_a_table_of_others_is_named_and_left_alone(table):
     for data in (b"step,name\r\n1,a\r\n", b"\xff\xfe\r\n\r\n", b"step,name,loss\r\nx,y,z\r\n"):
         table.path.write_bytes(data)
-        with pytest.raises(InputError, match=r"t\.csv: is no table with the columns step, name"):
+        with pytest.raises(InputError, match=r"t\.csv: .*; move it away"):
             table.put(9, [row(9)])
         assert table.path.read_bytes() == data
     assert [p.name for p in table.path.parent.iterdir()] == ["t.csv"]

@@ -460,10 +460,12 @@ def models(folder: Path, lm: Path) -> list[Area]:
     own = folder / "lm"
     shutil.copytree(lm, own)
     ids = torch.tensor([[0, 5, 6, 7]])
+    text = folder / "words.txt"
+    text.write_text("w1 w2 w3\n" * 20)
 
     def read() -> None:
         found = FrozenLM(str(own), "model.layers.1.mlp", untrained=True)
-        TokenData(found.tokenizer, "x.txt", None, ctx_len=16, val_tokens=16)
+        TokenData(found.tokenizer, str(text), None, ctx_len=16, val_tokens=16)
         found.tokenizer("w1 w2")
         found.load_()
         finite(found.acts(ids), "activations")

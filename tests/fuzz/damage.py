@@ -14,7 +14,15 @@ for _ in range(200):
 ODD: tuple[Any, ...] = (
     *(None, True, False, -1, 0, 1, 3, 2**31, 2**63, 2**70, -(2**70), 0.5, 1e308, -1e308, 1e-320),
     *(math.nan, math.inf, -math.inf, "", "x", "nan", "0", "1e999", "last", "é", "\ud83d", "a\0b"),
-    *("../../../etc/passwd", "/dev/null", "no/such", "tests.fuzz.evil.Evil", "os.system", "KANEncoder", "PCA"),
+    *(
+        "../../../etc/passwd",
+        "/dev/null",
+        "no/such",
+        "tests.fuzz.evil.Evil",
+        "os.system",
+        "KANEncoder",
+        "PCA",
+    ),
     *("x" * 5000, "\n", "\r\n", "{", "=1+1", [], {}, [None], [[1]], {"a": {}}, {"class_path": "x"}),
     *({"class_path": "tests.fuzz.evil.Evil", "init_args": {}}, DEEP, list(range(300)), "9" * 400),
 )

@@ -74,17 +74,22 @@ def call(run: Path, url: str | None, *more: Any, **changed: Any) -> int:
     return main([str(a) for a in [*args, *more]])
 
 
+def record(run: Path) -> Path:
+    """Where the record of a text of one's own is; a folder that is not there before it is made."""
+    return next((run / "eval").glob("words.jsonl-*"), run / "eval" / "words.jsonl")
+
+
 def table(run: Path) -> pd.DataFrame:
-    return pd.read_csv(run / f"eval/{NAME}.csv", keep_default_na=False, na_values=[""])
+    return pd.read_csv(record(run) / f"{NAME}.csv", keep_default_na=False, na_values=[""])
 
 
 def figures(run: Path) -> dict[str, Any]:
-    found = json.loads((run / "eval/summary.json").read_text())
+    found = json.loads((record(run) / "summary.json").read_text())
     return {k.removeprefix(f"{NAME}/"): v for k, v in found.items() if k.startswith(f"{NAME}/")}
 
 
 def replies(run: Path) -> list[Path]:
-    return [p for p in (run / "eval/judge").glob("*.json") if len(p.stem) == 64]
+    return [p for p in (record(run) / "judge").glob("*.json") if len(p.stem) == 64]
 
 
 def test_the_whole_record(run: Path, server: JudgeServer) -> None:
@@ -134,7 +139,7 @@ def test_the_whole_record(run: Path, server: JudgeServer) -> None:
     assert found["model"] == "gpt-4o-2024-08-06"
     assert found["dropped_parameters"] is None
 
-    html = (run / f"eval/{NAME}.html").read_text().replace(get_plotlyjs(), "")
+    html = (record(run) / f"{NAME}.html").read_text().replace(get_plotlyjs(), "")
     assert "alert(1)" in html
     assert "<script>alert" not in html
     assert "<b>" not in html.split("<body>")[1].split("<p>")[1].split("</p>")[0]
@@ -157,18 +162,18 @@ def test_intervals_by_an_independent_bootstrap(run: Path, server: JudgeServer) -
 
 def test_without_a_server_the_disk_says_the_same(run: Path, server: JudgeServer) -> None:
     assert call(run, server.url) == 0
-    before = (run / f"eval/{NAME}.csv").read_bytes()
+    before = (record(run) / f"{NAME}.csv").read_bytes()
     known = figures(run)
     server.stop()
     assert call(run, server.url, "--again", "true", max_cost=0) == 0
-    assert (run / f"eval/{NAME}.csv").read_bytes() == before
+    assert (record(run) / f"{NAME}.csv").read_bytes() == before
     assert figures(run) == known
 
 
 def test_it_is_made_on_request_alone(run: Path, server: JudgeServer) -> None:
     assert main(["report", str(run), "--documents", "30", "--wandb", "false"]) == 0
     assert not server.requests
-    assert not (run / f"eval/{NAME}.csv").exists()
+    assert not (record(run) / f"{NAME}.csv").exists()
 
 
 MISBEHAVIOUR = {
@@ -248,7 +253,7 @@ def test_calls_without_an_answer_are_asked_for_again(
     lost = made[made["status"] != "ok"]
     assert lost["status"].str.contains("no answer").all()
     assert lost["detection"].isna().all()
-    assert not (run / f"eval/done/{NAME}.json").exists()
+    assert not (record(run) / f"done/{NAME}.json").exists()
     known = {p.name for p in replies(run)}
     sent = dict(server.sent)
     server.misbehave = None
@@ -330,16 +335,16 @@ def test_a_dry_run_needs_nobody(
     caplog.set_level(logging.INFO)
     monkeypatch.delenv("OPENAI_API_KEY")
     assert call(run, None, dry_run="true") == 0
-    lines = (run / "eval/interpretability_prompts.jsonl").read_text().splitlines()
+    lines = (record(run) / "interpretability_prompts.jsonl").read_text().splitlines()
     prompts = [json.loads(line) for line in lines]
     assert sum(p["name"] == "explanation" for p in prompts) == 9
     for prompt in prompts:
         assert [m["role"] for m in prompt["messages"]] == ["system", "user"]
     said = re.search(r"would be ([\d,]+) calls", caplog.text)
     assert said
-    assert not (run / f"eval/{NAME}.csv").exists()
-    assert not (run / "eval/judge").exists()
-    assert not (run / f"eval/done/{NAME}.json").exists()
+    assert not (record(run) / f"{NAME}.csv").exists()
+    assert not (record(run) / "judge").exists()
+    assert not (record(run) / f"done/{NAME}.json").exists()
     assert call(run, server.url) == 0
     assert int(said[1].replace(",", "")) == len(server.requests)
     assert call(run, None, dry_run="true") == 0  # though it is made

@@ -77,6 +77,8 @@ def test_every_second_validation_and_the_last() -> None:
         class state:  # noqa: N801
             fn = "fit"
 
+        global_step = 0
+
     looks = []
     for _ in range(4):
         callback.on_validation_start(Trainer, None)  # type: ignore[arg-type]

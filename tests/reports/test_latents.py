@@ -25,7 +25,13 @@ HOSTILE = '</script><script>alert("x")</script>\n%{x}<b>\u202e,"'
 class Hostile:
     """A tokenizer whose every token is an attack."""
 
-    def decode(self, ids):
+    def __len__(self):
+        return 1 << 20
+
+    def convert_ids_to_tokens(self, token):
+        return f"{HOSTILE}{token}"
+
+    def decode(self, ids, **_):
         return f"{HOSTILE}{ids[0]}"
 
 

@@ -77,6 +77,8 @@ def guarded(run: Callable[[], int], arguments: Sequence[str], aftermath: Afterma
         arguments: Of the command line: where secrets may be.
         aftermath: What to say and do when it does not end well.
     """
+    # a log file on a full disk must not print tracebacks beside the one line that says so
+    logging.raiseExceptions = False
     learn(arguments)
     sys.excepthook = show_discreetly
     for handler in logging.getLogger().handlers:

@@ -116,8 +116,6 @@ def report(
     for run in made:
         run.head.to(device)
     configs = {str(s.folder): s.config for s in subjects}
-    # a log file on a full disk must not print tracebacks beside the one line that says so
-    logging.raiseExceptions = False
     try:
         make(jobs, lm, sets, about, how.batch_seqs)
     finally:

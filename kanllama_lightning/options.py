@@ -76,8 +76,6 @@ SAME = {
     "enable_checkpointing": (None,),
     "enable_progress_bar": (None,),
     "enable_model_summary": (None,),
-    "limit_train_batches": (1.0,),
-    "limit_val_batches": (1.0,),
     "num_sanity_val_steps": (None,),
     "overfit_batches": (0,),
     "use_distributed_sampler": (True,),  # Lightning's defaults

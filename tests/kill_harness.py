@@ -93,8 +93,8 @@ POINTS = [
     Point("W&B id", "os.rename", "wandb_id", kind="logged"),
     Point("cache: shard", "os.rename", ".bf16", 2, kind="cached"),
     Point("cache: list of shards", "os.rename", "manifest.json", 2, kind="cached"),
-    Point("report: table", "os.rename", "eval/l0.csv", kind="report"),
-    Point("report: summary", "os.rename", "eval/summary.json", kind="report"),
+    Point("report: table", "os.rename", "documents-8/l0.csv", kind="report"),
+    Point("report: summary", "os.rename", "documents-8/summary.json", kind="report"),
 ]
 
 

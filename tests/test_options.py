@@ -8,6 +8,7 @@ WRONG = [
     ("trainer.accumulate_grad_batches=2", "sae_batch_tokens"),
     ("trainer.limit_train_batches=5", "model.tokens"),
     ("trainer.limit_train_batches=1", "model.tokens"),
+    ("trainer.limit_train_batches=1.0", "model.tokens"),
     ("trainer.limit_val_batches=0", "data.val_tokens"),
     ("trainer.overfit_batches=2", "data.train"),
     ("trainer.max_epochs=3", "model.tokens"),

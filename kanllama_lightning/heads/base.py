@@ -388,7 +388,7 @@ def _check_shapes(path: Path, head: SAEHead) -> None:
     for name in sorted((want.keys() ^ said.keys()) - ({UNIT} - said.keys())):
         how = "is missing" if name in want else f"is nothing that a {type(head).__name__} has"
         raise _unfit(path, f"{name} {how}")
-    for name in want.keys() & said.keys():
+    for name in sorted(want.keys() & said.keys()):
         tensor, (shape, kind) = want[name], said[name]
         if shape != list(tensor.shape):
             raise _unfit(path, f"{name} has the shape {shape} instead of {list(tensor.shape)}")

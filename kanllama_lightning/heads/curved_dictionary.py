@@ -1,7 +1,7 @@
 """CurvedDictionary: what a latent writes is a curve, not a direction."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from kanllama_lightning.functional.curves import (
@@ -105,6 +105,18 @@ class CurvedDictionary(KANDecoder):
         flat = pattern.flat[:, None] * n + torch.arange(n, device=planes.device)
         wide = Pattern(flat.reshape(-1), pattern.n_rows, pattern.n_latents * n)
         return sparse_decode(planes.reshape(-1), wide, self.psi.flatten(0, 1))
+
+    def decode_dead(
+        self, latents: Float[Tensor, "tok n_dead"], dead: Int[Tensor, " n_dead"]
+    ) -> Float[Tensor, "tok d_model"]:
+        """Along lines from 0 to the curves at their reach.
+
+        A dead latent's activations are small. The curve itself would show AuxK only its beginning,
+        which no firing has shaped, and which may point anywhere.
+        """
+        at_reach = lifted_planes(torch.ones_like(self.reach[dead]), self.grid_size)
+        lines = torch.einsum("jp,jpd->jd", at_reach, self.psi[dead])
+        return latents @ lines
 
     def tangent(
         self, latents: Float[Tensor, "tok d_sae"], which: int

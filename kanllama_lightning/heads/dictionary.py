@@ -154,7 +154,13 @@ class Dictionary(SAEHead):
         k_aux = min(self.d_model // 2, len(dead))
         best = self.dead_sizes(acts, dead).topk(k_aux, dim=1).indices
         kept = torch.zeros_like(acts).scatter(1, best, acts.gather(1, best))
-        return self.decode_some(kept, dead)
+        return self.decode_dead(kept, dead)
+
+    def decode_dead(
+        self, latents: Float[Tensor, "tok n_dead"], dead: Int[Tensor, " n_dead"]
+    ) -> Float[Tensor, "tok d_model"]:
+        """What AuxK takes dead latents to write, without b_dec, in the head's units."""
+        return self.decode_some(latents, dead)
 
     def dead_acts(self, pre_acts: Float[Tensor, "tok n_dead"]) -> Float[Tensor, "tok n_dead"]:
         """Activations that AuxK gives dead latents: ReLU(p), as they would have were they kept."""

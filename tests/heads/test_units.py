@@ -226,20 +226,12 @@ def steps_(trainee, pool, n, began):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "d"),
-    [(k, 64) for k in (TopK, BatchTopK, KANEncoder, *PENALISED)]
-    + [
-        pytest.param(
-            CurvedDictionary,
-            64,
-            marks=pytest.mark.xfail(strict=False, reason="not met for curved decoders; see LOG.md"),
-        )
-    ]
+    [(k, 64) for k in HEADS if k is not FrozenEncoder]
     + [(k, 512) for k in (BatchTopK, Standard, Gated, JumpReLU)],
 )
 def test_auxk_revives_with_the_weight_that_ships(kind, d):
     """Of 128 latents silenced in a trained head: dead after 600 steps, with AuxK and without."""
-    sizes = {"d_hidden": 64} if kind is KANEncoder else {}
-    head = kind(d, LATENTS, target_l0=4, **sizes)
+    head = kind(d, LATENTS, target_l0=4)
     assert head.alpha_aux == 1 / 32
     pool = sparse_rows(d, 32_768, 1)
     head.start_(pool[:4096])
@@ -250,10 +242,12 @@ def test_auxk_revives_with_the_weight_that_ships(kind, d):
             head.b_enc[:SILENT] -= head.pre_acts(pool)[:, :SILENT].max(0).values + 1
             assert (head.pre_acts(pool)[:, :SILENT] <= -0.999).all()
         else:
-            head.W_enc[:, :SILENT] *= 1e-2
+            for name, reads in head.named_parameters():
+                if name in ("W_enc", "U"):
+                    reads[:, :SILENT] *= 1e-2
+                elif name == "kan.weight" and len(reads) == head.d_sae:
+                    reads[:SILENT] *= 1e-2
             head.b_enc[:SILENT] = 0
-            if kind is KANEncoder:
-                head.U[:, :SILENT] *= 1e-2
     trainee.silent_tokens[:SILENT] = SCHEDULE.dead_after_tokens
     dead = {}
     for alpha in (1 / 32, 0.0):

@@ -91,14 +91,14 @@ GOOD = {"category": "c", "prompt": "p", "answer": " a"}
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (b"{", "no JSON"),
-        (b"\xff\xfe", "no JSON"),
-        (b"[" * 100_000, "no JSON"),
-        (b"[1]", "is no object but list"),
+        (b"{", "no valid JSON"),
+        (b"\xff\xfe", "no text in UTF-8"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"[1]", "it=[1] must be an object"),
         (b"{}", "has the keys none"),
         (json.dumps(GOOD | {"extra": 1}).encode(), "answer, category, extra, prompt"),
-        (json.dumps(GOOD | {"answer": 3}).encode(), "answer=3 is no text"),
-        (json.dumps(GOOD | {"prompt": "  "}).encode(), "prompt='  ' is no text"),
+        (json.dumps(GOOD | {"answer": 3}).encode(), "answer=3 must be a text"),
+        (json.dumps(GOOD | {"prompt": "  "}).encode(), "prompt='  ' must be a text"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, reason):
@@ -117,9 +117,9 @@ def test_files_of_any_line_ends_are_read_and_empty_ones_refused(tmp_path):
     path.write_bytes(b"\n \n")
     with pytest.raises(InputError, match="holds no prompt"):
         load(path)
-    with pytest.raises(InputError, match=r"prompts='.*none\.jsonl': cannot be read"):
+    with pytest.raises(InputError, match=r"prompts=.*none\.jsonl: is missing"):
         load(tmp_path / "none.jsonl")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="is a folder where a file should be"):
         load(tmp_path)
 
 

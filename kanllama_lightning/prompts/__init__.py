@@ -1,17 +1,19 @@
 """Prompts whose next words are known, for language models of text at large and for our own."""
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from kanllama_lightning.prompts.prompt import Prompt
 from kanllama_lightning.prompts.world import world_prompts
+from kanllama_lightning.small_files import Like, Wrong, check, from_json, read_bytes
 from kanllama_lightning.types import InputError
 
 __all__ = ["LLAMA", "Prompt", "load", "world_prompts"]
 
 LLAMA: Path = Path(__file__).parent / "llama.jsonl"
 """The shipped set for Llama 3.2 and its like, written for this project."""
+
+Text = Annotated[str, Like(r"(?s).*\S.*", "a text")]
 
 
 def load(path: str | Path) -> list[Prompt]:
@@ -22,12 +24,11 @@ def load(path: str | Path) -> list[Prompt]:
     """
     path = Path(path).expanduser()
     try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as e:
-        raise InputError(
-            f"prompts={str(path)!r}: cannot be read ({e.strerror}); give a jsonl file, or leave "
-            "it out for the shipped set"
-        ) from e
+        lines = read_bytes(path, "give a jsonl file, or leave it out for the shipped set").split(
+            b"\n"
+        )
+    except InputError as e:
+        raise InputError(f"prompts={e}") from e
     found = [_line(path, n, line) for n, line in enumerate(lines, start=1) if line.strip()]
     if not found:
         raise InputError(
@@ -45,14 +46,11 @@ def _line(path: Path, n: int, line: bytes) -> Prompt:
         )
 
     try:
-        values: Any = json.loads(line.decode())
-    except (ValueError, RecursionError) as e:
-        raise bad(f"is no JSON in UTF-8 ({e})") from e
-    if not isinstance(values, dict):
-        raise bad(f"is no object but {type(values).__name__}")
-    if set(values) != set(Prompt._fields):
-        raise bad(f"has the keys {', '.join(sorted(values)) or 'none'}")
-    for name in Prompt._fields:
-        if not isinstance(values[name], str) or not values[name].strip():
-            raise bad(f"{name}={values[name]!r} is no text")
-    return Prompt(**values)
+        values = check(from_json(line.decode()), dict[str, Any])
+        if set(values) != set(Prompt._fields):
+            raise Wrong(f"has the keys {', '.join(sorted(values)) or 'none'}")
+        return Prompt(**check(values, dict[str, Text]))
+    except UnicodeDecodeError as e:
+        raise bad(f"is no text in UTF-8 (byte {e.start})") from e
+    except Wrong as e:
+        raise bad(str(e)) from e

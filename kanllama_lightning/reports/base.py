@@ -17,6 +17,7 @@ from kanllama_lightning.figures import page, write_png
 from kanllama_lightning.files import replacing, write_text
 from kanllama_lightning.heads.base import SAEHead
 from kanllama_lightning.lm import FrozenLM
+from kanllama_lightning.small_files import ANEW, read_csv
 from kanllama_lightning.splice import SplicedLosses
 from kanllama_lightning.types import ValidationBatch
 
@@ -88,9 +89,17 @@ class EvalRun:
         own = self.out / file
         return own if own.is_file() else self.record / file
 
-    def read_table(self, file: str) -> pd.DataFrame:
-        """A CSV file of this record; strings such as "nan" and "null" stay strings."""
-        return pd.read_csv(self.path(file), keep_default_na=False, na_values=[""])
+    def read_table(self, file: str, columns: Mapping[str, Any]) -> pd.DataFrame:
+        """Columns of a CSV file of this record, by name and what is in them (`read_csv`).
+
+        Raises:
+            InputError: It is damaged, or holds no row.
+        """
+        path = self.path(file)
+        rows = read_csv(path, columns, ANEW)
+        if not rows:
+            raise InputError(f"{path}: is damaged: holds no row; {ANEW}")
+        return pd.DataFrame(rows)
 
     def write_text(self, file: str, text: str) -> None:
         """Write a text file, whole."""

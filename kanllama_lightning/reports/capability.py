@@ -4,7 +4,7 @@ import hashlib
 import json
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -15,6 +15,7 @@ from kanllama_lightning.prompts import LLAMA, Prompt, load, world_prompts
 from kanllama_lightning.prompts.asking import RUNS, Answers, Question, ask, question
 from kanllama_lightning.prompts.reading import quoted, token_text, visible
 from kanllama_lightning.reports.base import EvalRun, Figures, Report
+from kanllama_lightning.small_files import Like, Positive, Within, read_bytes
 from kanllama_lightning.types import InputError
 
 SHOWN = 5
@@ -25,6 +26,13 @@ LABELS = {
     "zero": "zero ablation",
     "mean": "mean ablation",
 }
+COLUMNS = {
+    **{"category": str, "answer_tokens": Positive, "top1": str, "rank": Positive},
+    "run": Annotated[str, Like("|".join(LABELS), "one of " + ", ".join(LABELS))],
+    **{"probability": Annotated[float, Within(0, 1)], "log_prob": float, "kl": float},
+    "agrees": Annotated[str, Like("True|False", "True or False")],
+}
+"""What is read of `capability.csv`."""
 STYLES = {
     "original": (PALETTE[0], "", "circle"),
     "sae": (PALETTE[1], "/", "square"),
@@ -101,7 +109,7 @@ class Capability(Report):
         path = Path(self.prompts).expanduser() if self.prompts else None
         if path is None or not path.is_file():
             return super().settings()
-        return super().settings() | {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        return super().settings() | {"sha256": hashlib.sha256(read_bytes(path)).hexdigest()}
 
     def own(self) -> bool:
         """Whether the prompts are the user's own."""
@@ -111,7 +119,8 @@ class Capability(Report):
         """What became of a prompt of the user's own, or the totals of a file of prompts."""
         if not self.own() or not (run.out / self.files[1]).is_file():
             return None
-        table = run.read_table(self.files[1])
+        table = run.read_table(self.files[1], COLUMNS)
+        table["agrees"] = table["agrees"] == "True"
         if self.prompt is None:
             return _totals(table)
         first = table.iloc[0]

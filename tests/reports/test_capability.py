@@ -3,6 +3,7 @@
 import json
 import math
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -83,7 +84,11 @@ def evaluate(lm, head, out, **kwargs):
     figures = report.finish(run)
     assert {p.name for p in out.iterdir()} >= set(Capability.files)
     assert not list(out.glob("*.tmp"))
-    return figures, run.read_table("capability.csv"), (out / "capability.log").read_text()
+    return (
+        figures,
+        pd.read_csv(run.path("capability.csv"), keep_default_na=False, na_values=[""]),
+        (out / "capability.log").read_text(),
+    )
 
 
 @pytest.mark.parametrize("prompt", [PROMPT, LONG], ids=["one token", "three tokens"])
@@ -261,7 +266,7 @@ def test_constructor_errors():
         ({"prompt": "", "answer": " w1"}, "capability: prompt='': has no tokens"),
         ({"prompt": "w1", "answer": ""}, "capability: answer='': has no tokens"),
         ({"prompt": "w1 " * 128, "answer": "w2"}, "takes at most 128"),
-        ({"prompts": "nowhere.jsonl"}, "'nowhere.jsonl': cannot be read"),
+        ({"prompts": "nowhere.jsonl"}, "prompts=nowhere.jsonl: is missing"),
     ],
 )
 def test_begin_errors(make_lm, tmp_path, kwargs, match):

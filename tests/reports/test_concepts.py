@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from plotly.offline import get_plotlyjs
@@ -46,7 +47,7 @@ def test_report(make_run: Any) -> None:
     figures = report.finish(run)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert {p.name for p in run.out.iterdir()} == set(Concepts.files)
-    table = run.read_table("concepts.csv")
+    table = pd.read_csv(run.path("concepts.csv"), keep_default_na=False, na_values=[""])
     assert list(table.columns) == KEYS + SCORES
     subjects = ["head", "raw coordinates", "untrained head"]
     assert list(table["subject"].unique()) == subjects
@@ -75,7 +76,11 @@ def test_without_controls_and_for_a_head_without_target_l0(make_run: Any) -> Non
     del run.head.target_l0
     figures = Concepts(stories=20, controls=False).finish(run)
     assert not any("/" in k and not k.startswith("kind/") for k in figures)
-    assert list(run.read_table("concepts.csv")["subject"].unique()) == ["head"]
+    assert list(
+        pd.read_csv(run.path("concepts.csv"), keep_default_na=False, na_values=[""])[
+            "subject"
+        ].unique()
+    ) == ["head"]
 
 
 def test_the_same_twice(make_run: Any) -> None:

@@ -506,8 +506,9 @@ def tables(comparison: Comparison) -> Tables:
         raise InputError(f"--out {out}: holds {len(every)} finished heads; train some first")
     folders = [out / cell.name for cell in every]
     how = How(text=[str(out / TEXT / "report.jsonl")], wandb=False)
-    report(folders, [Losses(), Sparsity()], how)
-    runs = dict(zip(every, compare.load(folders, [c.name for c in every]), strict=True))
+    records = [run.out for run in report(folders, [Losses(), Sparsity()], how)]
+    read = compare.load(folders, [c.name for c in every], records)
+    runs = dict(zip(every, read, strict=True))
     seeds = {
         key: compare.Seeds(f"{key[0]} at L0 {key[1]}", [runs[c] for c in cells])
         for key, cells in groups.items()

@@ -7,8 +7,9 @@ import os
 import socket
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple, TypedDict
 
+from kanllama_lightning.small_files import Within, Wrong, check, from_json
 from kanllama_lightning.types import InputError
 
 LOCK = "run.lock"
@@ -30,6 +31,14 @@ class Holder(NamedTuple):
     def here(self) -> bool:
         """Whether this machine can tell if the process is still there."""
         return self.host in (None, socket.gethostname())
+
+
+class Said(TypedDict):
+    """What a lock holds."""
+
+    pid: Annotated[int, Within(1, 1 << 31)]
+    host: str
+    since: str
 
 
 class RunLock:
@@ -153,9 +162,8 @@ def _try(file: int, how: int) -> bool | None:
 
 def _read(file: int) -> Holder:
     try:
-        values = json.loads(os.pread(file, 4096, 0))
-        return Holder(int(values["pid"]), str(values["host"]), str(values["since"]))
-    except (ValueError, KeyError, TypeError):
+        return Holder(**check(from_json(os.pread(file, 4096, 0).decode()), Said))
+    except (Wrong, UnicodeDecodeError):
         return Holder(None, None, None)
 
 

@@ -161,8 +161,8 @@ def _check_optimizer(optimizer: Any) -> None:
     if optimizer is None or "class_path" not in optimizer:
         return
     args = dict((optimizer.get("init_args") or {}).items())
-    lr = args.get("lr")
-    if lr is not None and not (_is_number(lr) and 0 < lr < math.inf):
+    lr = args.get("lr", 1.0)
+    if not (_is_number(lr) and 0 < lr < math.inf):
         raise InputError(f"model.optimizer.lr={lr!r}: must be a finite number larger than 0")
     for name, value in args.items():
         if isinstance(value, float) and not math.isfinite(value):

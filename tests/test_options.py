@@ -33,6 +33,7 @@ WRONG = [
     ("trainer.gradient_clip_val=.nan", "larger than 0"),
     ("model.optimizer.lr=-1", "larger than 0"),
     ("model.optimizer.lr=0", "larger than 0"),
+    ("model.optimizer.lr=null", "larger than 0"),
     ("model.optimizer.lr=.nan", "larger than 0"),
     ("model.optimizer.lr=.inf", "larger than 0"),
     ("model.optimizer.betas=[2,0.9]", "refuses its arguments"),

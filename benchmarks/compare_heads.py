@@ -11,7 +11,8 @@ the same command goes on where it was stopped.
 
 Each head is trained with three learning rates at the first seed and sparsity, and, while the one
 with the lowest FVU on the choosing text is at an edge, with twice or half that; it serves for the
-other seeds and sparsities. A head whose L0 misses the target by more than a percent is trained once
+other seeds and sparsities, unless one of them ends at more than twice the FVU; then the next best
+rate is taken for all. A head whose L0 misses the target by more than a percent is trained once
 more at a larger one, for the slope along which differences are corrected. The table is made on the
 reporting text by the machinery of `evaluate.py compare`: paired intervals over documents and seeds.
 
@@ -54,6 +55,8 @@ EXTENSIONS = 4
 """So often a grid of learning rates grows by a factor 2, on the side where the best one is."""
 OFF_TARGET = 0.01
 """Share by which L0 may miss its target before the slope is measured."""
+COLLAPSED = 2.0
+"""Times the FVU of the first seed: a learning rate at which another seed is worse is not taken."""
 STEEPER = 1.25
 """The L0 target of that run, as a multiple."""
 RIVALS = ("batch_topk", "wide_batch_topk", "mlp")
@@ -153,8 +156,23 @@ class Comparison:
         return [json.loads(path.read_text()) for path in sorted(self.out.glob(f"*/{CELL}"))]
 
     def fvu(self, head: str, lr: float) -> float | None:
-        """FVU on the choosing text, at the first seed and sparsity; None if it is not there yet."""
-        result = self.result(Cell(head, self.study.l0[0], lr, self.study.seeds[0]))
+        """FVU on the choosing text, at the first seed and sparsity; None if it is not there yet.
+
+        Infinite where a run came to nothing, or one of another seed did (`collapsed`).
+        """
+        value = self._chosen_by(head, lr, self.study.seeds[0])
+        return math.inf if value is not None and self.collapsed(head, lr) else value
+
+    def collapsed(self, head: str, lr: float) -> dict[int, float]:
+        """FVU of the seeds that end far behind the first one, by seed."""
+        first, *others = self.study.seeds
+        usual = self._chosen_by(head, lr, first)
+        found = {seed: self._chosen_by(head, lr, seed) for seed in others}
+        bound = COLLAPSED * (math.inf if usual is None else usual)
+        return {seed: v for seed, v in found.items() if v is not None and not v <= bound}
+
+    def _chosen_by(self, head: str, lr: float, seed: int) -> float | None:
+        result = self.result(Cell(head, self.study.l0[0], lr, seed))
         if result is None:
             return None
         value = result.get("val/choose/fvu")
@@ -170,6 +188,10 @@ class Comparison:
             return None
         best = min(grid_, key=lambda lr: found[lr] or 0.0)
         return best, grid_[0] < best < grid_[-1]
+
+    def rates(self, head: str) -> list[float]:
+        """The learning rates that are looked at, ascending."""
+        return self._rates(head)[0]
 
     def missing_rates(self, head: str) -> list[float]:
         """Learning rates that have to be tried before the best is known."""
@@ -618,6 +640,12 @@ def write_tables(comparison: Comparison) -> None:
     _say(grid(header, [_line(row) for row in found.heads]) + "\n")
     missing = [head for head in s.heads if head not in {row["head"] for row in found.heads}]
     notes = [f"{head}: {note}" for head in s.heads if (note := edge(comparison, head))]
+    notes += [
+        f"{head}: {lr:g} is not taken: seed {seed} ends with FVU {value:.2f}"
+        for head in s.heads
+        for lr in comparison.rates(head)
+        for seed, value in comparison.collapsed(head, lr).items()
+    ]
     notes += [f"without a result: {', '.join(missing)}"] if missing else []
     _say("\n".join(f"- {note}" for note in notes) + "\n" if notes else "")
     header = ["L0 target", "head", "minus", "FVU", "delta CE, nats", "KL, nats", "L0, L0", "L0 is"]
@@ -638,7 +666,7 @@ def _line(row: Mapping[str, Any]) -> list[str]:
         f"{row['l0']:.2f}",
         ranged("fvu"),
         ranged("delta_ce"),
-        f"{row['delta_ce_share']:.1%}",
+        "-" if row["delta_ce_share"] is None else f"{row['delta_ce_share']:.1%}",
         f"{row['dead_frac']:.1%} ({row['dead_tokens']:,.0f})",
         f"{row['latents']:,}",
         f"{row['parameters']:,}",

@@ -184,6 +184,8 @@ class KanllamaCLI(LightningCLI):
                 config[key] = None
         check_precision(str(config.trainer.precision))  # a CPU's trainer changes it silently
         options.check(config)
+        for place, kind in (("lm", FrozenLM), ("data", TokenData), ("model", SAEModule)):
+            options.check_nulls(config[place], kind, place)
         Schedule.of(config.model.tokens, config.model.sae_batch_tokens)
 
     def before_instantiate_classes(self) -> None:

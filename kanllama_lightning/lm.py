@@ -73,6 +73,7 @@ class FrozenLM:
             self.config = AutoConfig.from_pretrained(self.path, **kwargs)
             self.tokenizer = AutoTokenizer.from_pretrained(self.path, **kwargs)
         self._check_config()
+        self._check_tokenizer()
         self.bos = bos
         if bos is not None:
             self.tokenizer.bos_token = self._token(bos)
@@ -112,6 +113,18 @@ class FrozenLM:
                     f"lm.name={self.name!r}: {key}={value!r} in its config.json; it must be a "
                     "whole number from 1 up: copy the model's own config.json again"
                 )
+
+    def _check_tokenizer(self) -> None:
+        """Refuse a tokenizer whose files let it be built and not be used."""
+        try:
+            ids = self.tokenizer("Once upon a time, w1")["input_ids"]
+            self.tokenizer.convert_ids_to_tokens(ids)
+            self.tokenizer.decode(ids)
+        except Exception as e:  # whatever its files lead to
+            raise InputError(
+                f"lm.name={self.name!r}: its tokenizer cannot be used ({type(e).__name__}: {e}); "
+                "copy tokenizer.json and tokenizer_config.json of the model again"
+            ) from e
 
     @staticmethod
     def _locate(name: str) -> tuple[str, bool]:

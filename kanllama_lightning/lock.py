@@ -162,9 +162,10 @@ def _try(file: int, how: int) -> bool | None:
 
 def _read(file: int) -> Holder:
     try:
-        return Holder(**check(from_json(os.pread(file, 4096, 0).decode()), Said))
+        said = check(from_json(os.pread(file, 4096, 0).decode()), Said)
     except (Wrong, UnicodeDecodeError):
         return Holder(None, None, None)
+    return Holder(said["pid"], said["host"], said["since"])
 
 
 def _alive(holder: Holder) -> bool:

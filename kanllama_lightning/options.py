@@ -5,6 +5,7 @@ import inspect
 import math
 import pydoc
 import re
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -98,6 +99,27 @@ def seed_number(value: Any) -> int:
     if isinstance(value, bool) or not text.isascii() or not text.isdigit() or int(text) >= 1 << 32:
         raise NoSeed(f"seed_everything={value!r}: must be a whole number from 0 to {(1 << 32) - 1}")
     return int(text)
+
+
+def check_nulls(values: Any, kind: type, where: str) -> None:
+    """Refuse null where there must be something; parsers take it for anything that has a default.
+
+    Args:
+        values: Arguments by name.
+        kind: Whose arguments they are.
+        where: What they are arguments of, such as `data`.
+
+    Raises:
+        InputError: Names the argument and its default.
+    """
+    hints = typing.get_type_hints(vars(kind)["__init__"])
+    for name, given in inspect.signature(kind).parameters.items():
+        may_be_left_out = given.default is not inspect.Parameter.empty
+        may_be_null = type(None) in typing.get_args(hints.get(name))
+        if may_be_left_out and not may_be_null and name in values and values[name] is None:
+            raise InputError(
+                f"{where}.{name}=null: must be something; leave it out for {given.default!r}"
+            )
 
 
 def check(config: Any) -> None:

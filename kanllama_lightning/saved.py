@@ -125,7 +125,7 @@ def damage(checkpoint: Path, through: bool = True) -> str | None:
         said = read_json(seal_path, dict[FileName, Sealed], "it is never gone on from")
     except InputError as e:
         return str(e)
-    listed = {name: Written(name, **file) for name, file in said.items()}
+    listed = {name: Written(name, file["size"], file["crc32"]) for name, file in said.items()}
     if checkpoint.name not in listed:
         return f"{seal_path.name} does not list it"
     for name, want in listed.items():

@@ -51,7 +51,9 @@ class Like(NamedTuple):
 Count = Annotated[int, Within(0)]
 Positive = Annotated[int, Within(1)]
 Digest = Annotated[str, Like(r"[0-9a-f]{64}", "64 hexadecimal digits")]
-FileName = Annotated[str, Like(r"(?!\.\.?$)[^/\\\0]+", "the name of a file, without a folder")]
+FileName = Annotated[
+    str, Like(r"(?!\.\.?$)[^/\\\0]{1,63}", "the name of a file, short and without a folder")
+]
 
 
 class Wrong(ValueError):

@@ -68,6 +68,19 @@ def test_first_the_rates_then_the_seeds(comparison: Comparison) -> None:
     assert later == [Cell("kan", 8, RATES[1], seed) for seed in (1, 2)]
 
 
+def test_a_rate_at_which_another_seed_collapses_is_not_taken(comparison: Comparison) -> None:
+    for lr, fvu in zip(RATES, (0.3, 0.1, 0.2), strict=True):
+        finish(comparison, Cell("kan", 8, lr, 0), fvu)
+    assert comparison.rate("kan") == (RATES[1], True)
+    finish(comparison, Cell("kan", 8, RATES[1], comparison.study.seeds[1]), 0.8)
+    assert comparison.collapsed("kan", RATES[1]) == {comparison.study.seeds[1]: 0.8}
+    # the best that is left is now at the upper end, so that one further rate is tried
+    assert comparison.missing_rates("kan") == [2 * RATES[2]]
+    finish(comparison, Cell("kan", 8, 2 * RATES[2], 0), 0.4)
+    assert comparison.rate("kan") == (RATES[2], True)
+    assert {cell.lr for cell in comparison.finals("kan", 8)} == {RATES[2]}
+
+
 def test_the_grid_grows_on_the_side_of_the_best(comparison: Comparison) -> None:
     falling = {0.006: 0.5, 0.012: 0.4, 0.024: 0.3, 0.048: 0.2, 0.096: 0.25}
     assert tried(comparison, "kan", falling) == pytest.approx([0.006, 0.012, 0.024, 0.048, 0.096])

@@ -38,6 +38,7 @@ WRONG = [
     ("model.optimizer.lr=.inf", "larger than 0"),
     ("model.optimizer.betas=[2,0.9]", "refuses its arguments"),
     ("model.optimizer.eps=-1", "refuses its arguments"),
+    ("data={ctx_len: null}", "leave it out for 512"),
     ("model.tokens=0", "at least 1"),
     ("seed_everything=-1", "from 0 to"),
     ("seed_everything=true", "from 0 to"),

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from kanllama_lightning.types import InputError
 from tests.fuzz.damage import Edit
 
-SECONDS = 10
+SECONDS = 60
 """After which a case hangs."""
 COUNTS: dict[str, Counter[str]] = {}
 """How the cases of each area ended."""

@@ -39,6 +39,7 @@ from kanllama_lightning.run import (
     HEAD,
     LOGGER_ID,
     SUMMARY,
+    around,
     make_folder,
     remove_parts,
     remove_unused,
@@ -206,6 +207,9 @@ class KanllamaCLI(LightningCLI):
         self.save_config_kwargs["execution"] = execution = {
             key: None if config.get(key) is None else str(config[key]) for key in EXECUTION
         }
+        for option in ("run", "runs_dir", "ckpt_path"):
+            if config.get(option) == "":
+                raise InputError(f"{option}='': names nothing; give a path, or leave it out")
         named = config.run or self._told()
         if config.get("ckpt_path"):
             where = named if fit else None  # a validation has a folder of its own
@@ -257,6 +261,11 @@ class KanllamaCLI(LightningCLI):
         """Make the run folder this process's own, empty unless a run goes on in it."""
         folder = self.run_folder
         new = not folder.exists()
+        if (other := around(folder)) is not None:
+            raise InputError(
+                f"run folder {str(folder)!r}: lies inside the run folder {str(other)!r}; choose "
+                "another --run"
+            )
         make_folder(folder)
         KanllamaCLI.lock = RunLock.take(folder)
         KanllamaCLI.made, KanllamaCLI.place = new, folder
@@ -450,6 +459,9 @@ def _occupied(state: RunState) -> str:
             f"holds a run already, saved at step {state.step}; go on with it: "
             f"--ckpt_path {folder}; or choose another --run"
         )
+    if state.kind == Kind.FOREIGN:
+        few = ", ".join(state.left[:5]) + (", ..." if len(state.left) > 5 else "")
+        return f"is not empty, and what it holds is not of a run ({few}); choose another --run"
     return (
         "holds a run already, but no whole checkpoint to go on from; choose another --run, or "
         "delete the folder if its results are not wanted"
@@ -543,12 +555,17 @@ def _explain(message: str) -> str:
     known = [n for n in heads.__all__ if n != "SAEHead"]
     option = re.search(r"does not accept option '([\w.]+)'|Option '([\w.]+)' is not accepted", text)
     unknown = re.search(r"[Uu]nrecognized arguments: --([\w.]+)", text)
+    if "heads.base.Trained" in text:
+        return (
+            "model.head: its arguments are given before it is said which head; name the config of "
+            "a head first, such as --config configs/kan.yaml, and overlays behind it"
+        )
     if option or unknown:
         name = next(g for m in (option, unknown) if m for g in m.groups() if g)
         hint = " Latents per token are `target_l0`, for every head." if name.endswith("k") else ""
         return (
             f"{name}: no such option.{hint} See `python train.py fit --help`, or for a head "
-            f"`python train.py fit --model.head.help KANEncoder`\n({text[:600]})"
+            f"`python train.py fit --model.head.help KANEncoder` ({text[:600]})"
         )
     if "head" in text and head:
         near = difflib.get_close_matches(head[1], known, n=1, cutoff=0.4)
@@ -621,6 +638,12 @@ def _run(given: list[str], started: bool, kwargs: dict[str, Any]) -> int:
         unused = True
         raise InputError(f"Lightning refuses this configuration: {e}") from e
     except Exception as e:
+        if "Error(s) in loading state_dict" in str(e):
+            said = " ".join(str(e).split())
+            raise InputError(
+                "ckpt_path: the checkpoint is of another head than the configuration asks for; "
+                f"give the run's own, --config RUN/{CONFIG} ({said[:200]})"
+            ) from e
         if KanllamaCLI.lock is None or not KanllamaCLI.lock.lost:
             raise
         raise InputError(gone(KanllamaCLI.lock.folder)) from e

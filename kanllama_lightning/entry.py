@@ -27,6 +27,10 @@ DISK = {
     errno.EACCES: "no permission",
     errno.EPERM: "no permission",
     errno.EIO: "the disk reports an error",
+    errno.EISDIR: "a folder is where a file should be",
+    errno.ENOTDIR: "a part of the path is no folder",
+    errno.ENAMETOOLONG: "the name is too long",
+    errno.ELOOP: "its links go round in a circle",
 }
 """Errors of the operating system that are the place's fault, and what they are called here."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -66,7 +70,11 @@ class Aftermath:
         if isinstance(error, ArgumentError):
             return 2, f"error: {self.explain(str(error))}"
         line = disk_trouble(error, self.place())
-        return None if line is None else (2, f"error: {line}; {self.onward()}")
+        if line is None:
+            return None
+        full = any(DISK[number] in line for number in FULL)
+        onward = self.onward() if full else "mend that, or choose another place"
+        return 2, f"error: {line}; {onward}"
 
 
 def guarded(run: Callable[[], int], arguments: Sequence[str], aftermath: Aftermath) -> int:

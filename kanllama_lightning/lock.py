@@ -51,6 +51,7 @@ class RunLock:
 
     def __init__(self, folder: Path, file: int, was_left: bool) -> None:
         self.folder, self._file = folder, file
+        self._inode = folder.stat().st_ino
         self.was_left = was_left
         """Whether a process that ended without letting go had the folder before."""
 
@@ -85,9 +86,23 @@ class RunLock:
     def lost(self) -> bool:
         """Whether the folder, or the lock in it, is no longer the one that was taken."""
         try:
+            if self.folder.stat().st_ino != self._inode:
+                return True
+            if not (self.folder / LOCK).exists():
+                self._put_back()
             return os.fstat(self._file).st_ino != (self.folder / LOCK).stat().st_ino
         except OSError:
             return True
+
+    def _put_back(self) -> None:
+        """Make the lock again, which was deleted while the folder is this process's; OSError."""
+        file = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        if _try(file, fcntl.LOCK_EX) is False:
+            os.close(file)
+            return
+        os.pwrite(file, os.pread(self._file, 4096, 0), 0)
+        os.close(self._file)
+        self._file = file
 
     def release(self) -> None:
         """Let go of the folder and leave nothing behind."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from kanllama_lightning.lock import in_use
 from kanllama_lightning.options import fixed
-from kanllama_lightning.run import CONFIG, read_config
+from kanllama_lightning.run import CONFIG, around, read_config
 from kanllama_lightning.run_state import Kind, look, states
 from kanllama_lightning.saved import checkpoints, damage, newest_whole
 from kanllama_lightning.small_files import from_yaml
@@ -54,6 +54,12 @@ def find_checkpoint(asked: Any, runs_dir: str, config: str, run: str | None, exa
     if last and run is None:
         return _newest(Path(runs_dir), config)
     path = Path(run) if run and last else Path(str(asked))
+    inside = around(path)
+    if inside is not None and path.suffix != ".ckpt":
+        raise InputError(
+            f"ckpt_path={str(asked)!r}: is a part of the run folder {inside}, and no checkpoint; "
+            f"give --ckpt_path {inside}"
+        )
     if path.is_dir():
         path = _newest_of(path, asked)
     elif not path.is_file():

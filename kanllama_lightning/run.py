@@ -33,8 +33,15 @@ CONFIG, SESSIONS, SUMMARY, CHECKPOINTS, HEAD, HEADS, LOGGER_ID, EVAL = (
 )
 
 
-def make_folder(folder: Path) -> Path:
-    """Make a run folder.
+def make_folder(
+    folder: Path, what: str = "run folder", other: str = "--run FOLDER or --runs_dir FOLDER"
+) -> Path:
+    """Make a folder.
+
+    Args:
+        folder: It may be there already.
+        what: It is, for messages.
+        other: How another one is chosen.
 
     Raises:
         InputError: Something on the way to it is no folder, or it cannot be written.
@@ -43,12 +50,22 @@ def make_folder(folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise InputError(
-            f"run folder {str(folder)!r}: cannot be made ({e.strerror}: {e.filename}); choose "
-            "another with --run FOLDER or --runs_dir FOLDER"
+            f"{what} {str(folder)!r}: cannot be made ({e.strerror}: {e.filename}); choose "
+            f"another with {other}"
         ) from e
     if not os.access(folder, os.W_OK):
-        raise InputError(f"run folder {str(folder)!r}: cannot be written to")
+        raise InputError(
+            f"{what} {str(folder)!r}: cannot be written to; choose another with {other}"
+        )
     return folder
+
+
+def around(path: Path) -> Path | None:
+    """The run folder that a path lies inside of; None if it is in none."""
+    for folder in path.absolute().parents:
+        if (folder / SESSIONS).is_file() and (folder / CONFIG).is_file():
+            return folder
+    return None
 
 
 def remove_unused(folder: Path) -> None:

@@ -53,6 +53,7 @@ class Kind(enum.Enum):
     RESUMABLE = "holds a run that can be gone on with"
     FINISHED = "holds a finished run"
     DAMAGED = "holds a run without a whole checkpoint"
+    FOREIGN = "holds files of something else"
     IN_USE = "is in use"
 
 
@@ -68,7 +69,7 @@ class RunState(NamedTuple):
     summary_steps: int = 0
     """Optimizer steps that it speaks of."""
     left: tuple[str, ...] = ()
-    """What DEBRIS consists of, by name."""
+    """What DEBRIS consists of, and what is there that is FOREIGN, by name."""
     holder: Holder | None = None
     """Who has it, IN_USE."""
 
@@ -110,10 +111,21 @@ def look(folder: Path, mine: bool = False, was_left: bool = False) -> RunState:
     ):
         return state._replace(kind=Kind.DAMAGED)
     left = _left(folder)
-    ours = was_left or not mine and (folder / LOCK).exists()
-    if left and (ours or {LOGGER_ID, CHECKPOINTS} & set(left)):
+    ours = was_left or not mine and (folder / LOCK).exists() or _is_ours(folder)
+    if left and ours:
         return state._replace(kind=Kind.DEBRIS, left=left)
+    other = sorted(path.name for path in folder.iterdir() if path.name != LOCK)
+    if other and not ours:
+        return state._replace(kind=Kind.FOREIGN, left=tuple(other))
     return state
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether files are there that only a run of this program writes."""
+    saved = folder / CHECKPOINTS
+    if saved.is_dir() and any(SAVED.fullmatch(path.name) for path in saved.iterdir()):
+        return True
+    return (folder / SESSIONS).is_file() or (folder / LOGGER_ID).is_file()
 
 
 def clear(state: RunState) -> None:

@@ -10,6 +10,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from kanllama_lightning.heads import SAEHead
 from kanllama_lightning.heads.base import Trained
 from kanllama_lightning.named import named_class
+from kanllama_lightning.options import NoSeed, seed_number
 from kanllama_lightning.types import InputError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=-]*")
@@ -108,6 +109,16 @@ def _check(name: str, spec: Any) -> None:
             f"{where}.optimizer={spec['optimizer']!r}: must be arguments of model.optimizer, such "
             "as {betas: [0.0, 0.999]}"
         )
+    own = spec.get("init_args") or {}
+    if not isinstance(own, dict):
+        raise InputError(f"{where}.init_args={own!r}: must be arguments of the head, by name")
+    if "d_model" in own:
+        raise InputError(f"{where}.init_args.d_model: follows from the LM; leave it out")
+    if own.get("seed") is not None:
+        try:
+            seed_number(own["seed"])
+        except NoSeed as e:
+            raise InputError(f"{where}.init_args.{e}") from e
     if spec.get("lr") is not None and "lr" in (spec.get("optimizer") or {}):
         raise InputError(f"{where}: gives lr twice, by itself and in optimizer; leave one out")
     unknown = sorted(spec.keys() - set(KEYS))

@@ -93,8 +93,8 @@ POINTS = [
     Point("W&B id", "os.rename", "wandb_id", kind="logged"),
     Point("cache: shard", "os.rename", ".bf16", 2, kind="cached"),
     Point("cache: list of shards", "os.rename", "manifest.json", 2, kind="cached"),
-    Point("report: table", "os.rename", "documents-8/l0.csv", kind="report"),
-    Point("report: summary", "os.rename", "documents-8/summary.json", kind="report"),
+    Point("report: table", "os.rename", "eval/l0.csv", kind="report"),
+    Point("report: summary", "os.rename", "eval/summary.json", kind="report"),
 ]
 
 
@@ -203,7 +203,8 @@ class Harness:
         where = self.folder / "".join(c if c.isalnum() else "-" for c in name)
         if kind == "report":
             shutil.copytree(self.calm(kind), where)
-            shutil.rmtree(where / "run" / "eval", ignore_errors=True)
+            for record in [*where.glob("run/eval"), *where.glob("run/*/eval")]:
+                shutil.rmtree(record)
             (where / "log").unlink()
         pid = self.fork(kind, where, point=point)
         if point is None:

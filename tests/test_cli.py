@@ -197,6 +197,83 @@ def test_validate_leaves_the_run_alone(run_folder: Path, tmp_path: Path) -> None
     }
 
 
+def test_validate_with_another_head_is_one_line(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [f"--config={run_folder / 'config.yaml'}", f"--ckpt_path={run_folder}"]
+    given += [f"--runs_dir={tmp_path / 'runs'}", "--model.head.d_sae=64"]
+    capsys.readouterr()
+    assert main(["validate", *given]) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    assert "ckpt_path: the checkpoint is of another head" in err
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ("head", "is a part of the run folder"),
+        ("checkpoints", "is a part of the run folder"),
+        ("head/head.safetensors", "is a part of the run folder"),
+    ],
+)
+def test_a_part_of_a_run_is_no_checkpoint(
+    part: str, said: str, fit: Fit, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit(ckpt_path=str(run_folder / part)) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert f"give --ckpt_path {run_folder}" in err
+
+
+def test_a_run_inside_a_run_is_refused(
+    fit: Fit, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit(run=str(run_folder / "checkpoints" / "new")) == 2
+    assert "lies inside the run folder" in capsys.readouterr().err
+    assert fit(data__cache=str(run_folder), run=str(run_folder.parent / "other")) == 2
+    assert "is the folder of a run; give another" in capsys.readouterr().err
+
+
+def test_files_of_something_else_are_left_alone(
+    fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "mine"
+    for name in ("config.yaml", "wandb/log.txt", "checkpoints/epoch=3.ckpt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("mine: 1\n")
+    before = sorted(folder.rglob("*"))
+    assert fit(run=str(folder)) == 2
+    assert "what it holds is not of a run (checkpoints, config.yaml, wandb)" in (
+        capsys.readouterr().err
+    )
+    assert sorted(folder.rglob("*")) == before
+    assert (folder / "config.yaml").read_text() == "mine: 1\n"
+
+
+@pytest.mark.parametrize("option", ["run", "runs_dir", "ckpt_path"])
+def test_an_empty_path_is_refused(
+    option: str, fit: Fit, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit(**{option: ""}) == 2
+    assert f"{option}='': names nothing" in capsys.readouterr().err
+
+
+def test_a_name_that_is_too_long_is_one_line(
+    fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit(run=str(tmp_path / ("a" * 300))) == 2
+    err = capsys.readouterr().err
+    assert "the name is too long" in err
+    assert "make room" not in err
+
+
+def test_overlays_before_the_head_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    configs = ["--config", "configs/embedded.yaml", "--config", "configs/kan.yaml"]
+    assert main(["plan", *configs]) == 2
+    assert "name the config of a head first" in capsys.readouterr().err
+
+
 def test_resolved_config_runs_again(run_folder: Path, tmp_path: Path) -> None:
     config = yaml.safe_load((run_folder / "config.yaml").read_text())
     assert not config.keys() & {"run", "runs_dir", "ckpt_path", "weights_only"}

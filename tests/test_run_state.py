@@ -95,6 +95,16 @@ def test_an_empty_lock_is_one_that_was_left(tmp_path: Path) -> None:
     RunLock.take(tmp_path).release()
 
 
+def test_a_lock_that_is_deleted_is_put_back(tmp_path: Path) -> None:
+    lock = RunLock.take(tmp_path)
+    (tmp_path / LOCK).unlink()
+    confirm_mine(tmp_path)
+    assert (tmp_path / LOCK).exists()
+    assert not lock.lost
+    lock.release()
+    assert not (tmp_path / LOCK).exists()
+
+
 def test_a_folder_that_goes_away_is_noticed(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
@@ -118,7 +128,8 @@ def test_nothing(tmp_path: Path) -> None:
     assert look(tmp_path).kind == Kind.FRESH
     (tmp_path / "notes.txt").touch()
     (tmp_path / "config.yaml").touch()  # anybody's
-    assert look(tmp_path).kind == Kind.FRESH
+    state = look(tmp_path)
+    assert (state.kind, state.left) == (Kind.FOREIGN, ("config.yaml", "notes.txt"))
 
 
 def test_killed_in_the_first_checkpoint_is_debris_and_only_that_is_cleared(tmp_path: Path) -> None:

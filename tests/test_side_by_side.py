@@ -115,6 +115,23 @@ def test_arguments_the_optimizer_does_not_take_are_one_line(
     assert message in line
 
 
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"d_model": 32}, "heads.a.init_args.d_model: follows from the LM"),
+        ({"seed": -4}, "heads.a.init_args.seed_everything=-4: must be a whole number"),
+        ([3], "heads.a.init_args=[3]: must be arguments"),
+    ],
+)
+def test_arguments_that_are_not_a_heads_own_are_one_line(
+    own: Any, message: str, fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = side_by_side_config(tmp_path, {"a": {"class_path": "TopK", "init_args": own}})
+    assert fit(wrong, **ALONE) == 2
+    (line,) = [s for s in capsys.readouterr().err.splitlines() if s.startswith("error: ")]
+    assert message in line
+
+
 def test_figures_are_logged_under_the_names(run: Path) -> None:
     (path,) = (run / "wandb").glob("offline-run-*/*.wandb")
     found, _ = history(path)

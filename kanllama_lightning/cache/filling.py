@@ -20,7 +20,7 @@ from kanllama_lightning.cache.shards import ROW_DTYPE, Cache, Key, Place
 from kanllama_lightning.lm import FrozenLM
 from kanllama_lightning.phase import Phase
 from kanllama_lightning.preflight import preflight
-from kanllama_lightning.run import make_folder
+from kanllama_lightning.run import SESSIONS, make_folder
 from kanllama_lightning.stopping import CacheStopped, Stopped
 from kanllama_lightning.stream import EPOCH_STRIDE
 from kanllama_lightning.tokens import TokenData
@@ -69,7 +69,9 @@ def fill_(lm: FrozenLM, data: TokenData, rows: int, device: torch.device) -> Non
     if int(os.environ.get("LOCAL_RANK", "0")) > 0:
         cache = _wait(folder, key, wanted)
     else:
-        make_folder(folder)
+        if (folder / SESSIONS).is_file():
+            raise InputError(f"data.cache={str(folder)!r}: is the folder of a run; give another")
+        make_folder(folder, "data.cache", "--data.cache FOLDER")
         with _alone(folder):
             cache = Cache.open(folder, key)
             if not _complete(cache, wanted):

@@ -81,7 +81,7 @@ def write(
         tolerance: Share by which L0 may differ for it to count as matched.
     """
     rows, pairs, means = table(runs), differences(runs, tolerance), seed_table(runs)
-    make_folder(out)
+    make_folder(out, "folder", "--out FOLDER")
     files = {
         "comparison.csv": pd.DataFrame(rows),
         "differences.csv": pd.DataFrame(pairs, columns=list(PAIR)),

@@ -311,6 +311,8 @@ def add_try_arguments(parser: ArgumentParser) -> None:
 def run_try(given: Namespace) -> None:
     """Run the LM with and without its head on a text, and show which latents fire."""
     steer = steering(given.steer or [])
+    if given.out is not None and (not given.out or Path(given.out).is_dir()):
+        raise InputError(f"--out {given.out}: is a folder; give the name of a file, such as x.html")
     subject = read_subject(folder_named(given.run, given.runs_dir), given.allow)
     lm = {key: given.lm[key] for key in LM_KEYS}
     model = shared_lm([subject], lm | {"untrained": lm["untrained"] or None}, given.dtype)
@@ -322,7 +324,7 @@ def run_try(given: Namespace) -> None:
     labels = read_labels(known) if there(known) else None
     Console().print(show(found, labels))
     out = Path(given.out) if given.out else subject.folder / EVAL / "try.html"
-    make_folder(out.parent)
+    make_folder(out.parent, "folder", "--out FILE")
     write_text(out, trial_page(found, given.text, labels))
     Console().print(f"Written: {out}", soft_wrap=True, highlight=False)
 

@@ -132,12 +132,13 @@ def _home(subject: Subject, how: How, about: Mapping[str, Any]) -> Path:
     another number of documents or number format where `eval/` has a record already that differs.
     """
     home = subject.folder / EVAL
-    names = _asked(how)
+    elsewhere = _elsewhere(subject, how)
+    names = elsewhere + _asked(how)
     if not names:
         return home
     standing = finished(home, subject.sha256)
     differs = [done for done in standing if not _alike(done, about)]
-    if not differs and (how.text is None or "data" not in subject.config):
+    if not differs and not elsewhere and (how.text is None or "data" not in subject.config):
         return home
     beside = home / "-".join(names)
     if differs:
@@ -148,6 +149,28 @@ def _home(subject: Subject, how: How, about: Mapping[str, Any]) -> Path:
             beside,
         )
     return beside
+
+
+def _elsewhere(subject: Subject, how: How) -> list[str]:
+    """A name for another LM, or another place in it, than the head was trained at; none if not."""
+    trained = subject.lm_args()
+    differs = {
+        key: value
+        for key, value in how.lm.items()
+        if value is not None
+        and key != "untrained"
+        and (key in trained or key == "bos")
+        and value != trained.get(key)
+    }
+    if not differs:
+        return []
+    said = ", ".join(f"lm.{key}={value}" for key, value in differs.items())
+    was = ", ".join(f"lm.{key}={trained.get(key)}" for key in differs)
+    log.warning(
+        "%s: the head was trained with %s; these figures are with %s", subject.folder, was, said
+    )
+    plain = re.sub(r"[^\w.]+", "_", "_".join(str(value) for value in differs.values()))
+    return [f"{plain[-40:]}-{_hash(json.dumps(differs, sort_keys=True, default=str))}"]
 
 
 def _asked(how: How) -> list[str]:

@@ -101,6 +101,8 @@ def test_a_part_of_the_sample_is_said_in_its_row(runs, capsys):
         (["--reports", "losses", "--dtype", "bfloat16"], "documents-20-bfloat16"),
         (["--reports", "losses", "--losses.resamples", 50], "losses-"),
         (["--reports", "losses", "--text", "TEXT", "--documents", 9], "words.jsonl-"),
+        (["--reports", "losses", "--lm.hook_point", "model.layers.0.mlp"], "model.layers.0.mlp-"),
+        (["--reports", "losses", "--lm.bos", "w3"], "w3-"),
     ],
     ids=str,
 )
@@ -200,6 +202,8 @@ def test_shipped_configs_parse(file, runs, monkeypatch):
         (["compare", "RUN", "=x"], "may be empty"),
         (["try", "RUN"], "text"),
         (["try", "RUN", "--text", "w1", "--top", "0"], "top=0"),
+        (["try", "RUN", "--text", "w1", "--out", "RUN"], "is a folder; give the name of a file"),
+        (["compare", "RUN", "OTHER", "--out", "FILE"], "choose another with --out FOLDER"),
         (["try", "RUN", "--text", "w1", "--steer", "3"], "--steer '3': must be LATENT=STRENGTH"),
         (["try", "RUN", "--text", "w1", "--steer", "3=inf"], "must be set to a finite number"),
         (["try", "RUN", "--text", "w1", "--steer", "3=1", "3=2"], "latent 3 is given twice"),
@@ -208,7 +212,8 @@ def test_shipped_configs_parse(file, runs, monkeypatch):
     ids=str,
 )
 def test_mistakes_on_the_command_line(args, said, runs, capsys):
-    assert main([str(runs / "seed0") if a == "RUN" else a for a in args]) == 2
+    names = {"RUN": "seed0", "OTHER": "seed1", "FILE": "seed0/config.yaml"}
+    assert main([str(runs / names[a]) if a in names else a for a in args]) == 2
     err = capsys.readouterr().err
     assert said in err
     assert "Traceback" not in err

@@ -172,7 +172,11 @@ def test_two_processes_are_one_on_the_union(
             json.loads((tmp_path / n / name / "summary.json").read_text()) for n in ("two", "one")
         )
         for key in (k for k in known if k.startswith("val/") and "lens" not in k):
-            assert got[key] == pytest.approx(known[key], rel=5e-3, abs=1e-3), (name, key)
+            # scores that mean nothing in so small a world are null
+            if known[key] is None:
+                assert got[key] is None, (name, key)
+            else:
+                assert got[key] == pytest.approx(known[key], rel=5e-3, abs=1e-3), (name, key)
         # every validation row was measured once, whoever did it
         tokens = [sum(int(r["n_tokens"]) for r in read_rows(tmp_path / n / name / "l0.csv"))
                   for n in ("one", "two")]  # fmt: skip

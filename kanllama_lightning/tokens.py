@@ -42,8 +42,9 @@ class TokenData(LightningDataModule):
         tokenizer: The language model's own tokenizer, from which the command line takes it.
         train: Training corpus: a file or folder, the name of a Hugging Face dataset, or a corpus
             class with its arguments.
-        val: Further validation sets, in the same forms, of up to 10,000 documents each. What is in
-            them is not trained on: the same documents in `train` are left out there, and counted.
+        val: A further validation set in the same forms, or a list of several, of up to 10,000
+            documents each. What is in them is not trained on: the same documents in `train` are
+            left out there, and counted.
         val_fraction: Share of the training documents that is held out as the validation set
             `heldout`; 0 for none. A small corpus holds out more, up to a tenth, until that gives
             `val_tokens`; the share in force is logged.
@@ -66,7 +67,7 @@ class TokenData(LightningDataModule):
         self,
         tokenizer: PreTrainedTokenizerBase,
         train: str | Corpus,
-        val: list[str | Corpus] | None = None,
+        val: str | Corpus | list[str | Corpus] | None = None,
         val_fraction: float = 0.005,
         val_tokens: int = 131_072,
         ctx_len: int = 512,
@@ -102,7 +103,8 @@ class TokenData(LightningDataModule):
             )
         self.encoder = Encoder(tokenizer, ctx_len, append_eos)
         self.train_corpus = resolve(train)
-        self.val_corpora = [resolve(corpus) for corpus in val or []]
+        several = val if isinstance(val, list) else [val] if val else []
+        self.val_corpora = [resolve(corpus) for corpus in several]
         self.val_fraction = val_fraction
         self.val_tokens = val_tokens
         self.ctx_len = ctx_len

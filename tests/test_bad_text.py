@@ -484,3 +484,22 @@ def test_numbers_stay_the_same_without_overlap(text_file: Path) -> None:
     beside = data(str(text_file), tokenizer, val=[str(text_file.parent / "other.txt")])
     for a, b in zip(islice(alone, 20), islice(beside.train_dataloader(), 20), strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_one_validation_set_needs_no_list(two_files: Path) -> None:
+    made = data(str(two_files / "a.jsonl"), val=str(two_files / "b.jsonl"), val_fraction=0)
+    assert made.val_names == ["b"]
+    made = data(LocalCorpus(str(two_files / "a.jsonl")), val=LocalCorpus(f"{two_files}/b.jsonl"))
+    assert made.val_names == ["heldout", "b"]
+
+
+def test_an_empty_file_is_refused_by_name(
+    fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "nothing.jsonl").touch()
+    for option in ("data__train", "data__val"):
+        given = {option: str(tmp_path / "nothing.jsonl"), "trainer__logger": "false"}
+        assert fit(**given) == 2
+        said = capsys.readouterr().err
+        assert "nothing.jsonl' holds no document" in said
+        assert "Traceback" not in said

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import httpx2
 import torch
 from jaxtyping import Float, Int
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -27,6 +28,14 @@ LLAMA_CONFIG = (
     "num_attention_heads",
     "vocab_size",
 )
+TORCH_FLOATS = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float64: "F64",
+}
+FLOATS = tuple(TORCH_FLOATS.values())
+"""Number formats of weights in files, in safetensors' words."""
 EMBEDDED = "embedded"
 HUB_TIMEOUT_S = 8
 UNEMBEDDED_AT_ONCE = 1 << 14
@@ -222,6 +231,7 @@ class FrozenLM:
                     ignore_mismatched_sizes=True,  # they are listed then, and refused below
                 )
             self._check_loaded(loaded)
+            self._check_formats()
             blocks = getattr(getattr(self._model, "model", None), "layers", [None])
             missing = [p for p in BLOCK_PARTS if not hasattr(blocks[0], p)]
             if missing:
@@ -259,6 +269,33 @@ class FrozenLM:
                 f"{'; '.join(wrong)}. What is missing would be random: give a whole copy of the "
                 "model, with the config.json that belongs to it"
             )
+
+    def _check_formats(self) -> None:
+        """Refuse a file whose weights are no floating-point numbers, which reading would cast."""
+        wrong = [
+            f"{name} is {kind}"
+            for file in self._weight_files()
+            for name, kind in _formats(file).items()
+            if kind not in FLOATS
+        ]
+        if wrong:
+            raise InputError(
+                f"lm.name={self.name!r}: weights are no numbers of {', '.join(FLOATS)}: "
+                f"{_some(wrong)}. Give the model in one of these formats, not quantised"
+            )
+
+    def _weight_files(self) -> list[Path]:
+        """The files that the weights were read from, of a folder or in the hub's cache."""
+        folder = Path(self.path)
+        if not folder.is_dir():
+            from huggingface_hub import try_to_load_from_cache
+
+            config = try_to_load_from_cache(self.path, "config.json", revision=self.revision)
+            if not isinstance(config, str):
+                return []
+            folder = Path(config).parent
+        found = sorted(folder.glob("model*.safetensors"))
+        return found or sorted(folder.glob("pytorch_model*.bin"))
 
     @torch.no_grad()
     def _check_finite(self) -> None:
@@ -400,6 +437,17 @@ def overflow_hint(dtype: torch.dtype) -> str:
     if dtype != torch.float16:
         return ""
     return "float16 ends at 65,504: try --lm.dtype bfloat16 (or float32), which does not overflow. "
+
+
+def _formats(file: Path) -> dict[str, str]:
+    """Number format of every tensor in a file of weights, in safetensors' words."""
+    if file.suffix == ".safetensors":
+        with safe_open(file, "pt") as found:
+            names = found.keys()
+            return {name: found.get_slice(name).get_dtype() for name in names}
+    state = torch.load(file, map_location="meta", weights_only=True)
+    kinds = {name: value.dtype for name, value in state.items() if isinstance(value, Tensor)}
+    return {name: TORCH_FLOATS.get(kind, str(kind)) for name, kind in kinds.items()}
 
 
 def _some(names: Sequence[str], at_most: int = 3) -> str:

@@ -123,6 +123,35 @@ def test_weights_in_another_order_with_what_nobody_needs_are_fine(damaged: Damag
     assert torch.equal(lm.model.lm_head.weight, lm.model.model.embed_tokens.weight)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "kind"),
+    [(torch.int8, "I8"), (torch.bool, "BOOL"), (torch.int64, "I64"), (torch.float8_e4m3fn, "F8_")],
+)
+def test_weights_in_whole_numbers_are_named(
+    damaged: Damaged, dtype: torch.dtype, kind: str
+) -> None:
+    def change(weights: Weights) -> None:
+        weights[UP] = weights[UP].to(dtype)
+
+    folder = damaged(change)
+    with pytest.raises(InputError, match=rf"lm\.name=.*: {UP} is {kind}.*not quantised"):
+        FrozenLM(str(folder), "model.layers.1.mlp").load_()
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match=rf"{UP} is torch\."):
+        FrozenLM(str(folder), "model.layers.1.mlp").load_()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_in_other_floats_are_fine(damaged: Damaged, dtype: torch.dtype) -> None:
+    def change(weights: Weights) -> None:
+        for name, value in weights.items():
+            weights[name] = value.to(dtype)
+
+    FrozenLM(str(damaged(change)), "model.layers.1.mlp").load_()
+
+
 def test_a_cut_file(damaged: Damaged) -> None:
     folder = damaged(nothing)
     whole = (folder / "model.safetensors").read_bytes()

@@ -1,8 +1,10 @@
 """Text as it is found: what cannot be read is skipped where it is read, and stops no run."""
 
 import json
+import os
 import re
 import shlex
+import socket
 import subprocess
 from collections.abc import Callable
 from itertools import islice
@@ -270,6 +272,36 @@ def test_a_packed_file_is_refused_with_a_command_that_works(tmp_path: Path) -> N
     shell(f"gunzip -k {shlex.quote(str(path))}", tmp_path)
     assert f"`gunzip -k {path}`" in str(error.value)
     assert kept(LocalCorpus(str(tmp_path / "some.jsonl"))) == GOOD
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "txt", "parquet"])
+def test_a_pipe_or_a_socket_is_refused_at_once(tmp_path: Path, suffix: str) -> None:
+    """Opening one would wait for ever."""
+    pipe, folder = tmp_path / f"pipe.{suffix}", tmp_path / "folder"
+    folder.mkdir()
+    os.mkfifo(pipe)
+    (folder / "a.jsonl").write_bytes(lines())
+    (folder / f"b.{suffix}").symlink_to(pipe)
+    for path, named in ((pipe, pipe), (folder, folder / f"b.{suffix}")):
+        with pytest.raises(InputError, match=rf"{named}': is no ordinary file .*write it to a f"):
+            LocalCorpus(str(path)).open()
+    (folder / f"b.{suffix}").unlink()
+    os.mkfifo(folder / "not.text")
+    LocalCorpus(str(folder)).open()
+    with socket.socket(socket.AF_UNIX) as bound:
+        place = tmp_path / f"s.{suffix}"
+        bound.bind(str(place))
+        with pytest.raises(InputError, match="is no ordinary file"):
+            LocalCorpus(str(place)).open()
+    with pytest.raises(InputError, match="'/dev/null': is no ordinary file"):
+        LocalCorpus("/dev/null").open()
+
+
+def test_a_pipe_hangs_no_command(fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for option in ("data__train", "data__val"):
+        assert fit(**{option: str(tmp_path / "pipe.jsonl")}, trainer__logger="false") == 2
+        assert "pipe.jsonl': is no ordinary file" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------ through the data module

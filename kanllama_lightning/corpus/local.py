@@ -163,10 +163,14 @@ class LocalCorpus(Corpus):
                 f"path={str(self.path)!r} does not exist. Give a file ({', '.join(SUFFIXES)}) "
                 "or a folder of them; the path is taken from the working directory."
             )
-        if self.path.is_file():
+        if not self.path.is_dir():
+            _refuse_special(self.path)
             files = [self.path] if self.path.suffix.lower() in SUFFIXES else []
         else:
-            every = sorted(f for f in self.path.rglob("*") if f.is_file())
+            every = sorted(f for f in self.path.rglob("*") if f.exists() and not f.is_dir())
+            for file in every:
+                if file.suffix.lower() in SUFFIXES:
+                    _refuse_special(file)
             files = [f for f in every if f.suffix.lower() in SUFFIXES]
             if any(f.suffix == ".arrow" for f in every):
                 raise InputError(
@@ -321,6 +325,15 @@ def _too_long() -> Unusable:
 
 def _named(place: tuple[Path, int]) -> str:
     return f"{place[0]}:{place[1]}"
+
+
+def _refuse_special(file: Path) -> None:
+    """Refuse what is neither file nor folder: a pipe is read once, and may never end."""
+    if not file.is_file():
+        raise InputError(
+            f"path={str(file)!r}: is no ordinary file (a pipe, a socket or a device). Text is read "
+            "more than once: write it to a file and give that."
+        )
 
 
 def _refuse_array(file: Path) -> None:

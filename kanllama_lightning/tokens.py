@@ -119,6 +119,9 @@ class TokenData(LightningDataModule):
         self.position: Int[Tensor, " 3"] = torch.zeros(3, dtype=torch.int64)
         self._val: dict[str, Rows] = {}
         self.validated: frozenset[float] = frozenset()
+        """`likeness()` of the documents of `val`, which are not trained on."""
+        self.validated_shares: frozenset[float] = frozenset()
+        """Their `share()`, by which caches know them."""
 
     @property
     def val_names(self) -> list[str]:
@@ -178,7 +181,9 @@ class TokenData(LightningDataModule):
             check_vocabulary(corpus, self.encoder)
             self.encoder.check_text(corpus)
         some = (islice(c.once(), VALIDATED_DOCUMENTS) for c in self.val_corpora)
-        self.validated = frozenset(d.share() for documents in some for d in documents)
+        both = {(d.likeness(), d.share()) for documents in some for d in documents}
+        self.validated = frozenset(likeness for likeness, _ in both)
+        self.validated_shares = frozenset(share for _, share in both)
         self._size_split()
 
     def _refuse_same(self, corpus: Corpus) -> None:
@@ -193,15 +198,15 @@ class TokenData(LightningDataModule):
 
     def _trained(self, document: Document) -> bool:
         """Whether a document is for training."""
-        share = document.share()
-        return share >= self.val_fraction and share not in self.validated
+        kept = document.share() >= self.val_fraction
+        return kept and (not self.validated or document.likeness() not in self.validated)
 
     def _say_overlap(self) -> None:
         """Count the documents that are in both, among the first of the training text."""
         if not self.validated:
             return
-        first = [d.share() for d in islice(self.train_corpus.once(), OVERLAP_SPAN)]
-        both = sum(share in self.validated for share in first)
+        first = [d.likeness() for d in islice(self.train_corpus.once(), OVERLAP_SPAN)]
+        both = sum(likeness in self.validated for likeness in first)
         if both:
             logger.warning(
                 "%d of the first %d documents of %s are in a set of `val` too: wherever they come, "

@@ -422,6 +422,24 @@ def test_documents_of_a_validation_set_are_not_trained_on(
         data(str(two_files / "b.jsonl"), val=[str(folder)], val_fraction=0)
 
 
+@pytest.mark.parametrize("form", ["  {}", "{}\n", "\t{} \r\n"])
+def test_blanks_around_a_text_and_its_line_ends_make_no_other_text(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, form: str
+) -> None:
+    texts = [f"w{i % 60} w{i // 60}\r\nw7\nw8" for i in range(100)]
+    unix = [text.replace("\r\n", "\n") for text in texts]
+    for name, found in (("a", texts), ("b", [form.format(text) for text in unix[50:]])):
+        made = (json.dumps({"text": text}) + "\n" for text in found)
+        (tmp_path / f"{name}.jsonl").write_text("".join(made))
+    train, val = LocalCorpus(str(tmp_path / "a.jsonl")), LocalCorpus(str(tmp_path / "b.jsonl"))
+    made = data(train, val=val, val_fraction=0)
+    assert "50 of the first 100 documents of a are in a set of `val` too" in caplog.text
+    assert trained_on(made) <= set(range(50))
+    # splits and caches know a text by all that it holds
+    assert made.validated_shares == {d.share() for d in val.documents()}
+    assert not made.validated_shares & {d.share() for d in train.documents()}
+
+
 # ------------------------------------------------------------ special tokens
 
 

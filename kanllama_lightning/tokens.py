@@ -153,8 +153,9 @@ class TokenData(LightningDataModule):
             also = " or are in `val`" if self.validated else ""
             raise InputError(
                 f"train: all documents of {self.train_corpus.name} are held out for validation "
-                f"(val_fraction={self.val_fraction:.3g}){also}. Give more documents, or "
-                "`val_fraction` 0 and a validation corpus of other text in `val`."
+                f"(val_fraction={self.val_fraction:.3g}){also}. "
+                f"{self._more_text('Give more documents')}, or `val_fraction` 0 and a validation "
+                "corpus of other text in `val`."
             )
         self._say_overlap()
 
@@ -320,12 +321,24 @@ class TokenData(LightningDataModule):
     def _filled(self, name: str, rows: Rows) -> Rows:
         """The rows, if there is text in them."""
         if not rows.keep.any():
+            more = "Give more documents or a larger `val_fraction`"
             raise InputError(
                 f"validation set {name!r} has no token (val_fraction={self.val_fraction:.3g}). "
-                "Give more documents or a larger `val_fraction`, or 0 and a validation corpus "
-                "in `val`."
+                f"{self._more_text(more) if name == HELD_OUT else more}, or 0 and a validation "
+                "corpus in `val`."
             )
         return rows
+
+    def _more_text(self, more: str) -> str:
+        """What to give: more text, but for copies of one document, where more of it is no help."""
+        shares = [d.share() for d in islice(self.train_corpus.once(), OVERLAP_SPAN)]
+        if len(set(shares)) > 1:
+            return more
+        found = "one document" if len(shares) == 1 else f"{len(shares):,} documents that are equal"
+        return (
+            f"{self.train_corpus.name} holds {found}, and equal documents are on the same side of "
+            "the split: give different ones"
+        )
 
 
 def collate(rows: list[tuple[Tensor, ...]]) -> TokenBatch:

@@ -274,6 +274,34 @@ def test_a_packed_file_is_refused_with_a_command_that_works(tmp_path: Path) -> N
     assert kept(LocalCorpus(str(tmp_path / "some.jsonl"))) == GOOD
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def test_lines_end_as_they_do_on_any_machine(
+    tmp_path: Path, suffix: str, end: str, last: bool
+) -> None:
+    made = GOOD if suffix == "txt" else [json.dumps({"text": text}) for text in GOOD]
+    path = tmp_path / f"some.{suffix}"
+    path.write_bytes((end.join(made) + end * last).encode())
+    corpus = LocalCorpus(str(path))
+    corpus.open()
+    assert kept(corpus) == GOOD
+    assert corpus.n_documents == len(GOOD)
+    assert [d.text for d in corpus.documents(290)] == GOOD[290:]
+
+
+def test_a_carriage_return_inside_a_line_ends_none(tmp_path: Path) -> None:
+    path = tmp_path / "some.txt"
+    path.write_bytes(b"w1\rw2\nw3\n")
+    assert kept(LocalCorpus(str(path))) == ["w1\rw2", "w3"]
+
+
+def test_a_long_line_that_ends_in_a_carriage_return_is_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "some.txt"
+    path.write_bytes(b"w1\r" + b"w2 " * (1 << 18) + b"\rw3\r")
+    assert kept(LocalCorpus(str(path))) == ["w1", "w3"]
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "txt", "parquet"])
 def test_a_pipe_or_a_socket_is_refused_at_once(tmp_path: Path, suffix: str) -> None:
     """Opening one would wait for ever."""
@@ -438,6 +466,30 @@ def test_blanks_around_a_text_and_its_line_ends_make_no_other_text(
     # splits and caches know a text by all that it holds
     assert made.validated_shares == {d.share() for d in val.documents()}
     assert not made.validated_shares & {d.share() for d in train.documents()}
+
+
+@pytest.mark.parametrize(
+    ("text", "n", "said"),
+    [
+        ("w1 w2 w3", 2000, "2,000 documents that are equal"),
+        ("w1 w2 w3", 1, "one document"),
+        ("w4 w5", 300, "300 documents that are equal"),
+    ],
+)
+@pytest.mark.parametrize("fraction", [0.1, 0.5])
+def test_copies_of_one_document_cannot_be_split(
+    tmp_path: Path, text: str, n: int, said: str, fraction: float
+) -> None:
+    (tmp_path / "copies.txt").write_text(f"{text}\n" * n)
+    with pytest.raises(InputError, match=f"copies holds {said}.*: give different ones") as error:
+        data(str(tmp_path / "copies.txt"), val_fraction=fraction)
+    assert "ive more" not in str(error.value)
+
+
+def test_too_little_text_to_split_still_asks_for_more(tmp_path: Path) -> None:
+    (tmp_path / "few.txt").write_text("w1 w2\nw3 w4\nw5 w6\n")
+    with pytest.raises(InputError, match="no token .*Give more documents or a larger"):
+        data(str(tmp_path / "few.txt"), val_fraction=1e-9)
 
 
 # ------------------------------------------------------------ special tokens

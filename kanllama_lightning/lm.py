@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from kanllama_lightning.hook_points import HookPoint, parse_hook_point
+from kanllama_lightning.lm_files import COPY, broken, check_config, check_config_file
+from kanllama_lightning.small_files import Wrong
 from kanllama_lightning.types import InputError, Prefix
 
 log = logging.getLogger(__name__)
@@ -38,6 +40,8 @@ FLOATS = tuple(TORCH_FLOATS.values())
 """Number formats of weights in files, in safetensors' words."""
 EMBEDDED = "embedded"
 HUB_TIMEOUT_S = 8
+MOST_SAID = 300
+"""Characters of what the libraries say of a model that they cannot read."""
 UNEMBEDDED_AT_ONCE = 1 << 14
 """Tokens of the vocabulary whose unembedding exists in fp32 at once, where the LM has another."""
 
@@ -77,11 +81,14 @@ class FrozenLM:
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.path, self._local = self._locate(name)
         with _explained(name, revision):
+            if self._local:
+                check_config_file(Path(self.path))
             self._local = self._local or hub_is_offline(name, revision)
             kwargs = {"revision": revision, "local_files_only": self._local}
             self.config = AutoConfig.from_pretrained(self.path, **kwargs)
-            self.tokenizer = AutoTokenizer.from_pretrained(self.path, **kwargs)
         self._check_config()
+        with _explained(name, revision, "its tokenizer (tokenizer.json, tokenizer_config.json)"):
+            self.tokenizer = AutoTokenizer.from_pretrained(self.path, **kwargs)
         self._check_tokenizer()
         self.bos = bos
         if bos is not None:
@@ -115,13 +122,8 @@ class FrozenLM:
                 f"lm.name={self.name!r}: not a causal LM of the Llama kind: its configuration has "
                 f"no {', '.join(missing)}"
             )
-        for key in LLAMA_CONFIG:
-            value = getattr(self.config, key)
-            if type(value) is not int or not value >= 1:
-                raise InputError(
-                    f"lm.name={self.name!r}: {key}={value!r} in its config.json; it must be a "
-                    "whole number from 1 up: copy the model's own config.json again"
-                )
+        with _explained(self.name, self.revision):
+            check_config(self.config.to_dict())
 
     def _check_tokenizer(self) -> None:
         """Refuse a tokenizer whose files let it be built and not be used."""
@@ -465,16 +467,32 @@ def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[None
 
 
 @contextlib.contextmanager
-def _explained(name: str, revision: str | None) -> Any:
-    """Turn what the libraries raise for a missing, gated or damaged model into one message."""
+def _explained(name: str, revision: str | None, part: str = "") -> Any:
+    """Turn what the libraries raise for a missing, gated or damaged model into one message.
+
+    Args:
+        name: Name or folder of the model.
+        revision: Of a hub model.
+        part: What is being read, where that is not the whole model.
+    """
     try:
         yield
     except (InputError, MemoryError, torch.OutOfMemoryError):
         raise
+    except Wrong as e:
+        raise InputError(
+            f"lm.name={name!r}: the folder holds no usable model: {e}; {COPY}"
+            if Path(name).is_dir()
+            else f"lm.name={name!r}: no usable model: {e}; give another model or revision"
+        ) from e
     except Exception as e:  # readers of damaged files raise whatever their formats' parsers do
         at = f" (revision {revision!r})" if revision else ""
-        text = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        text = " ".join(str(e).split())[:MOST_SAID]
+        if not text or not isinstance(e, OSError | ValueError):
+            text = f"{type(e).__name__}: {text}"  # a key or a number alone says nothing
+        text = f"{part}: {text}" if part else text
         if Path(name).is_dir() or name == EMBEDDED:
+            text = (broken(Path(name)) if Path(name).is_dir() else None) or text
             raise InputError(
                 f"lm.name={name!r}: the folder holds no usable model: {text}. Give a whole copy of "
                 "one: config.json, tokenizer.json and model.safetensors that belong together"

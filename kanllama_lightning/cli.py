@@ -20,6 +20,7 @@ import transformers
 import wandb
 import yaml
 from jsonargparse import Namespace
+from jsonargparse._typehints import ActionTypeHint
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -120,10 +121,17 @@ class KanllamaCLI(LightningCLI):
         )
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Hide the Trainer's options that mean nothing here; they are refused when given."""
+        """Hide the Trainer's options that mean nothing here; they are refused when given.
+
+        A file named in `data` is text: jsonargparse would read it as a configuration first, and
+        take a line of it for the name of a corpus.
+        """
         super().add_core_arguments_to_parser(parser)
         for action in parser._actions:
             group, _, name = action.dest.partition(".")
+            if group == "data" and isinstance(action, ActionTypeHint):
+                action._enable_path = False
+                action.sub_add_kwargs["sub_configs"] = False
             if group == "trainer" and name and options.fixed(name.partition(".")[0]):
                 action.help = argparse.SUPPRESS
 

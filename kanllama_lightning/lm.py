@@ -11,10 +11,13 @@ from typing import Any, Literal
 import httpx2
 import torch
 from jaxtyping import Float, Int
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from kanllama_lightning.hook_points import HookPoint, parse_hook_point
+from kanllama_lightning.lm_files import COPY, broken, check_config, check_config_file
+from kanllama_lightning.small_files import Wrong
 from kanllama_lightning.types import InputError, Prefix
 
 log = logging.getLogger(__name__)
@@ -27,8 +30,18 @@ LLAMA_CONFIG = (
     "num_attention_heads",
     "vocab_size",
 )
+TORCH_FLOATS = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float64: "F64",
+}
+FLOATS = tuple(TORCH_FLOATS.values())
+"""Number formats of weights in files, in safetensors' words."""
 EMBEDDED = "embedded"
 HUB_TIMEOUT_S = 8
+MOST_SAID = 300
+"""Characters of what the libraries say of a model that they cannot read."""
 UNEMBEDDED_AT_ONCE = 1 << 14
 """Tokens of the vocabulary whose unembedding exists in fp32 at once, where the LM has another."""
 
@@ -68,11 +81,14 @@ class FrozenLM:
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.path, self._local = self._locate(name)
         with _explained(name, revision):
+            if self._local:
+                check_config_file(Path(self.path))
             self._local = self._local or hub_is_offline(name, revision)
             kwargs = {"revision": revision, "local_files_only": self._local}
             self.config = AutoConfig.from_pretrained(self.path, **kwargs)
-            self.tokenizer = AutoTokenizer.from_pretrained(self.path, **kwargs)
         self._check_config()
+        with _explained(name, revision, "its tokenizer (tokenizer.json, tokenizer_config.json)"):
+            self.tokenizer = AutoTokenizer.from_pretrained(self.path, **kwargs)
         self._check_tokenizer()
         self.bos = bos
         if bos is not None:
@@ -106,13 +122,8 @@ class FrozenLM:
                 f"lm.name={self.name!r}: not a causal LM of the Llama kind: its configuration has "
                 f"no {', '.join(missing)}"
             )
-        for key in LLAMA_CONFIG:
-            value = getattr(self.config, key)
-            if type(value) is not int or not value >= 1:
-                raise InputError(
-                    f"lm.name={self.name!r}: {key}={value!r} in its config.json; it must be a "
-                    "whole number from 1 up: copy the model's own config.json again"
-                )
+        with _explained(self.name, self.revision):
+            check_config(self.config.to_dict())
 
     def _check_tokenizer(self) -> None:
         """Refuse a tokenizer whose files let it be built and not be used."""
@@ -222,6 +233,7 @@ class FrozenLM:
                     ignore_mismatched_sizes=True,  # they are listed then, and refused below
                 )
             self._check_loaded(loaded)
+            self._check_formats()
             blocks = getattr(getattr(self._model, "model", None), "layers", [None])
             missing = [p for p in BLOCK_PARTS if not hasattr(blocks[0], p)]
             if missing:
@@ -259,6 +271,33 @@ class FrozenLM:
                 f"{'; '.join(wrong)}. What is missing would be random: give a whole copy of the "
                 "model, with the config.json that belongs to it"
             )
+
+    def _check_formats(self) -> None:
+        """Refuse a file whose weights are no floating-point numbers, which reading would cast."""
+        wrong = [
+            f"{name} is {kind}"
+            for file in self._weight_files()
+            for name, kind in _formats(file).items()
+            if kind not in FLOATS
+        ]
+        if wrong:
+            raise InputError(
+                f"lm.name={self.name!r}: weights are no numbers of {', '.join(FLOATS)}: "
+                f"{_some(wrong)}. Give the model in one of these formats, not quantised"
+            )
+
+    def _weight_files(self) -> list[Path]:
+        """The files that the weights were read from, of a folder or in the hub's cache."""
+        folder = Path(self.path)
+        if not folder.is_dir():
+            from huggingface_hub import try_to_load_from_cache
+
+            config = try_to_load_from_cache(self.path, "config.json", revision=self.revision)
+            if not isinstance(config, str):
+                return []
+            folder = Path(config).parent
+        found = sorted(folder.glob("model*.safetensors"))
+        return found or sorted(folder.glob("pytorch_model*.bin"))
 
     @torch.no_grad()
     def _check_finite(self) -> None:
@@ -402,6 +441,17 @@ def overflow_hint(dtype: torch.dtype) -> str:
     return "float16 ends at 65,504: try --lm.dtype bfloat16 (or float32), which does not overflow. "
 
 
+def _formats(file: Path) -> dict[str, str]:
+    """Number format of every tensor in a file of weights, in safetensors' words."""
+    if file.suffix == ".safetensors":
+        with safe_open(file, "pt") as found:
+            names = found.keys()
+            return {name: found.get_slice(name).get_dtype() for name in names}
+    state = torch.load(file, map_location="meta", weights_only=True)
+    kinds = {name: value.dtype for name, value in state.items() if isinstance(value, Tensor)}
+    return {name: TORCH_FLOATS.get(kind, str(kind)) for name, kind in kinds.items()}
+
+
 def _some(names: Sequence[str], at_most: int = 3) -> str:
     """The first of the names, and how many more there are."""
     more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
@@ -417,16 +467,32 @@ def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[None
 
 
 @contextlib.contextmanager
-def _explained(name: str, revision: str | None) -> Any:
-    """Turn what the libraries raise for a missing, gated or damaged model into one message."""
+def _explained(name: str, revision: str | None, part: str = "") -> Any:
+    """Turn what the libraries raise for a missing, gated or damaged model into one message.
+
+    Args:
+        name: Name or folder of the model.
+        revision: Of a hub model.
+        part: What is being read, where that is not the whole model.
+    """
     try:
         yield
     except (InputError, MemoryError, torch.OutOfMemoryError):
         raise
+    except Wrong as e:
+        raise InputError(
+            f"lm.name={name!r}: the folder holds no usable model: {e}; {COPY}"
+            if Path(name).is_dir()
+            else f"lm.name={name!r}: no usable model: {e}; give another model or revision"
+        ) from e
     except Exception as e:  # readers of damaged files raise whatever their formats' parsers do
         at = f" (revision {revision!r})" if revision else ""
-        text = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        text = " ".join(str(e).split())[:MOST_SAID]
+        if not text or not isinstance(e, OSError | ValueError):
+            text = f"{type(e).__name__}: {text}"  # a key or a number alone says nothing
+        text = f"{part}: {text}" if part else text
         if Path(name).is_dir() or name == EMBEDDED:
+            text = (broken(Path(name)) if Path(name).is_dir() else None) or text
             raise InputError(
                 f"lm.name={name!r}: the folder holds no usable model: {text}. Give a whole copy of "
                 "one: config.json, tokenizer.json and model.safetensors that belong together"

@@ -40,7 +40,7 @@ class TokenStream(IterableDataset):
         rank: Which of the `world` processes this is.
         world: Number of processes that train together.
         position: (epoch, block, row) of the first row.
-        validated: `share()` of further documents that are not for training.
+        validated: `likeness()` of further documents that are not for training.
     """
 
     def __init__(
@@ -88,9 +88,9 @@ class TokenStream(IterableDataset):
             whole, empty, left_out = block == 0, True, 0
             documents = self.corpus.documents(block * BLOCK_DOCUMENTS)
             for number, members in groupby(documents, lambda d: d.number // BLOCK_DOCUMENTS):
-                shares = [(d, share) for d in members if (share := d.share()) >= self.held_out]
-                training = [d for d, share in shares if share not in self.validated]
-                left_out += len(shares) - len(training)
+                ours = [d for d in members if d.share() >= self.held_out]
+                training = [d for d in ours if not self._validated(d)]
+                left_out += len(ours) - len(training)
                 rows = self._rows(epoch, number, training)
                 empty = empty and not len(rows.ids)
                 yield epoch, number, rows
@@ -107,6 +107,9 @@ class TokenStream(IterableDataset):
                     left_out,
                 )
             epoch, block = epoch + 1, 0
+
+    def _validated(self, document: Document) -> bool:
+        return bool(self.validated) and document.likeness() in self.validated
 
     def _rows(self, epoch: int, block: int, documents: list[Document]) -> Rows:
         generator = np.random.default_rng([self.seed, epoch, block])

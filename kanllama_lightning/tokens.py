@@ -42,8 +42,9 @@ class TokenData(LightningDataModule):
         tokenizer: The language model's own tokenizer, from which the command line takes it.
         train: Training corpus: a file or folder, the name of a Hugging Face dataset, or a corpus
             class with its arguments.
-        val: Further validation sets, in the same forms, of up to 10,000 documents each. What is in
-            them is not trained on: the same documents in `train` are left out there, and counted.
+        val: A further validation set in the same forms, or a list of several, of up to 10,000
+            documents each. What is in them is not trained on: the same documents in `train` are
+            left out there, and counted.
         val_fraction: Share of the training documents that is held out as the validation set
             `heldout`; 0 for none. A small corpus holds out more, up to a tenth, until that gives
             `val_tokens`; the share in force is logged.
@@ -66,7 +67,7 @@ class TokenData(LightningDataModule):
         self,
         tokenizer: PreTrainedTokenizerBase,
         train: str | Corpus,
-        val: list[str | Corpus] | None = None,
+        val: str | Corpus | list[str | Corpus] | None = None,
         val_fraction: float = 0.005,
         val_tokens: int = 131_072,
         ctx_len: int = 512,
@@ -102,7 +103,8 @@ class TokenData(LightningDataModule):
             )
         self.encoder = Encoder(tokenizer, ctx_len, append_eos)
         self.train_corpus = resolve(train)
-        self.val_corpora = [resolve(corpus) for corpus in val or []]
+        several = val if isinstance(val, list) else [val] if val else []
+        self.val_corpora = [resolve(corpus) for corpus in several]
         self.val_fraction = val_fraction
         self.val_tokens = val_tokens
         self.ctx_len = ctx_len
@@ -117,6 +119,9 @@ class TokenData(LightningDataModule):
         self.position: Int[Tensor, " 3"] = torch.zeros(3, dtype=torch.int64)
         self._val: dict[str, Rows] = {}
         self.validated: frozenset[float] = frozenset()
+        """`likeness()` of the documents of `val`, which are not trained on."""
+        self.validated_shares: frozenset[float] = frozenset()
+        """Their `share()`, by which caches know them."""
 
     @property
     def val_names(self) -> list[str]:
@@ -148,8 +153,9 @@ class TokenData(LightningDataModule):
             also = " or are in `val`" if self.validated else ""
             raise InputError(
                 f"train: all documents of {self.train_corpus.name} are held out for validation "
-                f"(val_fraction={self.val_fraction:.3g}){also}. Give more documents, or "
-                "`val_fraction` 0 and a validation corpus of other text in `val`."
+                f"(val_fraction={self.val_fraction:.3g}){also}. "
+                f"{self._more_text('Give more documents')}, or `val_fraction` 0 and a validation "
+                "corpus of other text in `val`."
             )
         self._say_overlap()
 
@@ -176,7 +182,9 @@ class TokenData(LightningDataModule):
             check_vocabulary(corpus, self.encoder)
             self.encoder.check_text(corpus)
         some = (islice(c.once(), VALIDATED_DOCUMENTS) for c in self.val_corpora)
-        self.validated = frozenset(d.share() for documents in some for d in documents)
+        both = {(d.likeness(), d.share()) for documents in some for d in documents}
+        self.validated = frozenset(likeness for likeness, _ in both)
+        self.validated_shares = frozenset(share for _, share in both)
         self._size_split()
 
     def _refuse_same(self, corpus: Corpus) -> None:
@@ -191,15 +199,15 @@ class TokenData(LightningDataModule):
 
     def _trained(self, document: Document) -> bool:
         """Whether a document is for training."""
-        share = document.share()
-        return share >= self.val_fraction and share not in self.validated
+        kept = document.share() >= self.val_fraction
+        return kept and (not self.validated or document.likeness() not in self.validated)
 
     def _say_overlap(self) -> None:
         """Count the documents that are in both, among the first of the training text."""
         if not self.validated:
             return
-        first = [d.share() for d in islice(self.train_corpus.once(), OVERLAP_SPAN)]
-        both = sum(share in self.validated for share in first)
+        first = [d.likeness() for d in islice(self.train_corpus.once(), OVERLAP_SPAN)]
+        both = sum(likeness in self.validated for likeness in first)
         if both:
             logger.warning(
                 "%d of the first %d documents of %s are in a set of `val` too: wherever they come, "
@@ -313,12 +321,24 @@ class TokenData(LightningDataModule):
     def _filled(self, name: str, rows: Rows) -> Rows:
         """The rows, if there is text in them."""
         if not rows.keep.any():
+            more = "Give more documents or a larger `val_fraction`"
             raise InputError(
                 f"validation set {name!r} has no token (val_fraction={self.val_fraction:.3g}). "
-                "Give more documents or a larger `val_fraction`, or 0 and a validation corpus "
-                "in `val`."
+                f"{self._more_text(more) if name == HELD_OUT else more}, or 0 and a validation "
+                "corpus in `val`."
             )
         return rows
+
+    def _more_text(self, more: str) -> str:
+        """What to give: more text, but for copies of one document, where more of it is no help."""
+        shares = [d.share() for d in islice(self.train_corpus.once(), OVERLAP_SPAN)]
+        if len(set(shares)) > 1:
+            return more
+        found = "one document" if len(shares) == 1 else f"{len(shares):,} documents that are equal"
+        return (
+            f"{self.train_corpus.name} holds {found}, and equal documents are on the same side of "
+            "the split: give different ones"
+        )
 
 
 def collate(rows: list[tuple[Tensor, ...]]) -> TokenBatch:

@@ -1,8 +1,10 @@
 """Text as it is found: what cannot be read is skipped where it is read, and stops no run."""
 
 import json
+import os
 import re
 import shlex
+import socket
 import subprocess
 from collections.abc import Callable
 from itertools import islice
@@ -272,6 +274,64 @@ def test_a_packed_file_is_refused_with_a_command_that_works(tmp_path: Path) -> N
     assert kept(LocalCorpus(str(tmp_path / "some.jsonl"))) == GOOD
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def test_lines_end_as_they_do_on_any_machine(
+    tmp_path: Path, suffix: str, end: str, last: bool
+) -> None:
+    made = GOOD if suffix == "txt" else [json.dumps({"text": text}) for text in GOOD]
+    path = tmp_path / f"some.{suffix}"
+    path.write_bytes((end.join(made) + end * last).encode())
+    corpus = LocalCorpus(str(path))
+    corpus.open()
+    assert kept(corpus) == GOOD
+    assert corpus.n_documents == len(GOOD)
+    assert [d.text for d in corpus.documents(290)] == GOOD[290:]
+
+
+def test_a_carriage_return_inside_a_line_ends_none(tmp_path: Path) -> None:
+    path = tmp_path / "some.txt"
+    path.write_bytes(b"w1\rw2\nw3\n")
+    assert kept(LocalCorpus(str(path))) == ["w1\rw2", "w3"]
+
+
+def test_a_long_line_that_ends_in_a_carriage_return_is_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "some.txt"
+    path.write_bytes(b"w1\r" + b"w2 " * (1 << 18) + b"\rw3\r")
+    assert kept(LocalCorpus(str(path))) == ["w1", "w3"]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "txt", "parquet"])
+def test_a_pipe_or_a_socket_is_refused_at_once(tmp_path: Path, suffix: str) -> None:
+    """Opening one would wait for ever."""
+    pipe, folder = tmp_path / f"pipe.{suffix}", tmp_path / "folder"
+    folder.mkdir()
+    os.mkfifo(pipe)
+    (folder / "a.jsonl").write_bytes(lines())
+    (folder / f"b.{suffix}").symlink_to(pipe)
+    for path, named in ((pipe, pipe), (folder, folder / f"b.{suffix}")):
+        with pytest.raises(InputError, match=rf"{named}': is no ordinary file .*write it to a f"):
+            LocalCorpus(str(path)).open()
+    (folder / f"b.{suffix}").unlink()
+    os.mkfifo(folder / "not.text")
+    LocalCorpus(str(folder)).open()
+    with socket.socket(socket.AF_UNIX) as bound:
+        place = tmp_path / f"s.{suffix}"
+        bound.bind(str(place))
+        with pytest.raises(InputError, match="is no ordinary file"):
+            LocalCorpus(str(place)).open()
+    with pytest.raises(InputError, match="'/dev/null': is no ordinary file"):
+        LocalCorpus("/dev/null").open()
+
+
+def test_a_pipe_hangs_no_command(fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for option in ("data__train", "data__val"):
+        assert fit(**{option: str(tmp_path / "pipe.jsonl")}, trainer__logger="false") == 2
+        assert "pipe.jsonl': is no ordinary file" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------ through the data module
 
 
@@ -390,6 +450,48 @@ def test_documents_of_a_validation_set_are_not_trained_on(
         data(str(two_files / "b.jsonl"), val=[str(folder)], val_fraction=0)
 
 
+@pytest.mark.parametrize("form", ["  {}", "{}\n", "\t{} \r\n"])
+def test_blanks_around_a_text_and_its_line_ends_make_no_other_text(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, form: str
+) -> None:
+    texts = [f"w{i % 60} w{i // 60}\r\nw7\nw8" for i in range(100)]
+    unix = [text.replace("\r\n", "\n") for text in texts]
+    for name, found in (("a", texts), ("b", [form.format(text) for text in unix[50:]])):
+        made = (json.dumps({"text": text}) + "\n" for text in found)
+        (tmp_path / f"{name}.jsonl").write_text("".join(made))
+    train, val = LocalCorpus(str(tmp_path / "a.jsonl")), LocalCorpus(str(tmp_path / "b.jsonl"))
+    made = data(train, val=val, val_fraction=0)
+    assert "50 of the first 100 documents of a are in a set of `val` too" in caplog.text
+    assert trained_on(made) <= set(range(50))
+    # splits and caches know a text by all that it holds
+    assert made.validated_shares == {d.share() for d in val.documents()}
+    assert not made.validated_shares & {d.share() for d in train.documents()}
+
+
+@pytest.mark.parametrize(
+    ("text", "n", "said"),
+    [
+        ("w1 w2 w3", 2000, "2,000 documents that are equal"),
+        ("w1 w2 w3", 1, "one document"),
+        ("w4 w5", 300, "300 documents that are equal"),
+    ],
+)
+@pytest.mark.parametrize("fraction", [0.1, 0.5])
+def test_copies_of_one_document_cannot_be_split(
+    tmp_path: Path, text: str, n: int, said: str, fraction: float
+) -> None:
+    (tmp_path / "copies.txt").write_text(f"{text}\n" * n)
+    with pytest.raises(InputError, match=f"copies holds {said}.*: give different ones") as error:
+        data(str(tmp_path / "copies.txt"), val_fraction=fraction)
+    assert "ive more" not in str(error.value)
+
+
+def test_too_little_text_to_split_still_asks_for_more(tmp_path: Path) -> None:
+    (tmp_path / "few.txt").write_text("w1 w2\nw3 w4\nw5 w6\n")
+    with pytest.raises(InputError, match="no token .*Give more documents or a larger"):
+        data(str(tmp_path / "few.txt"), val_fraction=1e-9)
+
+
 # ------------------------------------------------------------ special tokens
 
 
@@ -484,3 +586,22 @@ def test_numbers_stay_the_same_without_overlap(text_file: Path) -> None:
     beside = data(str(text_file), tokenizer, val=[str(text_file.parent / "other.txt")])
     for a, b in zip(islice(alone, 20), islice(beside.train_dataloader(), 20), strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_one_validation_set_needs_no_list(two_files: Path) -> None:
+    made = data(str(two_files / "a.jsonl"), val=str(two_files / "b.jsonl"), val_fraction=0)
+    assert made.val_names == ["b"]
+    made = data(LocalCorpus(str(two_files / "a.jsonl")), val=LocalCorpus(f"{two_files}/b.jsonl"))
+    assert made.val_names == ["heldout", "b"]
+
+
+def test_an_empty_file_is_refused_by_name(
+    fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "nothing.jsonl").touch()
+    for option in ("data__train", "data__val"):
+        given = {option: str(tmp_path / "nothing.jsonl"), "trainer__logger": "false"}
+        assert fit(**given) == 2
+        said = capsys.readouterr().err
+        assert "nothing.jsonl' holds no document" in said
+        assert "Traceback" not in said

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,15 @@ class Parsed(Exception):  # noqa: N818
     """Parsing is done; nothing is built."""
 
 
-def parse(monkeypatch: pytest.MonkeyPatch, *configs: Path) -> Any:
-    """The resolved configuration of a `fit`."""
+def parse(monkeypatch: pytest.MonkeyPatch, *configs: Path, also: Sequence[str] = ()) -> Any:
+    """The resolved configuration of a `fit`, with further arguments."""
 
     def stop(self: cli.KanllamaCLI) -> None:
         raise Parsed(self.config["fit"])
 
     monkeypatch.setattr(cli.KanllamaCLI, "before_instantiate_classes", stop)
     with pytest.raises(Parsed) as parsed:
-        main(["fit", *(a for c in configs for a in ("--config", str(c)))])
+        main(["fit", *(a for c in configs for a in ("--config", str(c))), *also])
     return parsed.value.args[0]
 
 
@@ -120,3 +121,58 @@ def test_base_callbacks_exist() -> None:
     for entry in base["trainer"]["callbacks"]:
         module, _, name = entry["class_path"].rpartition(".")
         assert (ROOT / (module.replace(".", "/") + ".py")).exists(), name
+
+
+OF_ONE_FILE = {
+    "prose": "w1 of somebody's diary\nw2 of the same\n",
+    "a line": "w1",
+    "records": '{"text": "w1"}\n{"text": "w2"}\n',
+    "a record": '{"text": "w1"}\n',
+    "a class": '{"class_path": "StoryWorldCorpus"}',
+    "a list": '["w1", "w2"]',
+    "null": "null",
+    "empty": "",
+}
+
+
+@pytest.mark.parametrize("content", OF_ONE_FILE.values(), ids=OF_ONE_FILE)
+@pytest.mark.parametrize("form", ["argument", "config"])
+def test_a_file_of_text_is_named_and_not_read_as_a_configuration(
+    content: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stands in it would be looked up on the hub: somebody's text, as a name."""
+    text, config = tmp_path / "text.jsonl", tmp_path / "own.yaml"
+    text.write_text(content)
+    config.write_text(f"data: {{train: {text}, val: {text}}}\n")
+    base = ROOT / "configs" / "kan.yaml"
+    if form == "config":
+        data = parse(monkeypatch, base, config).data
+    else:
+        data = parse(monkeypatch, base, also=[f"--data.train={text}", "--data.val", str(text)]).data
+    assert (data.train, data.val) == (str(text), str(text))
+
+
+def test_validation_text_is_one_corpus_or_a_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("w1\nw2\n")
+    own = json.dumps({"class_path": "LocalCorpus", "init_args": {"path": str(text)}})
+    mixed = json.dumps(
+        {
+            "class_path": "Mixture",
+            "init_args": {"corpora": [str(text), json.loads(own)], "weights": [1, 2]},
+        }
+    )
+
+    def val(*given: str) -> Any:
+        return parse(monkeypatch, ROOT / "configs" / "kan.yaml", also=given).data.val
+
+    assert val("--data.val=null") is None
+    assert val(f"--data.val=[{text}]") == [str(text)]
+    assert val(f"--data.val={own}").init_args.path == str(text)
+    assert val("--data.val=LocalCorpus", f"--data.val.path={text}").init_args.path == str(text)
+    assert val(f"--data.val={mixed}").init_args.corpora[0] == str(text)
+    first, second = val(f"--data.val=[{text}, {own}]")
+    assert (first, second.init_args.path) == (str(text), str(text))
+    assert val(f"--data.val+={text}")[1:] == [str(text)], "beside the default's"

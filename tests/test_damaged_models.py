@@ -99,7 +99,7 @@ BAD_WEIGHTS = {
     "before": (spoil(UP, torch.nan), {}, r"infinite .*0\.mlp\.up_proj.*1 of 45,056"),
     "behind": (spoil(QUERY, torch.inf), {}, r"infinite .*3\.self_attn\.q_proj"),
     "norm": (spoil("model.norm.weight", torch.nan), {}, r"model\.norm\.weight \(1 of 128 numb"),
-    "no layers": (nothing, {LAYERS: -2}, "num_hidden_layers=-2 .* from 1 up"),
+    "no layers": (nothing, {LAYERS: -2}, "num_hidden_layers=-2 must .* at least 1"),
     "no width": (nothing, {"hidden_size": "wide"}, "hidden_size"),
 }
 
@@ -112,6 +112,75 @@ def test_weights_that_do_not_fit_or_are_not_finite_are_named(damaged: Damaged, c
         FrozenLM(str(folder), "model.layers.1.mlp").load_()
 
 
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+BAD_KEYS = {
+    "hidden_act='nope' must be the name of a function": {"hidden_act": "nope"},
+    "hidden_act=None must be": {"hidden_act": None},
+    "num_key_value_heads=0 must be a whole number of at least 1": {"num_key_value_heads": 0},
+    "num_key_value_heads=3 must divide num_attention_heads=4": {"num_key_value_heads": 3},
+    "head_dim=0 must be a whole number": {"head_dim": 0},
+    "rms_norm_eps=None must be a finite number": {"rms_norm_eps": None},
+    "rms_norm_eps='x' must be a finite number": {"rms_norm_eps": "x"},
+    "rms_norm_eps=nan must be a finite number": {"rms_norm_eps": torch.nan},
+    "rms_norm_eps=-1.0 must be a finite number of at least 0": {"rms_norm_eps": -1.0},
+    "max_position_embeddings=-1 must be a whole number": {"max_position_embeddings": -1},
+    "max_position_embeddings=None must be a whole number": {"max_position_embeddings": None},
+    r"rope_parameters\.rope_type='bogus' must be one of default, linear": {
+        "rope_parameters": ROPE | {"rope_type": "bogus"}
+    },
+    r"rope_scaling\.rope_type='bogus' must be": {"rope_scaling": {"type": "bogus"}},
+    r"rope_parameters='x' must be an object": {"rope_parameters": "x"},
+    r"rope_parameters\.rope_theta=0.* at least 1": {"rope_parameters": ROPE | {"rope_theta": 0}},
+    r"rope_parameters\.factor=nan must": {"rope_parameters": ROPE | {"factor": torch.nan}},
+    "rope_theta=-5.0 must be": {"rope_theta": -5.0},
+    "vocab_size=True must be": {"vocab_size": True},
+}
+
+
+@pytest.mark.parametrize("said", BAD_KEYS)
+def test_a_configuration_no_model_can_be_built_from_names_key_and_value(
+    damaged: Damaged, said: str
+) -> None:
+    folder = damaged(nothing, **BAD_KEYS[said])
+    whole = (
+        rf"lm\.name='{folder}': .*config\.json: {said}.*; copy the model's own config\.json again$"
+    )
+    with pytest.raises(InputError, match=whole) as error:
+        FrozenLM(str(folder), "model.layers.1.mlp")
+    assert "\n" not in str(error.value)
+
+
+BAD_FILES = {
+    ("config.json", b"[1]"): "config.json: is a JSON list and no object",
+    ("config.json", b"\xff\x00"): "config.json: is no text in UTF-8",
+    ("config.json", None): "config.json: is missing",
+    ("tokenizer_config.json", b"[]"): "tokenizer_config.json: is a JSON list and no object",
+    ("tokenizer_config.json", b"{"): "tokenizer_config.json: is no valid JSON",
+    ("tokenizer.json", b"{ no"): "tokenizer.json: is no valid JSON",
+    ("tokenizer.json", b"{}"): "its tokenizer (tokenizer.json, tokenizer_config.json): ",
+    ("tokenizer.json", None): "its tokenizer (tokenizer.json, tokenizer_config.json): ",
+    ("special_tokens_map.json", b"{ no"): "special_tokens_map.json: is no valid JSON",
+}
+
+
+@pytest.mark.parametrize(("name", "content"), BAD_FILES)
+def test_a_broken_file_of_a_model_is_named(
+    damaged: Damaged, name: str, content: bytes | None
+) -> None:
+    folder = damaged(nothing)
+    if content is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(content)
+    with pytest.raises(InputError) as error:
+        FrozenLM(str(folder), "model.layers.1.mlp")
+    said = str(error.value)
+    assert said.startswith(f"lm.name='{folder}': the folder holds no usable model: ")
+    assert BAD_FILES[name, content] in said
+    assert re.search(r"copy the model's own config\.json again$|Give a whole copy of one", said)
+    assert "\n" not in said
+
+
 def test_weights_in_another_order_with_what_nobody_needs_are_fine(damaged: Damaged) -> None:
     """A tied unembedding that is saved too, and tables that older versions saved."""
 
@@ -121,6 +190,35 @@ def test_weights_in_another_order_with_what_nobody_needs_are_fine(damaged: Damag
 
     lm = FrozenLM(str(damaged(change)), "model.layers.1.mlp").load_()
     assert torch.equal(lm.model.lm_head.weight, lm.model.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind"),
+    [(torch.int8, "I8"), (torch.bool, "BOOL"), (torch.int64, "I64"), (torch.float8_e4m3fn, "F8_")],
+)
+def test_weights_in_whole_numbers_are_named(
+    damaged: Damaged, dtype: torch.dtype, kind: str
+) -> None:
+    def change(weights: Weights) -> None:
+        weights[UP] = weights[UP].to(dtype)
+
+    folder = damaged(change)
+    with pytest.raises(InputError, match=rf"lm\.name=.*: {UP} is {kind}.*not quantised"):
+        FrozenLM(str(folder), "model.layers.1.mlp").load_()
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match=rf"{UP} is torch\."):
+        FrozenLM(str(folder), "model.layers.1.mlp").load_()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_in_other_floats_are_fine(damaged: Damaged, dtype: torch.dtype) -> None:
+    def change(weights: Weights) -> None:
+        for name, value in weights.items():
+            weights[name] = value.to(dtype)
+
+    FrozenLM(str(damaged(change)), "model.layers.1.mlp").load_()
 
 
 def test_a_cut_file(damaged: Damaged) -> None:

@@ -39,9 +39,9 @@ def cache_key(lm: FrozenLM, data: TokenData) -> Key:
 
 def _validated(data: TokenData) -> dict[str, str]:
     """A hash of the documents not trained on because they are in `val`; empty if there is none."""
-    if not data.validated:
+    if not data.validated_shares:
         return {}
-    shares = ",".join(map(str, sorted(data.validated)))
+    shares = ",".join(map(str, sorted(data.validated_shares)))
     return {"not trained on": f"sha256:{sha256(shares.encode()).hexdigest()}"}
 
 

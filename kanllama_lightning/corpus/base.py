@@ -28,13 +28,23 @@ class Document(NamedTuple):
 
     def share(self) -> float:
         """A number in [0, 1) that depends on the contents alone, evenly spread over documents."""
-        if self.text is not None:
-            content = self.text.encode("utf-8", "surrogatepass")
-        else:
-            content = np.asarray(self.ids, dtype="<i8").tobytes()
-        # the upper 53 bits: all 64 would round up to 1.0 for the last few hashes
-        head = int.from_bytes(blake2b(content, digest_size=8).digest(), "big") >> 11
-        return head / 2**53
+        return _share(self.ids if self.text is None else self.text)
+
+    def likeness(self) -> float:
+        """`share()` of the same text without blanks around it, and with line feeds as line ends."""
+        if self.text is None:
+            return self.share()
+        return _share(self.text.replace("\r\n", "\n").replace("\r", "\n").strip())
+
+
+def _share(contents: str | list[int] | None) -> float:
+    if isinstance(contents, str):
+        content = contents.encode("utf-8", "surrogatepass")
+    else:
+        content = np.asarray(contents, dtype="<i8").tobytes()
+    # the upper 53 bits: all 64 would round up to 1.0 for the last few hashes
+    head = int.from_bytes(blake2b(content, digest_size=8).digest(), "big") >> 11
+    return head / 2**53
 
 
 class Vocabulary(NamedTuple):

@@ -1,12 +1,13 @@
 """Documents in files on this machine."""
 
+import io
 import json
 import logging
 import shlex
 from collections.abc import Generator, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow
 import pyarrow.parquet
@@ -46,7 +47,8 @@ Record = tuple[int, tuple[Path, int], object]
 class LocalCorpus(Corpus):
     """A file, or a folder of files, with one document per line or row.
 
-    `.jsonl` and `.json` hold one JSON object per line, `.parquet` one document per row. A `.txt`
+    `.jsonl` and `.json` hold one JSON object per line (LF, CRLF or CR ends one), `.parquet` one
+    document per row. A `.txt`
     file that is named holds one document per line; in a folder each `.txt` file is one document.
     A column that holds lists of integers is taken as token ids. What cannot be read (no UTF-8,
     half a character, NUL, no whole JSON object, a record above 64 MiB, a damaged part of a parquet
@@ -163,10 +165,14 @@ class LocalCorpus(Corpus):
                 f"path={str(self.path)!r} does not exist. Give a file ({', '.join(SUFFIXES)}) "
                 "or a folder of them; the path is taken from the working directory."
             )
-        if self.path.is_file():
+        if not self.path.is_dir():
+            _refuse_special(self.path)
             files = [self.path] if self.path.suffix.lower() in SUFFIXES else []
         else:
-            every = sorted(f for f in self.path.rglob("*") if f.is_file())
+            every = sorted(f for f in self.path.rglob("*") if f.exists() and not f.is_dir())
+            for file in every:
+                if file.suffix.lower() in SUFFIXES:
+                    _refuse_special(file)
             files = [f for f in every if f.suffix.lower() in SUFFIXES]
             if any(f.suffix == ".arrow" for f in every):
                 raise InputError(
@@ -208,7 +214,7 @@ class LocalCorpus(Corpus):
         self, file: Path, first: int, start: int, columns: set[str]
     ) -> Generator[Record, None, int]:
         number, plain = first, file.suffix.lower() == ".txt"
-        with file.open("rb") as data:
+        with _lines_of(file) as data:
             while line := data.readline(RECORD_BYTES):
                 whole = len(line) < RECORD_BYTES or line.endswith(b"\n")
                 rest = line
@@ -274,11 +280,32 @@ class LocalCorpus(Corpus):
                 ) from error
         lines = 0
         last = b"\n"
-        with file.open("rb") as data:
+        with _lines_of(file) as data:
             while chunk := data.read(1 << 20):
                 lines += chunk.count(b"\n")
                 last = chunk[-1:]
         return lines + (last != b"\n")
+
+
+class _CarriageReturns(io.FileIO):
+    """A file whose lines end in carriage returns, with line feeds in their place."""
+
+    def readinto(self, into: Any) -> int | None:
+        """Read as a file does, and change these bytes."""
+        n = super().readinto(into)
+        into[:n] = bytes(into[:n]).replace(b"\r", b"\n")
+        return n
+
+
+def _lines_of(file: Path) -> BinaryIO:
+    """A file of lines, whatever ends them: in one without a line feed carriage returns do."""
+    with file.open("rb") as data:
+        returns = False
+        while chunk := data.read(1 << 20):
+            if b"\n" in chunk:
+                return file.open("rb")
+            returns = returns or b"\r" in chunk
+    return io.BufferedReader(_CarriageReturns(file)) if returns else file.open("rb")
 
 
 def _column(
@@ -321,6 +348,15 @@ def _too_long() -> Unusable:
 
 def _named(place: tuple[Path, int]) -> str:
     return f"{place[0]}:{place[1]}"
+
+
+def _refuse_special(file: Path) -> None:
+    """Refuse what is neither file nor folder: a pipe is read once, and may never end."""
+    if not file.is_file():
+        raise InputError(
+            f"path={str(file)!r}: is no ordinary file (a pipe, a socket or a device). Text is read "
+            "more than once: write it to a file and give that."
+        )
 
 
 def _refuse_array(file: Path) -> None:

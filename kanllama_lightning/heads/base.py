@@ -88,6 +88,8 @@ class SAEHead(Trained, ABC):
     optimizer_args: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     """Arguments of the optimizer that this kind of head is trained with side by side, unless the
     configuration gives it others; alone it is trained with those of its config."""
+    least: ClassVar[Mapping[str, float]] = MappingProxyType({})
+    """The smallest number that tensors of a saved head may hold, by their names."""
     scale: Tensor
     norm_limit: Tensor
     x_mean: Tensor
@@ -178,6 +180,11 @@ class SAEHead(Trained, ABC):
 
     def calibrate_(self, x: Float[Tensor, "tok d_model"]) -> None:  # noqa: B027
         """Set what inference needs (a threshold, say) from raw training activations."""
+
+    @property
+    def makeshift(self) -> str | None:
+        """What inference makes do with, in words, where `calibrate_` has not set what it needs."""
+        return None
 
     def project_grad_(self) -> None:  # noqa: B027
         """Drop what the projection would undo from the gradients, before they are clipped."""
@@ -415,6 +422,9 @@ def _load_weights(path: Path, head: SAEHead) -> None:
         largest = value[value.isfinite()].abs().amax() if value.isfinite().any() else 0.0
         if not largest <= LARGEST:
             raise _unfit(path, f"{name} holds {float(largest):.3g}; {LARGEST:g} is the most")
+        least = head.least.get(name)
+        if least is not None and (value < least).any():
+            raise _unfit(path, f"{name} holds {float(value.min()):.3g}; {least:g} is the least")
     known = state.get(UNIT, torch.ones(()))
     for name, limit, least in (
         ("scale", head.scale, 1 / LARGEST),

@@ -1,6 +1,7 @@
 """JumpReLU: a learned threshold per latent, and a penalty that counts latents."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -57,6 +58,7 @@ class JumpReLU(FreeNorms):
     """
 
     in_units: ClassVar[tuple[str, ...]] = (*FreeNorms.in_units, "theta")
+    least: ClassVar[Mapping[str, float]] = MappingProxyType({"theta": 0.0})
 
     def __init__(
         self,

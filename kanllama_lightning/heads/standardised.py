@@ -1,10 +1,14 @@
 """What every KAN head needs: inputs of known range for its fixed grid."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import ClassVar
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kanllama_lightning.heads.base import SAEHead
+from kanllama_lightning.heads.base import LARGEST, SAEHead
 from kanllama_lightning.heads.thresholded import Thresholded
 
 
@@ -19,6 +23,9 @@ class Standardised(Thresholded):
         seed: Seed of the initial weights (linked to `seed_everything`).
     """
 
+    least: ClassVar[Mapping[str, float]] = MappingProxyType(
+        {**Thresholded.least, "input_std": 1 / LARGEST}
+    )
     input_mean: Tensor
     input_std: Tensor
 

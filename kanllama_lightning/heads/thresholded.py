@@ -1,6 +1,8 @@
 """Batch selection in training, one learned threshold at inference."""
 
 import logging
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -34,6 +36,10 @@ class Thresholded(Selecting):
     """
 
     in_units: ClassVar[tuple[str, ...]] = ("b_enc", "b_dec", "threshold", "threshold_ema")
+    # a threshold of 0 keeps all that is positive: that of too few positive activations
+    least: ClassVar[Mapping[str, float]] = MappingProxyType(
+        {"threshold": 0.0, "threshold_ema": 0.0, "threshold_ema_weight": 0.0}
+    )
     threshold: Tensor
     threshold_ema: Tensor
     threshold_ema_weight: Tensor
@@ -45,6 +51,7 @@ class Thresholded(Selecting):
         self.register_buffer("threshold", torch.full((), torch.nan))
         self.register_buffer("threshold_ema", torch.zeros(()))
         self.register_buffer("threshold_ema_weight", torch.zeros(()))
+        self._warned = False
 
     def select(self, pre_acts: Float[Tensor, "tok d_sae"]) -> Int[Tensor, " nnz"]:
         """In training the batch's largest, at inference everything above the threshold."""
@@ -52,10 +59,9 @@ class Thresholded(Selecting):
             return largest_positive(pre_acts, self.target_l0 * len(pre_acts))[0]
         theta = self.inference_threshold()
         if theta is None:
-            log.warning(
-                "this head has no threshold yet: keeping the largest activations of the batch "
-                "at hand instead, so its L0 is the target by construction"
-            )
+            if not self._warned:
+                log.warning("this head has no threshold yet: %s", self.makeshift)
+                self._warned = True
             return largest_positive(pre_acts, self.target_l0 * len(pre_acts))[0]
         return (pre_acts > theta).reshape(-1).nonzero().squeeze(1)
 
@@ -66,6 +72,18 @@ class Thresholded(Selecting):
         if self.threshold_ema_weight > 0:
             return self.threshold_ema / self.threshold_ema_weight
         return None
+
+    @property
+    def makeshift(self) -> str | None:
+        """The moving average of training, or the batch at hand."""
+        if not self.threshold.isnan():
+            return None
+        if self.inference_threshold() is not None:
+            return "the moving average of training takes its place, and L0 is near its target only"
+        return (
+            "the largest activations of the batch at hand are kept instead, so its L0 is the "
+            "target by construction"
+        )
 
     @torch.no_grad()
     def observe_(self, out: SAEOutput, ctx: StepContext) -> None:

@@ -166,6 +166,12 @@ def _subject(
 ) -> Subject:
     digest = hashlib.sha256()
     loaded = SAEHead.load(head, allow)
+    if loaded.makeshift is not None:
+        log.warning(
+            "RUN=%r: its threshold was never calibrated: %s; a run calibrates it when it ends",
+            str(folder),
+            loaded.makeshift,
+        )
     for name in (CARD, WEIGHTS):
         with (head / name).open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())

@@ -48,6 +48,7 @@ from kanllama_lightning.heads.hidden import Hidden
 from kanllama_lightning.heads.kan_decoder import KANDecoder
 from kanllama_lightning.heads.selecting import Selecting
 from kanllama_lightning.heads.standardised import Standardised
+from kanllama_lightning.reports.subject import read_subject
 from kanllama_lightning.types import InputError, SparseCodes, StepContext
 
 D, M, K = 8, 24, 3
@@ -1030,6 +1031,12 @@ def edit_weights(folder, **changes):
         ({"norm_limit": torch.tensor(-math.inf)}, "norm_limit=-inf must be larger than 0"),
         ({"norm_limit": torch.tensor(0.0)}, "norm_limit=0 must be larger than 0"),
         ({"threshold": torch.tensor(math.inf)}, "threshold holds 1 values that are no finite"),
+        ({"threshold": torch.tensor(-math.inf)}, "threshold holds 1 values that are no finite"),
+        ({"threshold": torch.tensor(-0.5)}, "threshold holds -0.5; 0 is the least; copy"),
+        ({"threshold_ema": torch.tensor(-0.5)}, "threshold_ema holds -0.5; 0 is the least"),
+        ({"threshold_ema": torch.tensor(math.nan)}, "threshold_ema holds 1 values that are no fin"),
+        ({"threshold_ema_weight": torch.tensor(-1.0)}, "threshold_ema_weight holds -1; 0 is the"),
+        ({"threshold_ema_weight": torch.tensor(math.inf)}, "threshold_ema_weight holds 1 values"),
         ({"x_mean": torch.zeros(D + 1)}, rf"x_mean has the shape \[{D + 1}\] instead of \[{D}\]"),
         ({"b_dec": None}, "b_dec is missing"),
         ({"more": torch.ones(1)}, "more is nothing that a BatchTopK has"),
@@ -1042,6 +1049,53 @@ def test_weights_that_are_no_head_are_refused(tmp_path, changes, message):
         SAEHead.load(tmp_path)
     assert str(error.value).startswith(str(tmp_path / "head.safetensors"))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("head", "name", "value"),
+    [
+        (JumpReLU(D, M, K), "theta", -1e-3),
+        (KANEncoder(D, M, K), "threshold", -1.0),
+        (KANEncoder(D, M, K), "input_std", 0.0),
+        (KANEncoder(D, M, K), "input_std", -1.0),
+    ],
+)
+def test_other_numbers_below_their_least_are_refused(tmp_path, head, name, value):
+    head.save(tmp_path)
+    spoilt = head.state_dict()[name].clone()
+    spoilt.view(-1)[0] = value
+    edit_weights(tmp_path, **{name: spoilt})
+    with pytest.raises(InputError, match=rf"{name} holds {value:.3g}; .* is the least"):
+        SAEHead.load(tmp_path)
+
+
+@pytest.mark.parametrize("seen", [False, True])
+def test_a_head_that_was_never_calibrated_is_read_and_reports_say_so(tmp_path, caplog, seen):
+    head = BatchTopK(D, M, K)
+    if seen:
+        head.threshold_ema.fill_(0.5)
+        head.threshold_ema_weight.fill_(0.5)
+    head.save(tmp_path)
+    loaded = read_subject(tmp_path).head
+    (said,) = [r.message for r in caplog.records]
+    assert "never calibrated" in said
+    assert ("moving average of training" in said) is seen
+    caplog.clear()
+    for _ in range(3):
+        loaded(rows(10))
+    assert len(caplog.records) == (not seen), "once, however many batches"
+
+
+def test_a_threshold_of_zero_keeps_all_that_is_positive(tmp_path, caplog):
+    """What calibration finds where there are too few positive activations."""
+    head = started(BatchTopK).eval()
+    head.b_enc.data.fill_(-1e3)
+    head.b_enc.data[:2] = 1e3
+    head.calibrate_(rows(100))
+    assert head.threshold == 0
+    head.save(tmp_path)
+    assert read_subject(tmp_path).head(rows(10)).codes.latents.unique().tolist() == [0, 1]
+    assert not caplog.records
 
 
 def test_weights_in_another_number_format_are_read(tmp_path):

@@ -7,7 +7,7 @@ import wandb
 
 from kanllama_lightning.reports.base import EvalRun
 from kanllama_lightning.run import CONFIG, LOGGER_ID, SUMMARY, read_logger_id
-from kanllama_lightning.small_files import Wrong, check, read_json
+from kanllama_lightning.small_files import Wrong, check, read_json, there
 from kanllama_lightning.types import InputError
 from kanllama_lightning.wandb_logger import RunLogger
 
@@ -54,7 +54,8 @@ def send(run: EvalRun, config: dict[str, Any]) -> None:
             shown = table.head(MOST_ROWS).astype(texts)
             tracker.log({f"{under}/{name}": wandb.Table(dataframe=shown)}, step=row)
         tracker.log({f"{under}/{name}": figure for name, figure in run.figures.items()}, step=row)
-        known = read_json(run.out / SUMMARY)
+        # a report that failed may have left tables before there was any summary
+        known = read_json(run.out / SUMMARY) if there(run.out / SUMMARY) else {}
         tracker.summary.update({f"{under}/{k}": v for k, v in known.items() if "/" in k})
     finally:
         tracker.finish()

@@ -293,6 +293,10 @@ def test_nobody_there(run: Path, server: JudgeServer, capsys: Any) -> None:
     err = capsys.readouterr().err
     assert f"'{server.url}'" in err
     assert "no connection" in err
+    assert call(run, server.url, "--wandb", "true") == 2
+    again = capsys.readouterr().err
+    assert "no connection" in again, "and no word of what could not be sent"
+    assert again.count("error:") == 1
 
 
 def test_the_estimate_is_checked_before_anything_is_asked(

@@ -154,6 +154,8 @@ def start(args: list[str], at: At | None = None) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, *held, *args], cwd=ROOT, env=environment, text=True,
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+        # under nohup a child would ignore it too
+        preexec_fn=lambda: signal.signal(HUP, signal.SIG_DFL),
     )  # fmt: skip
 
 
@@ -174,6 +176,7 @@ def stop_at(args: list[str], at: At, number: int) -> tuple[int, str]:
                 said.append(line)
         else:  # as soon as it listens, it is loading its libraries
             while not listens(process.pid):
+                assert process.poll() is None, process.stderr.read()
                 time.sleep(0.01)
             time.sleep(0.2)
         process.send_signal(number)

@@ -176,7 +176,10 @@ def test_two_processes_are_one_on_the_union(
             if known[key] is None:
                 assert got[key] is None, (name, key)
             else:
-                assert got[key] == pytest.approx(known[key], rel=5e-3, abs=1e-3), (name, key)
+                # documents are drawn anew for intervals, in the order in which they came
+                drawn = key.endswith(("_low", "_high"))
+                close = pytest.approx(known[key], rel=5e-3, abs=1e-2 if drawn else 1e-3)
+                assert got[key] == close, (name, key)
         # every validation row was measured once, whoever did it
         tokens = [sum(int(r["n_tokens"]) for r in read_rows(tmp_path / n / name / "l0.csv"))
                   for n in ("one", "two")]  # fmt: skip

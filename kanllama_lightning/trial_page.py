@@ -36,6 +36,7 @@ p.note, .stop {{ color: var(--soft); font-size: .9rem; overflow-wrap: anywhere; 
 table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }}
 th, td {{ text-align: left; padding: .25rem .6rem; border-bottom: 1px solid var(--line);
   vertical-align: top; overflow-wrap: anywhere; }}
+td.token {{ min-width: 5em; }}
 th {{ font-weight: 600; white-space: nowrap; }} .n {{ text-align: right; white-space: nowrap; }}
 code {{ font-family: ui-monospace, monospace; white-space: pre-wrap; }}
 mark {{ background: var(--mark); color: inherit; border-radius: 3px; }}
@@ -145,7 +146,8 @@ def _predictions_html(trial: Trial) -> str:
     def cells(guess: tuple[str, float]) -> str:
         token, p = guess
         bar = f'<td class="weights"><span class="bar" style="width:{100 * p:.1f}%"></span></td>'
-        return f'<td><code>{_html(quoted(token))}</code></td><td class="n">{p:.4f}</td>{bar}'
+        name = f'<td class="token"><code>{_html(quoted(token))}</code></td>'
+        return f'{name}<td class="n">{p:.4f}</td>{bar}'
 
     names = "".join(f'<th colspan="3">{NAMES[run]}</th>' for run in trial.predictions)
     return _table(

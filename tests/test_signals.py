@@ -148,14 +148,19 @@ def command(tiny_lm_dir: Path, text_file: Path) -> Callable[..., list[str]]:
     return make
 
 
+def heed() -> None:
+    """Let signals count that a child of nohup, or of a shell's background, would ignore too."""
+    for number in (HUP, INT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def start(args: list[str], at: At | None = None) -> subprocess.Popen[str]:
     held = ["-m", "tests.hold", at.place, str(at.call)] if at and at.place else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
     return subprocess.Popen(
         [sys.executable, *held, *args], cwd=ROOT, env=environment, text=True,
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
-        # under nohup a child would ignore it too
-        preexec_fn=lambda: signal.signal(HUP, signal.SIG_DFL),
+        preexec_fn=heed,
     )  # fmt: skip
 
 

@@ -239,7 +239,7 @@ def test_a_second_signal_leaves_at_once(command: Callable[..., list[str]], tmp_p
     ],
 )
 def test_every_phase_of_a_record(place: str, run_folder: Path) -> None:
-    args = ["evaluate.py", "report", str(run_folder), "--documents", "30", "--wandb", "false"]
+    args = ["evaluate.py", "report", str(run_folder), "--documents", "19", "--wandb", "false"]
     args += ["--reports", "sparsity", "losses", "--losses.resamples", "50", "--lm.untrained=true"]
     code, said = stop_at(args, At(place, 1, "", True), TERM)
     assert code == 143, said

@@ -86,6 +86,7 @@ def test_a_key_without_a_network(tmp_path: Path) -> None:
         **os.environ, "WANDB_MODE": "online", "WANDB_API_KEY": "0123456789abcdef" * 2 + "01234567",
         "WANDB_BASE_URL": "http://127.0.0.1:9", "PYTHONPATH": str(ROOT),
     }  # fmt: skip
+    environment.pop("WANDB_SERVICE", None)  # of this process, where the id may be in use
     ran = subprocess.run(
         [sys.executable, "-c", FALLBACK, str(tmp_path)],
         env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=180,

@@ -71,7 +71,7 @@ class Endpoint:
 
     def scrubbed(self, reply: Any) -> Any:
         """What a server says, text or plain values, without secrets that it repeats."""
-        return self._secrets.scrubbed_tree(reply)
+        return known.scrubbed_tree(self._secrets.scrubbed_tree(reply))
 
 
 def shown_address(base_url: str | None) -> str:

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,18 @@ from tests.hold import HERE
 
 ROOT = Path(__file__).resolve().parents[1]
 TERM, INT, HUP = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+
+
+@pytest.fixture(autouse=True)
+def _heeded() -> Iterator[None]:
+    """Under nohup, and in a shell's background, signals are ignored from the start."""
+    before = {HUP: signal.signal(HUP, signal.SIG_DFL)}
+    before[INT] = signal.signal(INT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 NOTHING = "stopped before there was anything to save"
 GONE_ON = "everything is saved; the same command with `--ckpt_path last` goes on from here"
 

@@ -47,7 +47,7 @@ REFUSED_PRECISION = {
     "16-mixed": "fp16 overflows at summed squared errors and its gradient scaler skips steps",
     "16": "fp16 overflows at summed squared errors and its gradient scaler skips steps",
     "16-true": "heads need fp32 master weights",
-    "bf16-true": "an Adam step of 1e-4 rounds to no change on most bf16 weights",
+    "bf16-true": "an Adam step of 1e-5 rounds to no change on most bf16 weights",
 }
 
 

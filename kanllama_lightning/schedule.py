@@ -7,7 +7,7 @@ from kanllama_lightning.types import InputError
 
 
 class Schedule(NamedTuple):
-    """Lengths for a budget of `tokens` in batches of `batch` (METHODS A0, small-run rule)."""
+    """Lengths for a budget of `tokens` in batches of `batch` (METHODS A0)."""
 
     tokens: int
     """Rows to train on in all."""

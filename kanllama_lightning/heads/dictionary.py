@@ -60,7 +60,7 @@ class Dictionary(SAEHead):
     def folded(self) -> SAEHead:
         """A copy in the LM's units: all that is added or compared, divided by the scale.
 
-        Directions keep their norm; latents come out in the LM's units too (METHODS 0).
+        Directions keep their norm; latents come out in the LM's units too (METHODS 0.1).
         """
         copied = copy.deepcopy(self)
         for name in self.in_units:

@@ -18,8 +18,8 @@ SHARPNESS = 16.0
 START_L0 = 1e4
 """Latents that fire on a token at the start, where so many are less than half (METHODS A5)."""
 LEAST_THETA = 0.01
-"""Lower bound of theta, relative to its start. METHODS A5 clamps at 0; but the estimator's gradient
-is in proportion to theta, so that a latent once at 0 would be a ReLU for good."""
+"""Lower bound of theta, relative to its start (METHODS A5): the estimator's gradient is in
+proportion to theta, so that a latent once at 0 would be a ReLU for good."""
 LATENTS_AT_ONCE = 1024
 """Latents whose start quantiles are made at once."""
 
@@ -32,8 +32,8 @@ class JumpReLU(FreeNorms):
 
     means over tokens, V the variance of the start sample, sg a stop-gradient (ours: without it the
     last term shrinks w_j to nothing). c, the bandwidth and theta at the start are in units of
-    sqrt(V), so that all of it is the same at every width (METHODS A5 has them in the head's units,
-    for one width that it does not name).
+    sqrt(V), so that all of it is the same at every width (Anthropic has them in units of x, for one
+    width that it does not name; METHODS A5 has both).
     Anthropic's form ("Dictionary learning optimization techniques",
     transformer-circuits.pub, January 2025) of Rajamanoharan et al. 2024 (arXiv 2407.14435): the
     straight-through estimator of the jump reaches p as well as theta (`jump_relu`). theta is

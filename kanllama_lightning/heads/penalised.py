@@ -336,7 +336,7 @@ class FreeNorms(Penalised):
     def dead_sizes(
         self, acts: Float[Tensor, "tok n_dead"], dead: Int[Tensor, " n_dead"]
     ) -> Float[Tensor, "tok n_dead"]:
-        """p_j ||w_j||: the best are those that write most (METHODS A3 a)."""
+        """p_j ||w_j||: the best are those that write most (METHODS A3)."""
         return acts * self.row_norms()[dead]
 
     def project_grad_(self) -> None:

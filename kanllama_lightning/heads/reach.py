@@ -13,7 +13,7 @@ MIN_FIRINGS = 100
 def first_reach(
     values: Float[Tensor, " nnz"], latents: Int[Tensor, " nnz"], d_sae: int
 ) -> Float[Tensor, " d_sae"]:
-    """The largest activation of each latent in a sample (METHODS B5 i).
+    """The largest activation of each latent in a sample (METHODS B3c).
 
     Args:
         values: Positive activations.

@@ -37,7 +37,7 @@ class Standardised(Thresholded):
         self.register_buffer("input_std", torch.ones(d_model))
 
     def folded(self) -> SAEHead:
-        """Refused: a curve of standardised activations has no other units (METHODS 0)."""
+        """Refused: a curve of standardised activations has no other units (METHODS 0.1)."""
         return SAEHead.folded(self)
 
     def standardise_(self, mean: Float[Tensor, " d_model"], std: Float[Tensor, " d_model"]) -> None:

@@ -1,4 +1,4 @@
-"""The straight-through JumpReLU: values and gradients by hand (METHODS A5, H6)."""
+"""The straight-through JumpReLU: values and gradients by hand (METHODS A5)."""
 
 import pytest
 import torch

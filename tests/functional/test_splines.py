@@ -84,7 +84,7 @@ def points(lo, hi, size, order, n=997):
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_closed_form_is_cox_de_boor(grid):
-    """METHODS H 7, for the bases and their slopes."""
+    """The bases and their slopes (METHODS B1)."""
     lo, hi, size, order = grid
     # 1e-9 off each knot: where a slope jumps (order 1), rounding may choose either cell
     x = points(*grid) + 1e-9
@@ -137,7 +137,7 @@ def test_knots(grid):
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_spline_is_zero_beyond_hi_plus_kh(grid):
-    """METHODS H 9: without tails, h being a cell and k the order."""
+    """Without tails, h being a cell and k the order (METHODS B3b)."""
     lo, hi, size, order = grid
     reach = order * (hi - lo) / size * (1 + 1e-9)
     x = column(lo - reach, hi + reach, 1e30, -torch.inf, torch.inf)

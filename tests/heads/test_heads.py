@@ -310,7 +310,7 @@ def test_refused_arguments(kind, args, message):
 
 @pytest.mark.parametrize("kind", [h for h in DIRECTIONS if h not in FREE_NORMS])
 def test_dictionary_rows_stay_on_the_unit_sphere(kind):
-    """METHODS H10."""
+    """Gradients are orthogonal to them, and norms are 1 after each step (METHODS A0)."""
     head = started(kind)
     if kind is FrozenDecoder:
         return  # nothing moves it
@@ -364,7 +364,7 @@ def test_units_of_the_lm_change_nothing(kind):
 
 @every_dictionary
 def test_folding_the_scale_away_changes_nothing(kind):
-    """METHODS H1."""
+    """The same reconstruction, and latents in raw units (METHODS 0.1)."""
     head = trained(kind).eval()
     if isinstance(head, Standardised):
         with pytest.raises(InputError, match="no form without its scale"):
@@ -433,7 +433,7 @@ def test_every_head_of_one_seed_has_the_same_dictionary(kind):
 
 
 def dense_pre_acts(head, x_n):
-    """Pre-activations as METHODS writes them: b_dec is taken off inside the product."""
+    """Pre-activations as METHODS A3 and B5 write them: b_dec is taken off inside the product."""
     if isinstance(head, KANDirect):
         return head.kan((x_n - head.input_mean) / head.input_std) + head.b_enc
     inputs = x_n
@@ -448,7 +448,7 @@ def dense_pre_acts(head, x_n):
 
 
 def naive_loss(head, x, flat, dead):
-    """The loss as METHODS A writes it: dense."""
+    """The loss as METHODS A3 and A6 write it: dense."""
     x_n = x * head.scale
     pre = dense_pre_acts(head, x_n)
     m = head.d_sae
@@ -480,7 +480,7 @@ SIMPLE = [h for h in SELECTING if h in DIRECTIONS and h not in (SplineLatent, Fr
 def test_all_gradients_are_those_of_the_formula(kind, n_dead):
     """Above all b_dec's, which goes round the encoder's product with the batch.
 
-    METHODS H14: the formula's AuxK has a detached target and no b_dec.
+    The formula's AuxK has a detached target and no b_dec (METHODS A3).
     """
     head = trained(kind, alpha_aux=2.0)
     x = rows(40, seed=3)
@@ -715,7 +715,7 @@ def test_calibration_is_the_exact_quantile(kind):
 
 @every_thresholded_head
 def test_inference_l0_is_near_k_after_training_and_calibration(kind):
-    """METHODS H5; and on other rows of the same distribution too."""
+    """On the rows it was calibrated on, and on others of the same distribution (METHODS A4)."""
     head = trained(kind)
     train_(head, rows(512), 30)
     head.calibrate_(rows(4000, seed=1))
@@ -796,7 +796,7 @@ def test_a_head_without_a_threshold_warns(kind, caplog):
 
 @pytest.mark.parametrize("kind", TWINS)
 def test_step_0_is_batch_topk_bit_for_bit(kind):
-    """METHODS H8."""
+    """Extra weights count for nothing at the start (METHODS B5 0)."""
     kan, linear = started(kind, seed=7), started(BatchTopK, seed=7)
     for x in (rows(50), rows(1), rows(50) * 100):  # beyond the grid as well
         assert same_outputs(kan(x), linear(x))
@@ -809,7 +809,7 @@ def test_step_0_is_batch_topk_bit_for_bit(kind):
 
 @pytest.mark.parametrize("kind", NEAR_TWINS)
 def test_step_0_is_batch_topk_to_rounding(kind):
-    """METHODS H8; beyond the grid as well, where tails are lines."""
+    """Their curves are lines at the start, beyond the grid as well (METHODS B5, B3b)."""
     kan, linear = started(kind, seed=7), started(BatchTopK, seed=7)
     for head in (kan, linear):
         head.calibrate_(rows(200))

@@ -268,7 +268,7 @@ def test_norms_are_free_and_folded_away(kind):
 
 @every_head
 def test_without_the_scale(kind):
-    """METHODS H1: the folded head makes the same of raw activations, its latents in raw units."""
+    """The folded head makes the same of raw activations (METHODS 0.1), its latents in raw units."""
     head = trained(kind).eval()
     folded, x = head.folded(), rows()
     assert head.scale != 1

@@ -94,7 +94,7 @@ def evaluate(lm, head, out, **kwargs):
 @pytest.mark.parametrize("prompt", [PROMPT, LONG], ids=["one token", "three tokens"])
 @pytest.mark.parametrize("name", RUNS)
 def test_every_run_is_that_of_plain_transformers(make_lm, tiny_lm_dir, prompt, name):
-    """METHODS H15, and the alignment: an independent splice gives the same numbers."""
+    """An independent splice gives the same numbers, aligned (METHODS C)."""
     lm = make_lm()
     head = started_head(lm)
     asked = question(lm, prompt)

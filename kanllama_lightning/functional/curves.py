@@ -4,7 +4,7 @@ A curve is judged over the values that it sees, x of n tokens. Its size is its R
 its mean; its bend is the share of that variance left over by the best straight line.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -198,16 +198,23 @@ def reading(
     below = root.square().cumsum(0)
     left, right = t[below > 0.025][0], t[below >= 0.975 * below[-1]][0]
 
-    def explained(shapes: Float[Tensor, "n points"], with_line: bool) -> Float[Tensor, " n"]:
-        """R2 of a constant, or a line, plus a multiple of each shape."""
+    total = y.square().sum()
+    rests: dict[bool, tuple[Tensor, Tensor]] = {}
+    for with_line in (False, True):
         plain = torch.stack([torch.ones_like(t), t][: 1 + with_line], dim=1) * root[:, None]
         q = torch.linalg.qr(plain).Q
-        y_rest, shapes = y - q @ (q.T @ y), shapes * root
-        rest = shapes - (shapes @ q) @ q.T
-        sizes = rest.square().sum(1)
-        known = sizes > 1e-12 * shapes.square().sum(1).clamp_min(1e-300)
-        gain = torch.where(known, (rest @ y_rest).square() / sizes.clamp_min(1e-300), 0.0)
-        return 1 - (y_rest.square().sum() - gain) / y.square().sum()
+        rests[with_line] = q, y - q @ (q.T @ y)
+
+    def explained(shapes: Float[Tensor, "n points"], with_line: bool) -> Float[Tensor, " n"]:
+        """R2 of a constant, or a line, plus a multiple of each shape."""
+        q, y_rest = rests[with_line]
+        shapes = shapes * root
+        whole = shapes.square().sum(1)
+        # of what q leaves of a shape: its length, and its product with y_rest, which q leaves alone
+        sizes = whole - (shapes @ q).square().sum(1)
+        known = sizes > 1e-12 * whole.clamp_min(1e-300)
+        gain = torch.where(known, (shapes @ y_rest).square() / sizes.clamp_min(1e-300), 0.0)
+        return 1 - (y_rest.square().sum() - gain) / total
 
     def searched(shape: Callable[[Tensor], Tensor], widest: float, whole: bool) -> float:
         """Best R2 over centres and widths, on ever finer lattices."""
@@ -227,20 +234,23 @@ def reading(
             centre, width, reach = at[i].item(), by[i].item(), reach / 4
         return best
 
-    found = [
-        {"linear": explained(torch.zeros_like(t)[None], with_line=True).item()},
-        {"quadratic": explained(t.square()[None], with_line=True).item()},
-        {
+    def richer() -> Iterator[dict[str, float]]:
+        """R2 of families of 2, 3 and 4 parameters; most curves need no search for the last."""
+        yield {"linear": explained(torch.zeros_like(t)[None], with_line=True).item()}
+        yield {"quadratic": explained(t.square()[None], with_line=True).item()}
+        yield {
             "hinge": explained((t - t[1:-1, None]).clamp_min(0), with_line=True).max().item(),
             "saturating": searched(torch.tanh, 1.0, whole=False),
             "bump": searched(lambda u: (-u.square() / 2).exp(), 0.5, whole=True),
-        },
-    ]
-    for families in found:
+        }
+
+    most = 0.0
+    for families in richer():
         name, r2 = max(families.items(), key=lambda item: item[1])
         if r2 >= FITS:
             return name, r2
-    return "none", max(r2 for families in found for r2 in families.values())
+        most = max(most, r2)
+    return "none", most
 
 
 def straightness(curve: Float[Tensor, "*n points d"]) -> Float[Tensor, "*n"]:

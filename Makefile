@@ -1,5 +1,7 @@
 # One command each, from an empty clone: no edit, no account, no download beyond Python packages.
 PY := .venv/bin/python
+# one core to a process; every process has a finished run and imports of its own
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .PHONY: demo record test test-slow lint format
 .DEFAULT_GOAL := demo
@@ -16,10 +18,10 @@ record: .venv/.ok
 	$(PY) evaluate.py report last
 
 test: .venv/.ok
-	$(PY) -m pytest
+	$(PYTEST)
 
 test-slow: .venv/.ok
-	$(PY) -m pytest -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu"
 
 lint: .venv/.ok
 	.venv/bin/ruff format --check .

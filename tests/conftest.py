@@ -1,14 +1,18 @@
 """A random two-block Llama, a word tokenizer and a little text, all made here; no network."""
 
+import contextlib
 import csv
+import io
 import json
 import os
 import random
+import shutil
 import signal
 import socket
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from kanllama_lightning.lm import FrozenLM
 from kanllama_lightning.packing import join, pack
 from kanllama_lightning.types import TokenBatch
+from tests.fuzz.harness import COUNTS
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 VOCAB = 64
@@ -31,7 +36,7 @@ SMALL = {
     "lm.dtype": "float32",
     "lm.hook_point": "model.layers.1.mlp",
     "lm.untrained": "true",
-    "model.head": "KANEncoder",
+    "model.head": "BatchTopK",
     "model.head.d_sae": "32",
     "model.head.target_l0": "4",
     "model.tokens": "2560",
@@ -150,6 +155,11 @@ def fit(tiny_lm_dir: Path, text_file: Path, tmp_path: Path) -> Fit:
     return run
 
 
+def rest_slow(values: Iterable[Any], fast: Collection[Any]) -> list[Any]:
+    """Parameters of a test, of which only those in `fast` are tried in the default suite."""
+    return [v if v in fast else pytest.param(v, marks=pytest.mark.slow) for v in values]
+
+
 ALONE = {"model.head": None, "model.head.d_sae": None, "model.head.target_l0": None}
 """What SMALL says of a head, left out: a config of heads side by side says it."""
 
@@ -195,12 +205,63 @@ def only_run(tmp_path: Path) -> Path:
     return folder
 
 
+class Finished(NamedTuple):
+    """A finished run that many tests look at."""
+
+    folder: Path
+    printed: str
+
+
+@pytest.fixture(scope="session")
+def finished(
+    tiny_lm_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Finished:
+    """A finished run on the tiny model, made once; not to be changed."""
+    from train import main
+
+    runs = tmp_path_factory.mktemp("finished")
+    given = SMALL | {"lm.name": tiny_lm_dir, "data.train": text_file, "runs_dir": runs}
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setenv("WANDB_MODE", "offline")
+        assert main(["fit", *[f"--{k}={v}" for k, v in given.items()]]) == 0
+    (folder,) = runs.iterdir()
+    return Finished(folder, printed.getvalue())
+
+
 @pytest.fixture
-def run_folder(fit: Fit, tmp_path: Path) -> Path:
-    """A finished run on the tiny model."""
-    assert fit() == 0
-    return only_run(tmp_path)
+def run_folder(finished: Finished, tmp_path: Path) -> Path:
+    """A copy of the finished run, to be changed at will."""
+    folder = tmp_path / "runs" / finished.folder.name
+    shutil.copytree(finished.folder, folder, symlinks=True)
+    return folder
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden/*.json")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hand the counts of damaged files on, where tests run in several processes."""
+    if hasattr(session.config, "workeroutput"):
+        counted = {name: dict(counts) for name, counts in COUNTS.items()}
+        session.config.workeroutput["fuzz"] = counted
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Add up what one of the processes counted."""
+    for name, counts in getattr(node, "workeroutput", {}).get("fuzz", {}).items():
+        COUNTS.setdefault(name, Counter()).update(counts)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say at the end how damaged files of every kind ended."""
+    if not COUNTS:
+        return
+    terminalreporter.write_sep("-", "fuzz: cases by area and how they ended")
+    for name, counts in COUNTS.items():
+        said = ", ".join(f"{n} {word}" for word, n in sorted(counts.items()))
+        terminalreporter.write_line(f"{name:24} {counts.total():5}: {said}")
+    total = sum(counts.total() for counts in COUNTS.values())
+    terminalreporter.write_line(f"{'all':24} {total:5}")

@@ -352,6 +352,7 @@ def trained_on(made: TokenData) -> set[int]:
     return found
 
 
+@pytest.mark.slow
 def test_a_surrogate_deep_in_the_text_stops_no_run(fit: Fit, tmp_path: Path) -> None:
     """Of training text and of a validation set."""
     words = [json.dumps({"text": f"{text} {text} {text}"}) for text in GOOD * 3]
@@ -561,6 +562,7 @@ def config_of(tmp_path: Path) -> Any:
     return yaml.safe_load((only_run(tmp_path) / "config.yaml").read_text())
 
 
+@pytest.mark.slow
 def test_own_text_leaves_the_defaults_other_text_out(
     fit: Fit, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

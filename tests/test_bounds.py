@@ -96,6 +96,7 @@ def with_checkpoints(path: Path, **args: Any) -> str:
     return f"--config={path}"
 
 
+@pytest.mark.slow
 def test_checkpoints_by_the_clock(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -348,6 +348,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return SAEHead.load(folder / "head").state_dict()
 
 
+@pytest.mark.slow
 def test_trains_as_well_as_live_and_never_runs_the_lm_again(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -380,6 +381,7 @@ def test_trains_as_well_as_live_and_never_runs_the_lm_again(
     assert math.isfinite(summary(tmp_path / "third")["val/delta_ce"])
 
 
+@pytest.mark.slow
 def test_stopped_and_continued_is_the_same_run(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -407,6 +409,7 @@ def test_mistakes(fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     assert not list((tmp_path / "runs").iterdir()), "a mistake leaves no empty run behind"
 
 
+@pytest.mark.slow
 def test_interrupted_writing_ends_with_a_line(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -12,18 +12,19 @@ import torch
 import yaml
 from transformers import GPT2Config
 
-from kanllama_lightning.heads import KANEncoder, SAEHead
+from kanllama_lightning.heads import BatchTopK, SAEHead
 from kanllama_lightning.lm import FrozenLM
 from kanllama_lightning.metrics import Reconstruction, Sparsity
 from kanllama_lightning.tokens import TokenData
-from tests.conftest import Fit, only_run, terminate_at, word_tokenizer
+from tests.conftest import Finished, Fit, only_run, terminate_at, word_tokenizer
 from tests.wandb_file import history
 from train import main
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_a_run_leaves_everything_behind(capsys: pytest.CaptureFixture, run_folder: Path) -> None:
+def test_a_run_leaves_everything_behind(finished: Finished) -> None:
+    run_folder = finished.folder
     summary = json.loads((run_folder / "summary.json").read_text())
     keys = ("l0", "delta_ce", "delta_ce_low", "delta_ce_high", "fvu", "dead_frac", "cosine", "bias")
     for key in (*keys, "kl_recon"):
@@ -58,8 +59,8 @@ def test_a_run_leaves_everything_behind(capsys: pytest.CaptureFixture, run_folde
 
     config = yaml.safe_load((run_folder / "config.yaml").read_text())
     assert config["model"]["head"]["init_args"]["target_l0"] == 4
-    out = capsys.readouterr().out
-    for row in ("KANEncoder on", "PCA on", "untrained"):  # cells are broken between words
+    out = finished.printed
+    for row in ("BatchTopK on", "PCA on", "untrained"):  # cells are broken between words
         assert row in out
     for said in ("delta CE (95 %", "of a uniform guess", "not meaningful: FVU is above 1"):
         assert said in out
@@ -83,7 +84,7 @@ def test_saved_head_reproduces_the_reported_figures(
 ) -> None:
     summary = json.loads((run_folder / "summary.json").read_text())
     head = SAEHead.load(run_folder / "head")
-    assert isinstance(head, KANEncoder)
+    assert isinstance(head, BatchTopK)
     lm = FrozenLM(str(tiny_lm_dir), "model.layers.1.mlp", untrained=True).load_()
     data = TokenData(lm.tokenizer, str(text_file), ctx_len=32, lm_batch_seqs=4, val_tokens=512)
     data.setup("validate")
@@ -134,6 +135,7 @@ def test_stopped_and_continued_is_the_same_run(
     assert len(runs) == 3
 
 
+@pytest.mark.slow
 def test_killed_run_goes_on_from_its_last_checkpoint(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,6 +176,7 @@ def test_finished_run_can_be_extended(run_folder: Path, fit: Fit) -> None:
     assert list(steps) == [10, 20, 30, 40, 50]
 
 
+@pytest.mark.slow
 def test_run_cut_short_is_unfinished(fit: Fit, tmp_path: Path) -> None:
     assert fit(trainer__max_steps="7") == 0
     assert json.loads((only_run(tmp_path) / "summary.json").read_text())["finished"] is False
@@ -274,6 +277,7 @@ def test_overlays_before_the_head_are_one_line(capsys: pytest.CaptureFixture[str
     assert "name the config of a head first" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_resolved_config_runs_again(run_folder: Path, tmp_path: Path) -> None:
     config = yaml.safe_load((run_folder / "config.yaml").read_text())
     assert not config.keys() & {"run", "runs_dir", "ckpt_path", "weights_only"}
@@ -283,6 +287,7 @@ def test_resolved_config_runs_again(run_folder: Path, tmp_path: Path) -> None:
     assert all(torch.equal(v, weights(again)[k]) for k, v in weights(run_folder).items())
 
 
+@pytest.mark.slow
 def test_same_seed_same_run(fit: Fit, tmp_path: Path) -> None:
     for name in ("a", "b"):
         assert fit(run=str(tmp_path / name), model__tokens="640") == 0
@@ -299,6 +304,7 @@ def figures(folder: Path) -> dict[str, float]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("buffered", [True, False])
 def test_ended_in_the_final_validation_and_continued_is_the_same_run(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, buffered: bool
@@ -346,6 +352,7 @@ def test_a_finished_run_says_so_and_is_left_alone(
     assert stamps() == before
 
 
+@pytest.mark.slow
 def test_a_config_of_before_is_a_recipe(
     run_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -361,6 +368,7 @@ def test_a_config_of_before_is_a_recipe(
     assert any(r.message.startswith("ckpt_path in a config") for r in caplog.records)
 
 
+@pytest.mark.slow
 def test_what_makes_a_run_a_run_is_always_there(fit: Fit, tmp_path: Path) -> None:
     assert fit(trainer__callbacks="[]", model__tokens="640", trainer__logger="false") == 0
     folder = only_run(tmp_path)
@@ -369,6 +377,7 @@ def test_what_makes_a_run_a_run_is_always_there(fit: Fit, tmp_path: Path) -> Non
     assert not (folder / "lens.csv").exists(), "an extra"
 
 
+@pytest.mark.slow
 def test_the_run_folder_in_the_environment(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -379,6 +388,7 @@ def test_the_run_folder_in_the_environment(
     refused(capsys, fit(run=str(tmp_path / "other")), "KANLLAMA_RUN_FOLDER", "name one folder")
 
 
+@pytest.mark.slow
 def test_left_by_a_kill_before_the_first_checkpoint(
     fit: Fit, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture
 ) -> None:
@@ -393,6 +403,7 @@ def test_left_by_a_kill_before_the_first_checkpoint(
     assert (folder / "summary.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_folder_deleted_under_a_run(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -428,6 +439,7 @@ def test_base_config_is_read_from_anywhere(
     assert (only_run(tmp_path) / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_two_validation_sets(fit: Fit, text_file: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.jsonl"
     texts = [json.loads(line)["text"].split() for line in text_file.read_text().splitlines()]
@@ -540,7 +552,7 @@ def test_checkpoint_of_another_head(
 ) -> None:
     capsys.readouterr()
     checkpoint = sorted((run_folder / "checkpoints").glob("*.ckpt"))[-1]
-    code = fit(f"--ckpt_path={checkpoint}", model__head="BatchTopK")
+    code = fit(f"--ckpt_path={checkpoint}", model__head="KANEncoder")
     refused(capsys, code, "another configuration", "BatchTopK", "KANEncoder")
 
 
@@ -581,6 +593,7 @@ def test_unreachable_model(fit: Fit, capsys: pytest.CaptureFixture) -> None:
     )
 
 
+@pytest.mark.slow
 def test_truncated_lines_are_skipped_and_counted(
     fit: Fit, text_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

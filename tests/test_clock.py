@@ -50,6 +50,7 @@ def test_a_restart_forgets_what_was_between_steps() -> None:
     assert clock.overall() == {}
 
 
+@pytest.mark.slow
 def test_a_run_says_where_its_time_went(run_folder: Path) -> None:
     summary = json.loads((run_folder / "summary.json").read_text())
     shares = {part: summary[f"time/{part}"] for part in PARTS}

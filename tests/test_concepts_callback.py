@@ -39,6 +39,7 @@ def callbacks(tmp_path: Path, stories: int | None) -> str:
     return f"--config={path}"
 
 
+@pytest.mark.slow
 def test_on_the_embedded_model(fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original, looks = SAEModule.log_dict, []
 

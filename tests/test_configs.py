@@ -11,6 +11,7 @@ import yaml
 
 from kanllama_lightning import cli, heads
 from kanllama_lightning.heads import SAEHead
+from tests.conftest import rest_slow
 from train import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,6 +19,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 OVERLAYS = {"base", "embedded", "multi_gpu"}
 HEAD_CONFIGS = [c for c in CONFIGS if c.stem not in OVERLAYS]
 SEVERAL = {"side_by_side"}
+SOME = [c for c in HEAD_CONFIGS if c.stem in ("kan", "side_by_side")]
 
 
 class Parsed(Exception):  # noqa: N818
@@ -41,7 +43,7 @@ def test_says_what_it_is_for(config: Path) -> None:
     assert config.read_text().startswith("# ")
 
 
-@pytest.mark.parametrize("config", HEAD_CONFIGS, ids=lambda c: c.stem)
+@pytest.mark.parametrize("config", rest_slow(HEAD_CONFIGS, SOME), ids=lambda c: c.stem)
 def test_is_a_complete_run_on_the_real_target(
     config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -57,7 +59,7 @@ def test_is_a_complete_run_on_the_real_target(
     assert parsed.data.val[0].init_args.sample_seed == 42
 
 
-@pytest.mark.parametrize("config", HEAD_CONFIGS, ids=lambda c: c.stem)
+@pytest.mark.parametrize("config", rest_slow(HEAD_CONFIGS, SOME), ids=lambda c: c.stem)
 def test_embedded_overlay_leaves_nothing_to_download(
     config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,6 +94,7 @@ def test_runs_on_the_embedded_model(config: Path, tmp_path: Path) -> None:
         SAEHead.load(tmp_path / "run" / name / "head")
 
 
+@pytest.mark.slow
 def test_every_trainable_head_has_a_config(monkeypatch: pytest.MonkeyPatch) -> None:
     single = [c for c in HEAD_CONFIGS if c.stem not in SEVERAL]
     configured = {parse(monkeypatch, c).model.head.class_path for c in single}

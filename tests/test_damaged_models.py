@@ -255,6 +255,7 @@ def test_refused_before_the_first_step_in_one_line(
     assert not list((tmp_path / "runs").glob("*"))
 
 
+@pytest.mark.slow
 def test_a_window_that_holds_the_rows_is_no_fault(damaged: Damaged, tmp_path: Path) -> None:
     config = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
     folder = damaged(nothing, sliding_window=160, **config)
@@ -330,6 +331,7 @@ SAVER = "class_path: callbacks.checkpoint.RunCheckpoint, init_args: {every_n_ste
 SAVING = f"--trainer.callbacks+={{{SAVER}}}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["KANEncoder", "TopK", "Standard"])
 def test_a_loss_that_is_no_longer_finite_ends_the_run(
     fit: Fit,
@@ -373,6 +375,7 @@ def test_activations_that_are_no_longer_finite_end_the_run(
     assert "activations of" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_finite_run_that_diverged_says_so(
     fit: Fit, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -383,6 +386,7 @@ def test_a_finite_run_that_diverged_says_so(
     json.loads(summary, parse_constant=pytest.fail)
 
 
+@pytest.mark.slow
 def test_an_ordinary_run_says_no_such_thing(fit: Fit, caplog: pytest.LogCaptureFixture) -> None:
     assert fit(trainer__logger="false") == 0
     assert "DIVERGED" not in caplog.text

@@ -84,6 +84,7 @@ def one_line(capsys: pytest.CaptureFixture, code: int, *words: str) -> str:
     ids=["first step", "later step", "untrained head", "trained head"],
 )
 @pytest.mark.parametrize("logger", ["false", None], ids=["alone", "with W&B"])
+@pytest.mark.slow
 def test_filled_in_a_run(
     fit: Fit, disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture, place: tuple[Any, str], call: int, goes_on: bool,
@@ -142,6 +143,7 @@ def test_too_small_from_the_beginning(fit: Fit, disk: Path, capsys: pytest.Captu
     assert not (disk / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("disk", [32], indirect=True)  # a page with plotly.js is 4.6 MiB
 def test_filled_in_a_record(
     fit: Fit, disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.conftest import rest_slow
 from train import main
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -20,6 +21,8 @@ OTHERS = {"base", "embedded", "multi_gpu", "side_by_side"}
 HEADS = sorted(
     p.stem for p in (Path(__file__).parents[1] / "configs").glob("*.yaml") if p.stem not in OTHERS
 )
+FAST = ("topk", "kan", "gated", "jump_relu", "only_kan")
+"""One of each family; the others are in the slow suite."""
 MADE_ON = "AVX512"
 """What the files were made with (`torch.backends.cpu.get_cpu_capability()`)."""
 CLOSE, FIRST_STEPS = 1e-4, 3
@@ -27,7 +30,7 @@ ROUGHLY = 0.1
 KEPT = ("l0", "fvu", "mse", "cosine", "bias", "ce_clean", "ce_recon", "ce_zero", "kl_recon")
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", rest_slow(HEADS, FAST))
 def test_same_numbers_as_ever(
     head: str, tiny_lm_dir: Path, text_file: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

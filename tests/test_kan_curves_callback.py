@@ -26,7 +26,11 @@ def fit(tiny_lm_dir: Path, text_file: Path, tmp_path: Path) -> Fit:
     """Runs `fit` on the tiny model; arguments by name, `extra` go last."""
 
     def run(*extra: str, **changed: Any) -> int:
-        given = SMALL | {"lm.name": str(tiny_lm_dir), "data.train": str(text_file)}
+        given = SMALL | {
+            "model.head": "KANEncoder",
+            "lm.name": str(tiny_lm_dir),
+            "data.train": str(text_file),
+        }
         given |= {"runs_dir": str(tmp_path / "runs")}
         given |= {k.replace("__", "."): v for k, v in changed.items()}
         return main(["fit", *[f"--{k}={v}" for k, v in given.items()], *extra])
@@ -67,6 +71,7 @@ def test_a_run_of_a_kan_head(fit: Fit, tmp_path: Path) -> None:
     assert "val/kan_bend" in {k for row in history(file)[0] for k in row}
 
 
+@pytest.mark.slow
 def test_both_sides_of_a_kan_decoder(fit: Fit, tmp_path: Path) -> None:
     assert fit(model__tokens="1280", model__head="OnlyKAN") == 0
     summary = json.loads((only_run(tmp_path) / "summary.json").read_text())
@@ -83,6 +88,7 @@ def test_nothing_for_a_head_without_curves(fit: Fit, tmp_path: Path) -> None:
     assert not any("kan" in k for k in json.loads((folder / "summary.json").read_text()))
 
 
+@pytest.mark.slow
 def test_stopped_and_continued_leaves_the_same_table(
     fit: Fit,
     tmp_path: Path,

@@ -15,12 +15,13 @@ from callbacks.logit_lens import LogitLens
 from kanllama_lightning.heads import SAEHead
 from kanllama_lightning.lens import FIGURES
 from kanllama_lightning.types import InputError
-from tests.conftest import Fit, only_run
+from tests.conftest import Fit, only_run, rest_slow
 
 OFTEN = {"trainer__val_check_interval": "5"}
 COLUMNS = ["step", "tokens", *(f"lens_{name}" for name in FIGURES)]
 
 
+@pytest.mark.slow
 def test_every_fifth_validation_and_the_last(fit: Fit, tmp_path: Path) -> None:
     assert fit(**OFTEN) == 0
     folder = only_run(tmp_path)
@@ -40,7 +41,9 @@ def test_every_fifth_validation_and_the_last(fit: Fit, tmp_path: Path) -> None:
     assert last["lens_curved_frac"] == 0
 
 
-@pytest.mark.parametrize("head", ["OnlyKAN", "KANReLUDense", "DenseOnlyKAN", "Standard"])
+@pytest.mark.parametrize(
+    "head", rest_slow(["OnlyKAN", "KANReLUDense", "DenseOnlyKAN", "Standard"], ["OnlyKAN"])
+)
 def test_heads_of_other_families(fit: Fit, tmp_path: Path, head: str) -> None:
     assert fit(model__tokens="640", model__head=head) == 0
     summary = json.loads((only_run(tmp_path) / "summary.json").read_text())

@@ -37,6 +37,7 @@ def trained(fit: Fit, folder: Path, precision: str) -> dict[str, dict[str, Any]]
     return {name: json.loads((run / name / "summary.json").read_text()) for name in KINDS}
 
 
+@pytest.mark.slow
 def test_a_short_run_drifts_little_from_fp32(fit: Fit, tmp_path: Path) -> None:
     """200 steps; the weights that come out are fp32 too."""
     exact, mixed = (trained(fit, tmp_path, p) for p in ("32-true", "bf16-mixed"))

@@ -48,6 +48,7 @@ def test_the_shipped_set_is_large_even_and_free_of_repeats():
     assert (files("kanllama_lightning.prompts") / "llama.jsonl").is_file()
 
 
+@pytest.mark.slow
 def test_prompts_of_the_world_have_one_answer_in_its_own_grammar():
     """Of thousands of drawn lessons, every one that starts like a prompt goes on like it."""
     narrators = [Narrator(random.Random(i)) for i in range(1500)]

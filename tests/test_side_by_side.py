@@ -1,6 +1,7 @@
 """Several heads on the same activations: each exactly what it would be alone."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from kanllama_lightning.heads import SAEHead
 from kanllama_lightning.reports.cli import main as evaluate
 from kanllama_lightning.side_by_side import SideBySide
 from kanllama_lightning.types import InputError
-from tests.conftest import ALONE, Fit, only_run, read_rows, side_by_side_config
+from tests.conftest import ALONE, SMALL, Fit, read_rows, side_by_side_config
 from tests.wandb_file import history
+from train import main
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 HEADS: dict[str, dict[str, Any]] = {
@@ -23,23 +25,25 @@ HEADS: dict[str, dict[str, Any]] = {
 }
 
 
-def together(fit: Fit, tmp_path: Path, *extra: str, **changed: Any) -> int:
-    return fit(side_by_side_config(tmp_path, HEADS), *extra, **(ALONE | changed))
+@pytest.fixture(scope="module")
+def run(tiny_lm_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of three heads; not to be changed."""
+    folder = tmp_path_factory.mktemp("side_by_side")
+    given = {k: v for k, v in SMALL.items() if k not in ALONE}
+    given |= {"lm.name": tiny_lm_dir, "data.train": text_file, "run": folder / "run"}
+    args = [side_by_side_config(folder, HEADS), *(f"--{k}={v}" for k, v in given.items())]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        assert main(["fit", *args]) == 0
+    return folder / "run"
 
 
-@pytest.fixture
-def run(fit: Fit, tmp_path: Path) -> Path:
-    assert together(fit, tmp_path) == 0
-    return only_run(tmp_path)
-
-
+@pytest.mark.slow
 def test_each_head_is_what_it_would_be_alone(run: Path, tmp_path: Path) -> None:
     """Weights, statistics and every row of the tables, bit for bit."""
     for name in HEADS:
         folder = tmp_path / "alone" / name
         args = ["fit", f"--config={run / name / 'config.yaml'}", f"--run={folder}"]
-        from train import main
-
         assert main(args) == 0
         want, got = (SAEHead.load(f / "head").state_dict() for f in (folder, run / name))
         assert want.keys() == got.keys()
@@ -54,6 +58,7 @@ def test_each_head_is_what_it_would_be_alone(run: Path, tmp_path: Path) -> None:
         assert a == b
 
 
+@pytest.mark.slow
 def test_gated_is_what_its_own_config_makes_of_it(run: Path, fit: Fit, tmp_path: Path) -> None:
     """Bit for bit, momentum left out as in configs/gated.yaml; the others keep theirs."""
     folder = tmp_path / "alone"
@@ -70,6 +75,7 @@ def test_gated_is_what_its_own_config_makes_of_it(run: Path, fit: Fit, tmp_path:
     assert betas == {"linear": [0.9, 0.999], "kan": [0.9, 0.999], "gated": [0.0, 0.999]}
 
 
+@pytest.mark.slow
 def test_a_head_may_have_any_argument_of_the_optimizer(fit: Fit, tmp_path: Path) -> None:
     heads = {
         "plain": {"class_path": "TopK"},
@@ -82,8 +88,6 @@ def test_a_head_may_have_any_argument_of_the_optimizer(fit: Fit, tmp_path: Path)
     assert (own["lr"], own["eps"], own["betas"]) == (0.02, 1e-3, [0.5, 0.9])
     gated = yaml.safe_load((run / "momentum/config.yaml").read_text())["model"]["optimizer"]
     assert gated["init_args"]["betas"] == [0.9, 0.999]
-    from train import main
-
     alone = tmp_path / "alone"
     assert main(["fit", f"--config={run / 'own/config.yaml'}", f"--run={alone}"]) == 0
     want, got = (SAEHead.load(f / "head").state_dict() for f in (alone, run / "own"))
@@ -154,8 +158,10 @@ def test_summary_names_the_heads(run: Path) -> None:
     assert "baseline/PCA/fvu" in own
 
 
+@pytest.mark.slow
 def test_the_record_takes_the_run_whole(run: Path, tmp_path: Path) -> None:
     """`compare RUN` compares its heads; `report RUN` reports on each; one pass of the LM."""
+    run = shutil.copytree(run, tmp_path / "run", symlinks=True)
     out = tmp_path / "comparison"
     given = ["--documents", "10", "--wandb", "false"]
     assert evaluate(["compare", str(run), "--out", str(out), *given]) == 0

@@ -89,6 +89,7 @@ def test_nohup_is_respected() -> None:
         signal.signal(HUP, before)
 
 
+@pytest.mark.slow
 def test_stopped_in_a_validation_and_gone_on(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

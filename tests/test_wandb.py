@@ -19,6 +19,7 @@ def pieces(run: Path) -> list[Path]:
     return sorted(run.glob("wandb/offline-run-*/*.wandb"), key=lambda p: p.stat().st_mtime)
 
 
+@pytest.mark.slow
 def test_a_continued_run_is_one_run(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -108,6 +108,7 @@ def test_result_does_not_depend_on_the_row_blocks(monkeypatch):
     torch.testing.assert_close(gradients(spline_activation(x, coef, *CUBIC), x, coef, grad), whole)
 
 
+@pytest.mark.slow
 def test_compiled_is_the_same(caplog):
     kinds = {"linear_tails": True}
     for tok in (37, 19):

@@ -100,6 +100,7 @@ def test_a_head_saved_as_random_dictionary_still_loads(tmp_path: Path) -> None:
     assert loaded.title == "frozen decoder (control)"
 
 
+@pytest.mark.slow
 def test_record_and_comparison_name_controls_for_what_they_are(fit: Fit, tmp_path: Path) -> None:
     for kind in (FrozenEncoder, BatchTopK):
         folder = tmp_path / kind.__name__

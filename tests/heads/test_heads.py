@@ -50,6 +50,7 @@ from kanllama_lightning.heads.selecting import Selecting
 from kanllama_lightning.heads.standardised import Standardised
 from kanllama_lightning.reports.subject import read_subject
 from kanllama_lightning.types import InputError, SparseCodes, StepContext
+from tests.conftest import rest_slow
 
 D, M, K = 8, 24, 3
 HEADS = [
@@ -241,7 +242,7 @@ def test_the_first_loss_is_the_share_of_variance_unexplained(kind):
     assert losses["reconstruction"].item() == pytest.approx(want, rel=1e-5)
 
 
-@every_head
+@pytest.mark.parametrize("kind", rest_slow(HEADS, [TopK, KANEncoder, JumpReLU, OnlyKAN]))
 def test_training_lowers_the_loss(kind):
     head, x = started(kind), rows(256)
     before = head.losses(x, head(x), NOTHING_DEAD)["reconstruction"].item()
@@ -560,7 +561,12 @@ def test_auxk_can_reach_every_latent(kind):
         assert reached(head, head.losses(x, out, context)["auxk"]) == [latent]
 
 
-@every_trained_encoder
+@pytest.mark.parametrize(
+    "kind",
+    rest_slow(
+        [h for h in SELECTING if h is not FrozenEncoder], [BatchTopK, KANEncoder, CurvedDictionary]
+    ),
+)
 @pytest.mark.parametrize("alpha_aux", [0.0, 1.0])
 def test_auxk_revives(kind, alpha_aux):
     head, x = started(kind, alpha_aux=alpha_aux), rows(256)

@@ -13,7 +13,11 @@ def trained(tiny_lm_dir, text_file, tmp_path_factory):
     from train import main as train
 
     folder = tmp_path_factory.mktemp("trained")
-    given = SMALL | {"lm.name": str(tiny_lm_dir), "data.train": str(text_file)}
+    given = SMALL | {
+        "model.head": "KANEncoder",
+        "lm.name": str(tiny_lm_dir),
+        "data.train": str(text_file),
+    }
     given |= {"data.val_tokens": "4096", "trainer.val_check_interval": "1000"}
     for seed in (0, 1):
         args = given | {"seed_everything": seed, "run": folder / f"seed{seed}"}

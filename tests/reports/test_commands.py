@@ -14,6 +14,7 @@ def call(*args):
     assert main([str(a) for a in args]) == 0
 
 
+@pytest.mark.slow
 def test_compare_makes_what_is_missing_and_nothing_else(runs, tmp_path, capsys):
     out = tmp_path / "compared"
     one, other = runs / "seed0", runs / "seed1"
@@ -33,6 +34,7 @@ def test_compare_makes_what_is_missing_and_nothing_else(runs, tmp_path, capsys):
     assert "first" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_compare_refuses_other_text(runs, tmp_path, capsys):
     call("report", runs / "seed0", "--reports", "losses", "--documents", 30)
     call("report", runs / "seed1", "--reports", "losses", "--documents", 20)
@@ -44,6 +46,7 @@ def test_compare_refuses_other_text(runs, tmp_path, capsys):
     assert main([*args, "--force", "true"]) == 0
 
 
+@pytest.mark.slow
 def test_compare_on_as_many_documents_as_asked(runs, tmp_path, caplog):
     """Records of another sample stay as they are; what is asked for is made beside them."""
     one, other = runs / "seed0", runs / "seed1"

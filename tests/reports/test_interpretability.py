@@ -19,6 +19,7 @@ from kanllama_lightning.reports.base import EvalRun
 from kanllama_lightning.reports.cli import main
 from kanllama_lightning.reports.interpretability import Interpretability
 from kanllama_lightning.types import InputError
+from tests.conftest import rest_slow
 from tests.judge_server import (
     Body,
     JudgeServer,
@@ -186,7 +187,7 @@ MISBEHAVIOUR = {
 }
 
 
-@pytest.mark.parametrize("name", MISBEHAVIOUR)
+@pytest.mark.parametrize("name", rest_slow(MISBEHAVIOUR, ["refusal", "schema"]))
 @pytest.mark.parametrize("what", ["explain", "detect"])
 def test_no_failure_becomes_a_score(name: str, what: str, run: Path, server: JudgeServer) -> None:
     """The judge fails on every second call of one kind."""

@@ -49,8 +49,9 @@ def completion(
 
 def error(status: int, code: str | None = None, param: str | None = None, message: str = "no",
           headers: tuple[tuple[str, str], ...] = ()) -> Reply:  # fmt: skip
+    """An error of OpenAI's form; unless told otherwise it asks for a pause of 5 ms."""
     about = {"message": message, "type": code or "error", "param": param, "code": code}
-    return Reply(status, {"error": about}, headers)
+    return Reply(status, {"error": about}, headers or (("retry-after-ms", "5"),))
 
 
 def is_explain(body: Body) -> bool:

@@ -139,7 +139,7 @@ def test_nothing_of_a_run_and_its_record_holds_one(
             "evaluate.py", "report", run, "--reports", "interpretability", "--text", text_file,
             "--documents", 200, "--interpretability.base_url", url,
             *[f"--interpretability.{k}" + f"={v}" for k, v in
-              {"latents": 4, "controls": 2, "windows": 20, "width": 12, "wait": 0.01}.items()],
+              {"latents": 4, "controls": 2, "windows": 20, "width": 12}.items()],
             "--lm.untrained=true", **KEYS,
         )  # fmt: skip
     assert record.returncode == 0, record.stderr.decode()

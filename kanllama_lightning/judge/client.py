@@ -2,11 +2,9 @@
 
 import asyncio
 import logging
-import random
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
-from email.utils import parsedate_to_datetime
+from contextvars import ContextVar
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -26,17 +24,9 @@ ATTEMPTS = 2
 """Times that a question is asked until the answer can be used."""
 MOST_TOKENS = 1 << 30
 """Of one reply: a server that says more does not know."""
-MOST_WAIT = 60.0
-"""Longest pause before a repetition that we choose, in seconds."""
-MOST_OBEYED = 300.0
-"""Longest pause that a server may ask for, in seconds."""
-EARLY = 2
-"""Repetitions while no server has been reached at all."""
 LENGTHS = "list lengths"
 """What a server refuses that knows schemas, but not the number of entries of a list."""
 ADAPTABLE = ("temperature", "seed", "max_completion_tokens", "max_tokens", "response_format")
-
-
 FILTERS = ("content_filter", "content_policy_violation")
 """What a server calls it that a question is not let through."""
 
@@ -77,28 +67,24 @@ class Manner(NamedTuple):
     concurrency: int
     """Calls at once."""
     timeout: float
-    """Seconds that a reply may take."""
+    """Seconds that the server may be silent."""
     retries: int
     """Repetitions of a call that got no answer."""
-    wait: float
-    """Seconds before the first repetition; twice as many before each further one."""
 
 
-class _Again(Exception):  # noqa: N818
-    """It is worth trying again.
+class _Closed(openai.OpenAIError):
+    """Nothing more is sent; of a kind that the client of the library hands on at once."""
 
-    Args:
-        reason: Why, in a few words.
-        wait: Seconds that the server asks for.
-        unreached: Whether there was no connection at all.
-        billed: Whether the server may have worked, and count it.
-    """
 
-    def __init__(
-        self, reason: str, wait: float | None = None, unreached: bool = False, billed: bool = False
-    ) -> None:
-        super().__init__(reason)
-        self.reason, self.wait, self.unreached, self.billed = reason, wait, unreached, billed
+class _Call:
+    """What a call may cost, in USD, and whether a try of it still has that set aside."""
+
+    def __init__(self, most: float) -> None:
+        self.most, self.open = most, False
+
+
+CALL: ContextVar[_Call] = ContextVar("CALL")
+"""The call that a request belongs to."""
 
 
 class Judge:
@@ -132,8 +118,9 @@ class Judge:
         self._met = False
         self._door = asyncio.Lock()
         self._places = asyncio.Semaphore(manner.concurrency)
-        self._halt = asyncio.Event()
-        self._client = endpoint.client(manner.timeout)
+        self._client = endpoint.client(
+            manner.timeout, manner.retries, self._before_try, self._after_try
+        )
 
     async def __aenter__(self) -> "Judge":
         return self
@@ -227,32 +214,24 @@ class Judge:
             return await self._send(question, attempt)
 
     async def _send(self, question: Question, attempt: int) -> dict[str, Any] | str:
-        most = self.most(question)
-        repetition = 0
+        call = _Call(self.most(question))
+        CALL.set(call)
+        create: Any = self._client.chat.completions.with_raw_response.create
         while True:
-            if self.stopped is not None:
-                return "not asked"
-            if not await self.budget.reserve(most):
-                self._stop(
-                    f"interpretability.max_cost={self.budget.limit}: the next call could exceed it "
-                    f"({self.budget.spent:.4f} USD are spent); what came is kept, the same command "
-                    "with a higher --interpretability.max_cost goes on from there"
-                )
-                return "not asked"
-            cost = 0.0
+            params = self._params(question, attempt)
             try:
-                params = self._params(question, attempt)
-                reply = await self._post(question, params)
-                self.cache.write(self._key(question, attempt), _record(self, question, params),
-                                 reply)  # fmt: skip
-                used = _usage([reply])
-                cost = most if None in used else self.prices.cost(used[0] or 0, used[1] or 0)
-                self.asked += 1
-                self._lost_in_a_row = 0
-                return reply
-            except _Again as e:
-                cost = most if e.billed else 0.0
-                again = e
+                response = await create(
+                    model=self.manner.model, messages=question.messages, **params
+                )
+                break
+            except _Closed:
+                return "not asked"
+            except openai.APIConnectionError as e:
+                unreached = type(e.__cause__).__name__ in ("ConnectError", "ConnectTimeout")
+                await self._settle(call, 0.0 if unreached else call.most)
+                silent = isinstance(e, openai.APITimeoutError)
+                why = f"no reply in {self.manner.timeout:g} s" if silent else "connection broke off"
+                return self._lose("no connection" if unreached else why, unreached)
             except openai.APIStatusError as e:
                 if self._adapt(e, params):
                     continue
@@ -261,42 +240,47 @@ class Judge:
                 if e.status_code in (400, 413, 422):
                     log.warning("the judge does not take a question (%s)", _code(e))
                     return {"failure": f"not taken ({_code(e)})"}
+                passing = e.status_code in (408, 409, 429) or e.status_code >= 500
+                if passing and "insufficient_quota" not in (e.code, e.type):
+                    return self._lose(f"answer {e.status_code}")
                 self._stop(self._explained(e))
                 return "not asked"
-            finally:
-                await self.budget.settle(most, cost)
-            reached = self.asked > 0 or not again.unreached
-            if repetition == (self.manner.retries if reached else min(EARLY, self.manner.retries)):
-                return self._lose(again)
-            await self._pause(again.wait, repetition)
-            repetition += 1
-
-    async def _post(self, question: Question, params: Mapping[str, Any]) -> dict[str, Any]:
-        """One try; raises _Again, or APIStatusError for what no repetition helps."""
-        model, messages = self.manner.model, question.messages
-        create: Any = self._client.chat.completions.with_raw_response.create
-        try:
-            async with asyncio.timeout(self.manner.timeout):
-                response = await create(model=model, messages=messages, **params)
-        except (openai.APITimeoutError, TimeoutError):
-            raise _Again(f"no reply in {self.manner.timeout:g} s", billed=True) from None
-        except openai.APIConnectionError as e:
-            cause = type(e.__cause__).__name__
-            unreached = cause in ("ConnectError", "ConnectTimeout", "UnsupportedProtocol")
-            reason = "no connection" if unreached else "connection broke off"
-            raise _Again(reason, unreached=unreached, billed=not unreached) from None
-        except openai.APIStatusError as e:
-            if e.code == "insufficient_quota" or e.type == "insufficient_quota":
-                raise
-            if e.status_code in (408, 409, 429) or e.status_code >= 500:
-                wait = _retry_after(e.response.headers)
-                raise _Again(f"answer {e.status_code}", wait=wait) from None
-            raise
         # before and after its escapes are resolved
         reply: dict[str, Any] = self.endpoint.scrubbed(
             _envelope(self.endpoint.scrubbed(response.text))
         )
+        used = _usage([reply])
+        cost = call.most if None in used else self.prices.cost(used[0] or 0, used[1] or 0)
+        await self._settle(call, cost)
+        self.cache.write(self._key(question, attempt), _record(self, question, params), reply)
+        self.asked += 1
+        self._lost_in_a_row = 0
         return reply
+
+    async def _before_try(self, _request: object) -> None:
+        """Let a try go out, repetitions too, unless all is stopped or it could cost too much."""
+        call = CALL.get()
+        await self._settle(call, call.most)  # the server may count one that got no reply
+        call.open = self.stopped is None and await self.budget.reserve(call.most)
+        if not call.open:
+            self._stop(
+                f"interpretability.max_cost={self.budget.limit}: the next call could exceed it "
+                f"({self.budget.spent:.4f} USD are spent); what came is kept, the same command "
+                "with a higher --interpretability.max_cost goes on from there"
+            )
+        if self.stopped is not None:
+            await self._settle(call, 0.0)
+            raise _Closed
+
+    async def _after_try(self, response: Any) -> None:
+        """See that a try which the server turned away costs nothing."""
+        if not response.is_success:
+            await self._settle(CALL.get(), 0.0)
+
+    async def _settle(self, call: _Call, cost: float) -> None:
+        if call.open:
+            call.open = False
+            await self.budget.settle(call.most, cost)
 
     def _adapt(self, error: openai.APIStatusError, sent: Mapping[str, Any]) -> bool:
         """Leave out the parameter that the server objects to, from now on; False if it is none."""
@@ -343,32 +327,19 @@ class Judge:
     def _stop(self, problem: str) -> None:
         if self.stopped is None:
             self.stopped = InputError(problem)
-        self._halt.set()
 
-    def _lose(self, why: _Again) -> str:
+    def _lose(self, reason: str, unreached: bool = False) -> str:
         """Count a call that nobody answered; give up if that goes for all."""
-        self.lost.append(why.reason)
+        self.lost.append(reason)
         self._lost_in_a_row += 1
-        nobody = why.unreached and not self.asked
+        nobody = unreached and not self.asked
         if nobody or self._lost_in_a_row >= max(3, 2 * self.manner.concurrency):
             self._stop(
                 f"interpretability.base_url={self.endpoint.shown!r}: {len(self.lost)} calls got no "
-                f"answer ({why.reason}); see that the server runs there; what came before is kept, "
+                f"answer ({reason}); see that the server runs there; what came before is kept, "
                 "the same command goes on from there"
             )
-        return f"no answer ({why.reason})"
-
-    async def _pause(self, asked: float | None, repetition: int) -> None:
-        if asked is not None:
-            seconds = min(asked, MOST_OBEYED)
-        else:
-            spread = random.uniform(0.5, 1.5)  # so that not all come back at once
-            seconds = min(self.manner.wait * 2**repetition * spread, MOST_WAIT)
-        try:
-            async with asyncio.timeout(seconds):
-                await self._halt.wait()
-        except TimeoutError:
-            pass
+        return f"no answer ({reason})"
 
 
 def _record(judge: Judge, question: Question, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -432,22 +403,6 @@ def _usage(replies: Sequence[Mapping[str, Any]]) -> tuple[int | None, int | None
         whole = [c for c in counts if type(c) is int and 0 <= c <= MOST_TOKENS]
         sums.append(sum(whole) if len(whole) == len(counts) else None)
     return sums[0], sums[1]
-
-
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that the server asks to wait."""
-    exact, rough = headers.get("retry-after-ms"), headers.get("retry-after")
-    try:
-        if exact is not None:
-            return max(0.0, float(exact) / 1000)
-        if rough is not None:
-            return max(0.0, float(rough))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(rough or "").timestamp() - time.time())
-    except ValueError:
-        return None
 
 
 def _code(error: openai.APIStatusError) -> str:

@@ -3,7 +3,7 @@
 import base64
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit, urlunsplit
@@ -50,11 +50,16 @@ class Endpoint:
             secrets.add(self._key)
             secrets.add_address(parts.geturl())
 
-    def client(self, timeout: float) -> openai.AsyncOpenAI:
-        """A client that tries once.
+    def client(
+        self, timeout: float, retries: int, before: Callable[..., Any], after: Callable[..., Any]
+    ) -> openai.AsyncOpenAI:
+        """A client that waits before each repetition, as long as the server asks.
 
         Args:
-            timeout: Seconds.
+            timeout: Seconds without a byte.
+            retries: Repetitions of a call.
+            before: Called with each request before it goes out.
+            after: Called with each response, before its body is read.
         """
         headers = {}
         if self._user is not None:
@@ -63,10 +68,13 @@ class Endpoint:
         return openai.AsyncOpenAI(
             base_url=self.shown,
             api_key=self._key or "none",
-            max_retries=0,
+            max_retries=retries,
             timeout=timeout,
             default_query=self._query or None,
             default_headers=headers or None,
+            http_client=openai.DefaultAsyncHttpxClient(
+                event_hooks={"request": [before], "response": [after]}
+            ),
         )
 
     def scrubbed(self, reply: Any) -> Any:

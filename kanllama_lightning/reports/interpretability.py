@@ -63,7 +63,7 @@ TOP_KEPT, SAMPLED, SILENT = 32, 100, 1000
 RESAMPLES = 10_000
 CACHE, PROMPTS = "judge", "interpretability_prompts.jsonl"
 BINS = np.linspace(0, 1, 21)
-HOW = ("concurrency", "timeout", "retries", "wait", "max_cost")
+HOW = ("concurrency", "timeout", "retries", "max_cost")
 """Arguments that the result does not depend on."""
 
 
@@ -113,9 +113,8 @@ class Interpretability(Report):
         seed: Of every random choice, and the judge's.
         dry_run: Write the prompts to eval/interpretability_prompts.jsonl and the estimated cost to
             the log, and ask nothing.
-        timeout: Seconds that a reply may take.
-        retries: Repetitions of a call that got no answer.
-        wait: Seconds before the first repetition, then twice as many each time.
+        timeout: Seconds that the server may be silent.
+        retries: Repetitions of a call that got no answer, each after a longer wait.
         max_output: Most tokens of a reply; models that think first need more.
     """
 
@@ -141,18 +140,17 @@ class Interpretability(Report):
         dry_run: bool = False,
         timeout: float = 60.0,
         retries: int = 5,
-        wait: float = 1.0,
         max_output: int = 300,
     ) -> None:
         self.latents, self.model, self.base_url = latents, model, base_url
         self.price_in, self.price_out, self.max_cost = price_in, price_out, max_cost
         self.concurrency, self.controls, self.windows = concurrency, controls, windows
         self.width, self.tokens, self.seed, self.dry_run = width, tokens, seed, dry_run
-        self.timeout, self.retries, self.wait = timeout, retries, wait
+        self.timeout, self.retries = timeout, retries
         self.max_output = max_output
         least = {"latents": 1, "concurrency": 1, "controls": 0, "windows": 2 * LEAST, "width": 2,
                  "retries": 0, "max_output": 1}  # fmt: skip
-        least |= {"price_in": 0, "price_out": 0, "max_cost": 0, "wait": 0}
+        least |= {"price_in": 0, "price_out": 0, "max_cost": 0}
         if tokens is not None:
             least["tokens"] = 1
         for argument, low in least.items():
@@ -276,7 +274,7 @@ class Interpretability(Report):
         self, run: EvalRun, cases: dict[str, Sequence[Case]], prices: Prices, n_shuffled: int
     ) -> tuple[list[Verdict], Judge]:
         manner = Manner(self.model, self.max_output, self.seed, self.concurrency, self.timeout,
-                        self.retries, self.wait)  # fmt: skip
+                        self.retries)  # fmt: skip
         folder = run.out / CACHE
         async with Judge(self._endpoint, manner, folder, prices, self.max_cost) as judge:
             left: Estimate = estimate(judge, prices, self.max_output, cases, n_shuffled)

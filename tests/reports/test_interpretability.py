@@ -67,7 +67,7 @@ def run(runs: Path, text_file: Path) -> Path:
 
 
 def call(run: Path, url: str | None, *more: Any, **changed: Any) -> int:
-    given = {"latents": 6, "controls": 3, "windows": 20, "wait": 0.005, "width": 12, "timeout": 5}
+    given = {"latents": 6, "controls": 3, "windows": 20, "retries": 1, "width": 12, "timeout": 5}
     given |= {"base_url": url} if url else {}
     args = ["report", run, "--reports", NAME, "--documents", 200, "--wandb", "false"]
     args += ["--text", run.parent / "words.jsonl"]

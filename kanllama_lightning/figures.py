@@ -13,6 +13,7 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from kanllama_lightning.functional.curves import reading
+from kanllama_lightning.pages import PAGES
 from kanllama_lightning.types import Curves, InputError
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "rgba(153,153,153,0.5)"
@@ -26,34 +27,6 @@ COLUMNS = 4
 """Panels side by side."""
 PANEL, MARGIN = 230, 130
 """Height of a row of panels, and of everything around them, in pixels."""
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<title>{title}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2rem auto; padding: 0 1rem;
-  color: #222; background: #fff; }}
-.wide {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-size: 14px; line-height: 1.35; margin: 0.5rem 0 1.5rem;
-  font-variant-numeric: tabular-nums; }}
-th, td {{ padding: 0.35rem 0.55rem; text-align: right; white-space: nowrap;
-  border-bottom: 1px solid #e5e5e5; vertical-align: top; }}
-th {{ border-bottom: 2px solid #888; vertical-align: bottom; white-space: normal; }}
-summary {{ cursor: pointer; margin: 0.5rem 0; }}
-th.words, td.words {{ text-align: left; }}
-td small {{ color: #666; }}
-</style>
-<script>{plotly}</script>
-</head>
-<body>
-<h1>{title}</h1>
-<p>{text}</p>
-{body}
-{figures}
-</body>
-</html>
-"""
 
 
 def curves_figure(curves: Curves, shown: int = 12) -> go.Figure:
@@ -170,22 +143,27 @@ def write_png(folder: Path, figures: Mapping[str, go.Figure], width: int = 900) 
         figure.write_image(folder / f"{name}.png", width=width, scale=2)
 
 
-def page(title: str, text: str, figures: Sequence[go.Figure], body: str = "") -> str:
+def page(
+    title: str,
+    text: str,
+    figures: Sequence[go.Figure],
+    template: str = "figures.html.j2",
+    **values: object,
+) -> str:
     """A page of HTML with the figures, complete in itself: nothing is fetched.
 
     Args:
         title: Heading; escaped, as is the text.
         text: A paragraph below it.
         figures: In order; what they show is escaped by whoever made them.
-        body: HTML between text and figures, such as a table; escaped by whoever made it.
+        template: One that extends `figures.html.j2`, with `values`, which are escaped too.
     """
-    parts = [f.to_html(full_html=False, include_plotlyjs=False) for f in figures]
-    return PAGE.format(
-        title=escape(title),
-        text=escape(text),
+    return PAGES.get_template(template).render(
+        title=title,
+        text=text,
         plotly=get_plotlyjs(),
-        body=body,
-        figures="\n".join(parts),
+        figures=[f.to_html(full_html=False, include_plotlyjs=False) for f in figures],
+        **values,
     )
 
 

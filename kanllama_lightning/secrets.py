@@ -19,6 +19,8 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import parse_qsl, quote, quote_plus, unquote, urlsplit
 
+import markupsafe
+
 SHORTEST = 4
 """Letters from which on a secret is looked for by itself."""
 LONG = 8
@@ -123,6 +125,7 @@ def _forms(secret: str) -> set[str]:
         json.dumps(secret, ensure_ascii=False)[1:-1],
         html.escape(secret),
         html.escape(secret, quote=False),
+        str(markupsafe.escape(secret)),
         repr(secret)[1:-1],
     }
     forms |= {re.sub("%[0-9A-F]{2}", lambda m: m[0].lower(), form) for form in forms}

@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import quote, quote_plus
 
 import pytest
+from markupsafe import escape
 
 from kanllama_lightning.judge.endpoint import Endpoint
 from kanllama_lightning.secrets import Discreet, Secrets, known, learn
@@ -33,6 +34,7 @@ def forms(secret: str) -> set[str]:
     escaped = "".join(f"\\u{ord(c):04x}" for c in secret)
     in_json = json.dumps({"a": secret})[7:-2]
     found = {secret, quote(secret, safe=""), quote_plus(secret), in_json, html.escape(secret)}
+    found.add(str(escape(secret)))
     found |= {json.dumps(secret, ensure_ascii=False)[1:-1], quote(secret, safe="").lower()}
     found |= {json.dumps(json.loads(f'"{escaped}"'))[1:-1]}
     for encode in (base64.b64encode, base64.urlsafe_b64encode):

@@ -1,7 +1,6 @@
 """The comparison for people: files, HTML, terminal."""
 
 from collections.abc import Callable, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -95,60 +94,42 @@ def write(
         f"interval, bootstrap over documents. {SHARE}: what the reconstruction costs as a share of "
         "what the mean activation in its place costs; 0 is perfect, 1 no better than the mean."
     )
-    body = _body(rows, means, pairs, flags, tolerance)
-    html = page("Comparison", text, figures(runs), body)
+    html = page(
+        "Comparison",
+        text,
+        figures(runs),
+        "comparison.html.j2",
+        flags=flags,
+        tolerance=f"{tolerance:.0%}",
+        footnote=footnote(_cell(row, key) for row in rows for key in SHARES),
+        **_tables(rows, means, pairs),
+    )
     return [*written, write_text(out / "comparison.html", html)]
 
 
-def _body(
-    rows: Sequence[Row],
-    means: Sequence[Row],
-    pairs: Sequence[Row],
-    flags: Sequence[str],
-    tolerance: float,
-) -> str:
-    """Flags and tables as HTML; everything that comes from outside is escaped here."""
-    items = "".join(f"<li>{escape(flag)}</li>" for flag in flags)
-    parts = [f"<h2>Not alike</h2><ul>{items}</ul>" if flags else ""]
+def _tables(rows: Sequence[Row], means: Sequence[Row], pairs: Sequence[Row]) -> dict[str, object]:
+    """Tables of the page, each its head and its rows of cells."""
+    sets = []
     for name in dict.fromkeys(row["set"] for row in rows):
         own = [row for row in rows if row["set"] == name]
         size = f"{own[0]['documents']:,} documents, {own[0]['n_targets']:,} predicted tokens"
-        title = escape(f"On {name}: {size}")
-        inner = _of_runs(own, [c for c in _used(own) if c not in BESIDE])
-        closed = f"<details><summary>{title}</summary>{inner}</details>"
-        parts.append(f"<h2>{title}</h2>{inner}" if name == rows[0]["set"] else closed)
+        table_ = _of_runs(own, [c for c in _used(own) if c not in BESIDE])
+        sets.append((f"On {name}: {size}", *table_))
     main = [row for row in rows if row["set"] == rows[0]["set"]]
     beside = [c for c in _used(main) if c in BESIDE]
-    if beside:
-        parts += ["<h2>Latents, concepts, training</h2>", _of_runs(main, beside)]
-    shown = (_cell(row, key) for row in rows for key in SHARES)
-    parts.append(f"<p>{escape(footnote(shown))}</p>")
-    if means:
-        parts.append("<h2>Over seeds: means</h2>")
-        parts.append(
-            "<p>FVU, delta CE and KL: 95 % interval over documents and seeds; others: range.</p>"
-        )
-        keys = [k for k in COLUMNS if any(row.get(k) is not None for row in means)]
-        cells = [[row["group"], *(_cell(row, c) for c in keys)] for row in means]
-        parts.append(_html(["group", *(COLUMNS[c][0] for c in keys)], cells, 1))
-    parts.append(f"<h2>Differences at matched L0 (within {tolerance:.0%})</h2>")
-    levels = [level for level in ("seeds", "run") if any(row["level"] == level for row in pairs)]
-    if not levels:
-        parts.append(
-            "<p>No two runs have the same L0, and none have a slope to correct along: compare "
-            "along the curves below.</p>"
-        )
-    for level in levels:
-        own = [row for row in pairs if row["level"] == level]
-        table_ = _html(["a", "b", "L0", *QUANTITIES.values()], _paired(own), 2)
-        folded = level == "run" and len(levels) > 1
-        parts.append(f"<p>{MEANING[level]}</p>" if not folded else "")
-        parts.append(
-            f"<details><summary>Run by run. {MEANING[level]}</summary>{table_}</details>"
-            if folded
-            else table_
-        )
-    return "\n".join(parts)
+    keys = [k for k in COLUMNS if any(row.get(k) is not None for row in means)]
+    of_means = [[row["group"], *(_cell(row, c) for c in keys)] for row in means]
+    levels = {lv: [row for row in pairs if row["level"] == lv] for lv in ("seeds", "run")}
+    return {
+        "sets": sets,
+        "beside": _of_runs(main, beside) if beside else None,
+        "means": (["group", *(COLUMNS[c][0] for c in keys)], of_means) if means else None,
+        "pairs": [
+            (MEANING[lv], ["a", "b", "L0", *QUANTITIES.values()], _paired(own))
+            for lv, own in levels.items()
+            if own
+        ],
+    }
 
 
 MEANING = {
@@ -192,10 +173,10 @@ def _used(rows: Sequence[Row]) -> list[str]:
     return [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
 
 
-def _of_runs(rows: Sequence[Row], columns: Sequence[str]) -> str:
-    """An HTML table with a row per run."""
+def _of_runs(rows: Sequence[Row], columns: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """Head and cells of a table with a row per run."""
     cells = [[row["run"], row["head"], *(_cell(row, c) for c in columns)] for row in rows]
-    return _html(["run", "head", *(COLUMNS[c][0] for c in columns)], cells, 2)
+    return ["run", "head", *(COLUMNS[c][0] for c in columns)], cells
 
 
 def _cell(row: Row, key: str) -> str:
@@ -212,19 +193,6 @@ def _cell(row: Row, key: str) -> str:
     return show(value) + (f"\n{show(low)} to {show(high)}" if low is not None else "")
 
 
-def _html(head: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> str:
-    """A table; the first columns are words, later lines of a cell are small. Escapes all cells."""
-
-    def cell(tag: str, i: int, text: str) -> str:
-        first, *more = (escape(line) for line in text.split("\n"))
-        kind = ' class="words"' if i < words else ""
-        return f"<{tag}{kind}>{first}{''.join(f'<br><small>{m}</small>' for m in more)}</{tag}>"
-
-    lines = [f"<tr>{''.join(cell('th', i, text) for i, text in enumerate(head))}</tr>"]
-    lines += [f"<tr>{''.join(cell('td', i, t) for i, t in enumerate(row))}</tr>" for row in rows]
-    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
-
-
 def render(
     runs: Sequence[Evaluated], flags: Sequence[str] = (), tolerance: float = MATCHED
 ) -> Lines:
@@ -237,8 +205,7 @@ def render(
     """
     rows = [row for row in table(runs) if row["set"] == runs[0].sets[0]]
     columns = [key for key in _used(rows) if key in BRIEF]
-    cells = [[row["run"], row["head"], *(_cell(row, c) for c in columns)] for row in rows]
-    head = ["run", "head", *(COLUMNS[c][0] for c in columns)]
+    head, cells = _of_runs(rows, columns)
     title = f"On {runs[0].sets[0]}; 95 % intervals over {rows[0]['documents']:,} documents"
     parts: list[Table | Text] = [_terminal(title, head, cells, 2)]
     pairs = differences(runs, tolerance)

@@ -2,12 +2,10 @@
 
 import json
 import math
-import re
 import zlib
 from base64 import b64encode
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from hashlib import sha256
-from html import escape
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import numpy as np
 
 from kanllama_lightning.dashboard.data import Column, Curve, Dashboard, Latent
 from kanllama_lightning.files import replacing
+from kanllama_lightning.pages import PAGES
 from kanllama_lightning.prompts.reading import visible
 
 CHUNK = 64
@@ -42,17 +41,16 @@ def write_dashboard(path: Path, data: Dashboard) -> None:
     """
     style, script = _beside("page.css"), _beside("page.js")
     by_count = _by_count(data)
-    fields: dict[str, Callable[[], Iterable[str]]] = {
-        "policy": lambda: [_policy(style, script)],
-        "title": lambda: [escape(visible(data.title))],
-        "style": lambda: [style],
-        "index": lambda: [_packed(_index(data))],
-        "script": lambda: [script],
-        "blocks": lambda: _blocks(data, by_count),
-    }
+    page = PAGES.get_template("dashboard.html.j2").generate(
+        policy=_policy(style, script),
+        title=visible(data.title),
+        style=style,
+        index=_packed(_index(data)),
+        script=script,
+        blocks=_blocks(data, by_count),
+    )
     with replacing(path) as part, part.open("w", encoding="utf-8", newline="\n") as file:
-        for i, text in enumerate(re.split(r"\{(\w+)\}", _beside("page.html"))):
-            file.writelines(fields[text]() if i % 2 else [text])
+        file.writelines(page)
 
 
 def _beside(name: str) -> str:
@@ -68,25 +66,22 @@ def _policy(style: str, script: str) -> str:
     )
 
 
-def _blocks(data: Dashboard, by_count: np.ndarray) -> Iterator[str]:
-    yield _block("texts", _packed([data.texts[i] for i in by_count]))
+def _blocks(data: Dashboard, by_count: np.ndarray) -> Iterator[tuple[str, str]]:
+    """Names of the blocks, and what is packed in them."""
+    yield "texts", _packed([data.texts[i] for i in by_count])
     renamed = np.empty(len(by_count), dtype=np.uint32)
     renamed[by_count] = np.arange(len(by_count), dtype=np.uint32)
     for i, first in enumerate(range(0, len(data.pool), POOL_CHUNK)):
         tokens = renamed[data.pool[first : first + POOL_CHUNK]]
         # the bytes of like weight together: the upper ones are mostly zero
         planes = tokens.astype("<u4").view(np.uint8).reshape(-1, 4).T[: _n_planes(data)]
-        yield _block(f"pool-{i}", _deflated(planes.tobytes()))
+        yield f"pool-{i}", _deflated(planes.tobytes())
     latents, n = iter(data.latents), 0
     while chunk := list(islice(latents, CHUNK)):
-        yield _block(f"latents-{n // CHUNK}", _packed([_latent(latent) for latent in chunk]))
+        yield f"latents-{n // CHUNK}", _packed([_latent(latent) for latent in chunk])
         n += len(chunk)
     if n != len(data.labels):
         raise ValueError(f"{n} latents, but the index has {len(data.labels)} rows")
-
-
-def _block(name: str, packed: str) -> str:
-    return f'<script type="text/plain" id="{name}">{packed}</script>\n'
 
 
 def _packed(value: Any) -> str:

@@ -9,10 +9,10 @@ import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from callbacks.spliced_loss import spliced
 from kanllama_lightning.heads import PCA, SAEHead
 from kanllama_lightning.metrics import Reconstruction, Sparsity, SplicedLoss
 from kanllama_lightning.run import head_folder
+from kanllama_lightning.splice import losses_by_head
 
 log = logging.getLogger(__name__)
 
@@ -98,13 +98,12 @@ class Baselines(L.Callback):
             return
         view = next(iter(outputs.values()))
         outs = {key: control(view.x) for key, control in self._controls.items()}
-        losses = spliced(pl_module.lm, view, {k: o.x_hat for k, o in outs.items()})
-        doc = view.tokens.doc[losses.where]
+        losses = losses_by_head(pl_module.lm, view, {k: o.x_hat for k, o in outs.items()}, {})
         for key, (sparsity, reconstruction, loss) in self._meters.items():
             sparsity.update(outs[key].codes)
             reconstruction.update(view.x, outs[key].x_hat)
-            own = losses.of(key)
-            loss.update(own.ce, own.kl, doc)
+            own = losses[key]
+            loss.update(own.ce, own.kl, view.tokens.doc[own.where])
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Collect the figures; what the ablations cost on these tokens the heads' figures say."""

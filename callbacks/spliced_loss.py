@@ -4,13 +4,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jaxtyping import Float
-from torch import Tensor
-
 from callbacks.meter import ValidationMeter
 from kanllama_lightning.metrics import SplicedLoss as SplicedLossMetric
 from kanllama_lightning.metrics import mean_losses, score
-from kanllama_lightning.splice import SplicedLosses, ablated, put, spliced_losses
+from kanllama_lightning.splice import ablated, losses_by_head
 from kanllama_lightning.types import ValidationBatch
 
 COLUMNS = (
@@ -39,23 +36,13 @@ class SplicedLoss(ValidationMeter):
     ) -> dict[str, dict[str, Any]]:
         """Run the LM on from the hook: untouched, with zeros and the mean, and with each head."""
         first = next(iter(batches.values()))
-        rows = {f"recon of {name}": batch.out.x_hat for name, batch in batches.items()}
+        x_hats = {name: batch.out.x_hat for name, batch in batches.items()}
         ablations = ablated(first.x, pl_module.head.x_mean)
-        every = spliced(pl_module.lm, first, rows | ablations)
-        doc = first.tokens.doc[every.where]
         found: dict[str, dict[str, Any]] = {}
-        for name in batches:
-            own = every.of(f"recon of {name}", tuple(ablations))
+        for name, own in losses_by_head(pl_module.lm, first, x_hats, ablations).items():
+            doc = first.tokens.doc[own.where]
             meters[name].update(own.ce, own.kl, doc)
             values = score(mean_losses(own.ce, own.kl), len(doc))
             found[name] = {"n_targets": len(doc)} | {key: values[key] for key in COLUMNS}
             found[name]["ce_uniform"] = math.log(pl_module.lm.vocab_size)
         return found
-
-
-def spliced(
-    lm: Any, batch: ValidationBatch, rows: Mapping[str, Float[Tensor, "tok d_model"]]
-) -> SplicedLosses:
-    """Losses of a batch with each of `rows` in the place of its activations, and of none."""
-    runs = {name: put(batch.prefix.acts, batch.mask, value) for name, value in rows.items()}
-    return spliced_losses(lm, batch.prefix, batch.tokens, runs)

@@ -1,7 +1,7 @@
 """What the LM's next-token losses become when its activations are replaced."""
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -9,7 +9,9 @@ from torch import Tensor
 
 from kanllama_lightning.functional.losses import cross_entropy, kl_divergence, next_token_targets
 from kanllama_lightning.lm import FrozenLM
-from kanllama_lightning.types import Prefix, TokenBatch
+from kanllama_lightning.types import Prefix, TokenBatch, ValidationBatch
+
+K = TypeVar("K")
 
 LOGIT_NUMBERS = 1 << 24
 """Logits that exist at once per run (64 MiB in fp32)."""
@@ -24,15 +26,6 @@ class SplicedLosses(NamedTuple):
     """KL(P_clean || P_run), nats; no entry for `clean` itself."""
     where: tuple[Int[Tensor, " n"], Int[Tensor, " n"]]
     """Row and position of each."""
-
-    def of(self, name: str, alone: Sequence[str] = ()) -> "SplicedLosses":
-        """Those of one head: its run `name` as `recon`, beside the runs in `alone` and `clean`."""
-
-        def pick(losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            kept = {k: v for k, v in losses.items() if k in ("clean", *alone)}
-            return kept | {"recon": losses[name]}
-
-        return SplicedLosses(pick(self.ce), pick(self.kl), self.where)
 
 
 def put(
@@ -100,3 +93,32 @@ def spliced_losses(
         kl={name: torch.cat(parts or empty) for name, parts in kl.items()},
         where=(row, pos),
     )
+
+
+def losses_by_head(
+    lm: FrozenLM,
+    batch: ValidationBatch,
+    x_hats: Mapping[K, Float[Tensor, "tok d_model"]],
+    ablations: Mapping[str, Float[Tensor, "tok d_model"]],
+) -> dict[K, SplicedLosses]:
+    """Losses of every head: its reconstruction as `recon`, beside `clean` and the ablations.
+
+    Args:
+        lm: Loaded LM.
+        batch: As any of the heads sees it.
+        x_hats: Reconstruction of `batch.x` by each head.
+        ablations: From `ablated`; run once for all heads.
+    """
+    names = {key: f"recon {i}" for i, key in enumerate(x_hats)}
+    rows = {**ablations, **{names[key]: x_hat for key, x_hat in x_hats.items()}}
+    runs = {name: put(batch.prefix.acts, batch.mask, value) for name, value in rows.items()}
+    every = spliced_losses(lm, batch.prefix, batch.tokens, runs)
+
+    def own(losses: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+        shared = {k: v for k, v in losses.items() if k not in names.values()}
+        return shared | {"recon": losses[name]}
+
+    return {
+        key: SplicedLosses(own(every.ce, name), own(every.kl, name), every.where)
+        for key, name in names.items()
+    }

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import torch
-from torch import Tensor
 
 from kanllama_lightning import stopping
 from kanllama_lightning.lm import FrozenLM
@@ -21,8 +20,8 @@ from kanllama_lightning.reports.base import EvalRun, Report, Seen
 from kanllama_lightning.reports.texts import batches
 from kanllama_lightning.run import SUMMARY, make_folder
 from kanllama_lightning.small_files import read_json, there, write_json
-from kanllama_lightning.splice import SplicedLosses, ablated, put, spliced_losses
-from kanllama_lightning.types import InputError, Prefix, TokenBatch, ValidationBatch
+from kanllama_lightning.splice import ablated, losses_by_head
+from kanllama_lightning.types import InputError
 from kanllama_lightning.view import view
 
 log = logging.getLogger(__name__)
@@ -262,8 +261,11 @@ def _stream(jobs: Sequence[Job], lm: FrozenLM, sets: Mapping[str, Rows], batch_s
                     id(run): view(prefix, tokens, name, run.head, reference.norm_limit)
                     for run in runs
                 }
-                losing = [i for i in wanting if jobs[i].report.splices]
-                losses = _losses(lm, prefix, tokens, views, jobs, losing, reference.x_mean)
+                some = next(iter(views.values()))
+                losing = [id(jobs[i].run) for i in wanting if jobs[i].report.splices]
+                x_hats = {key: views[key].out.x_hat for key in losing}
+                ablations = ablated(some.x, reference.x_mean)
+                losses = losses_by_head(lm, some, x_hats, ablations) if x_hats else {}
                 for i in wanting:
                     job = jobs[i]
                     own = losses.get(id(job.run)) if job.report.splices else None
@@ -274,24 +276,3 @@ def _stream(jobs: Sequence[Job], lm: FrozenLM, sets: Mapping[str, Rows], batch_s
 def _wants(report: Report, looked: int) -> bool:
     limit = report.tokens
     return limit is None or looked < limit
-
-
-def _losses(
-    lm: FrozenLM,
-    prefix: Prefix,
-    tokens: TokenBatch,
-    views: Mapping[int, ValidationBatch],
-    jobs: Sequence[Job],
-    losing: Sequence[int],
-    mean: Tensor,
-) -> dict[int, SplicedLosses]:
-    """Losses for every head that needs them, from one untouched, one zero and one mean run."""
-    ids = list(dict.fromkeys(id(jobs[i].run) for i in losing))
-    if not ids:
-        return {}
-    some = views[ids[0]]
-    ablations = ablated(some.x, mean)
-    runs = {name: put(prefix.acts, some.mask, rows) for name, rows in ablations.items()}
-    runs |= {f"recon {i}": put(prefix.acts, views[i].mask, views[i].out.x_hat) for i in ids}
-    every = spliced_losses(lm, prefix, tokens, runs)
-    return {i: every.of(f"recon {i}", tuple(ablations)) for i in ids}

@@ -38,8 +38,7 @@ class Sparsity(ValidationMeter):
         rows: dict[str, dict[str, Any]] = {}
         for name, batch in batches.items():
             meters[name].update(batch.out.codes)
-            n, fired = len(batch.x), int(batch.out.codes.l0().sum())
-            rows[name] = {"n_tokens": n, "l0": fired / n if n else float("nan")}
+            rows[name] = {"n_tokens": len(batch.x), "l0": batch.l0()}
         return rows
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:

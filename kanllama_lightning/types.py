@@ -252,6 +252,10 @@ class ValidationBatch(NamedTuple):
     out: SAEOutput
     """The head's output on x, as at inference."""
 
+    def l0(self) -> float:
+        """Non-zero latents per token, the mean; NaN of no tokens."""
+        return float(self.out.codes.l0().double().mean())
+
 
 class RunDiverged(Exception):  # noqa: N818
     """A run whose numbers are no longer finite. Nothing of it was saved since.

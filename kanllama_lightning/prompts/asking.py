@@ -111,6 +111,4 @@ def ask(head: SAEHead, lm: FrozenLM, asked: Question, top: int) -> Answers:
             agrees=bool(log_p[0].argmax() == original[0].argmax()),
             top=list(zip(best.indices.tolist(), best.values.exp().tolist(), strict=True)),
         )
-    n = int(seen.mask.sum())
-    l0 = float(seen.out.codes.l0().double().mean()) if n else float("nan")
-    return Answers(readings, len(ids), n, not bool(seen.mask[0, last]), l0)
+    return Answers(readings, len(ids), len(seen.x), not bool(seen.mask[0, last]), seen.l0())

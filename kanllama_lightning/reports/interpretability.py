@@ -359,7 +359,7 @@ class Interpretability(Report):
 @torch.no_grad()
 def _random_head(run: EvalRun, batch: ValidationBatch) -> BatchTopK:
     """Untrained, random directions with the L0 of the head, set up on the first batch."""
-    l0 = max(1, round(float(batch.out.codes.l0().double().mean())))
+    l0 = max(1, round(batch.l0()))
     head = BatchTopK(run.head.d_model, run.head.d_sae, min(l0, run.head.d_sae), seed=CONTROL_SEED)
     head.to(batch.x.device).start_(batch.x)
     head.eval().calibrate_(batch.x)

@@ -40,9 +40,8 @@ class Sparsity(Report):
         """Count a batch."""
         batch = seen.batch
         self._meters[batch.set_name].update(batch.out.codes)
-        n, fired = len(batch.x), int(batch.out.codes.l0().sum())
-        l0 = fired / n if n else float("nan")
-        self._rows.append({"set": batch.set_name, "batch": seen.number, "n_tokens": n, "l0": l0})
+        own = {"n_tokens": len(batch.x), "l0": batch.l0()}
+        self._rows.append({"set": batch.set_name, "batch": seen.number} | own)
 
     def finish(self, run: EvalRun) -> Figures:
         """Table, histogram, figures."""

@@ -54,7 +54,7 @@ NUMBER = {name: i for i, name in enumerate(FACTS)}
 WITH_VALUES = {name.split(":")[0] for name in FACTS if ":" in name and name not in STRUCTURE}
 """Kinds of facts that have a value: "animal:cat", and "animal" too."""
 
-Codes = SparseCodes | DenseCodes | Float[Tensor, "tok d_sae"]
+Codes = SparseCodes | DenseCodes | Float[Tensor, "_ d_sae"]
 """Codes of a head; or any numbers, such as raw coordinates, of which every one is a threshold."""
 
 
@@ -208,7 +208,7 @@ def recover(
     codes_choose: Codes,
     facts_choose: Bool[Tensor, "tok fact"],
     codes_test: Codes,
-    facts_test: Bool[Tensor, "tok fact"],
+    facts_test: Bool[Tensor, "tok_test fact"],
 ) -> Recovery:
     """Choose a latent and a threshold for every fact on one half, judge them on the other.
 

@@ -23,6 +23,10 @@ class InputError(ValueError):
     """
 
 
+Acts = Callable[[Int[Tensor, "batch pos"]], Float[Tensor, "batch pos d_model"]]
+"""Token ids to the activations at the hook point: `FrozenLM.acts`."""
+
+
 class TokenBatch(NamedTuple):
     """Packed rows of token ids, on the CPU, as the data module yields them."""
 
@@ -41,7 +45,7 @@ class TokenBatch(NamedTuple):
         ids, keep, doc = (t.to(device, non_blocking=True) for t in self[:3])
         return TokenBatch(ids, keep, doc, self.position)
 
-    def activations(self, acts: "Acts") -> Float[Tensor, "tok d_model"]:
+    def activations(self, acts: Acts) -> Float[Tensor, "tok d_model"]:
         """What to train on, sinks included: the kept tokens' activations, by running the LM."""
         return acts(self.ids)[self.keep]
 
@@ -58,13 +62,9 @@ class ActivationBatch(NamedTuple):
         """The same batch with its rows on `device` (the position stays on the CPU)."""
         return ActivationBatch(self.rows.to(device, non_blocking=True), self.position)
 
-    def activations(self, acts: "Acts") -> Float[Tensor, "tok d_model"]:
+    def activations(self, acts: Acts) -> Float[Tensor, "tok d_model"]:
         """What to train on: these rows; the LM (`acts`) is left alone."""
         return self.rows
-
-
-Acts = Callable[[Int[Tensor, "batch pos"]], Float[Tensor, "batch pos d_model"]]
-"""Token ids to the activations at the hook point: `FrozenLM.acts`."""
 
 
 class SparseCodes(NamedTuple):

@@ -153,7 +153,7 @@ def _short(value: Any, digits: int) -> Any:
     return _number(value, digits)
 
 
-def _number(value: float, digits: int) -> float | int | None:
+def _number(value: float | np.integer | np.floating, digits: int) -> float | int | None:
     """Rounded, as the shortest JSON there is; None for what is no finite number."""
     if not math.isfinite(value):
         return None

@@ -24,12 +24,12 @@ Covariances = tuple[Float[Tensor, "in planes planes"], Float[Tensor, "in planes 
 
 
 def line_residual(
-    x: Float[Tensor, "tok n"], y: Float[Tensor, "tok n"]
+    x: Float[Tensor, "tok #n"], y: Float[Tensor, "tok n"]
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, " n"]]:
     """Size, bend (0 to 1) and best slope of each column's curve y(x); fp64.
 
     Args:
-        x: What the curves see.
+        x: What the curves see, each its own column or all the same one.
         y: Their values there.
     """
     x, y = x.double(), y.double()
@@ -147,7 +147,7 @@ def pooled(
 
 
 def densities(
-    seen: Sequence[Float[Tensor, " seen"]], start: float | None = None, n: int = POINTS
+    seen: Sequence[Float[Tensor, " _"]], start: float | None = None, n: int = POINTS
 ) -> tuple[Float[Tensor, "curves n"], Float[Tensor, "curves n"]]:
     """Evenly spaced points over what each curve sees, and the share of it nearest to each.
 

@@ -83,7 +83,7 @@ def cross_entropy(
 
 
 def kl_divergence(
-    log_p: Float[Tensor, "n vocab"], log_q: Float[Tensor, "n vocab"]
-) -> Float[Tensor, " n"]:
+    log_p: Float[Tensor, "*n vocab"], log_q: Float[Tensor, "*n vocab"]
+) -> Float[Tensor, "*n"]:
     """KL(P || Q) of every row, nats."""
     return (log_p.exp() * (log_p - log_q)).sum(-1)

@@ -22,8 +22,8 @@ class Columns(NamedTuple):
     values: Float[Tensor, " nnz"]
     rows: Int[Tensor, " nnz"]
     """Token of each value, int32."""
-    starts: Int[Tensor, " d_sae+1"]
-    """Where each latent begins; the last is nnz."""
+    starts: Int[Tensor, " starts"]
+    """Where each of d_sae latents begins; one more, the last, is nnz."""
     n_rows: int
     floor: float
     """Thresholds lie above it: 0 where tokens that are not listed are zeros, -inf where all are."""

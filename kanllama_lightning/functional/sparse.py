@@ -192,7 +192,7 @@ def kept_products(
     values: Float[Tensor, " nnz"],
     pattern: Pattern,
     bias: Float[Tensor, " d_sae"],
-    branches: Sequence[tuple[Float[Tensor, "tok n"], Float[Tensor, "n d_sae"]]],
+    branches: Sequence[tuple[Float[Tensor, "tok _"], Float[Tensor, "_ d_sae"]]],
 ) -> Float[Tensor, " nnz"]:
     """Kept entries of sum_b inputs_b @ weights_b + bias, with sparse gradients.
 

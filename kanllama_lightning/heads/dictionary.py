@@ -17,7 +17,7 @@ MEDIAN_ROWS = 8192
 BLOCK = 1 << 22
 """Elements of the dictionary that are worked on at once."""
 
-Branch = tuple[Float[Tensor, "tok n"], Float[Tensor, "n d_sae"]]
+Branch = tuple[Float[Tensor, "tok _"], Float[Tensor, "_ d_sae"]]
 """Inputs and weights whose product is a part of the pre-activations."""
 
 
@@ -112,7 +112,7 @@ class Dictionary(SAEHead):
 
     def pre_acts(
         self, x: Float[Tensor, "tok d_model"], latents: Int[Tensor, " some"] | None = None
-    ) -> Float[Tensor, "tok d_sae"]:
+    ) -> Float[Tensor, "tok some"]:
         """Pre-activations, fp32, of all latents or of some."""
         return products(self.branches(x), self.bias(), latents)
 
@@ -205,7 +205,7 @@ def products(
     branches: list[Branch],
     bias: Float[Tensor, " d_sae"],
     latents: Int[Tensor, " some"] | None = None,
-) -> Float[Tensor, "tok d_sae"]:
+) -> Float[Tensor, "tok some"]:
     """Inputs @ weights, summed over the branches, plus the bias; fp32, of all latents or some."""
     total: Tensor | None = None
     for inputs, weights in branches:

@@ -1,7 +1,7 @@
 """SplineLatent: one learned curve per latent, with a hard zero."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -99,9 +99,7 @@ class SplineLatent(Thresholded):
             self.smallest.copy_(kept.min() if len(kept) else kept.new_full((), torch.inf))
         return self.curve(values, pattern.latents)
 
-    def curve(
-        self, values: Float[Tensor, " n"], latents: Float[Tensor, " n"]
-    ) -> Float[Tensor, " n"]:
+    def curve(self, values: Float[Tensor, " n"], latents: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
         """z of positive pre-activations `values` of `latents`."""
         coefficients = self.coefficients()
         at_zero = spline_bases(values.new_zeros(1, 1), 0, 1, self.grid_size).reshape(-1)

@@ -14,7 +14,7 @@ import re
 import stat
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, NotRequired, Required, Union
 
@@ -100,7 +100,7 @@ def check(value: Any, schema: Any, where: str = "") -> Any:
         return value
     if typing.is_typeddict(schema):
         return _record(value, schema, where)
-    if kind is list:
+    if kind in (list, Sequence):
         if not isinstance(value, list):
             raise _wrong(value, schema, where)
         return [check(one, args[0], f"{where}[{i}]") for i, one in enumerate(value)]
@@ -162,7 +162,7 @@ def words(schema: Any) -> str:
         return " or ".join(words(one) for one in args)
     if kind is Literal:
         return " or ".join(repr(one) for one in args)
-    if kind is list:
+    if kind in (list, Sequence):
         return f"a list, each {words(args[0])}"
     if kind is tuple:
         return f"a list of {len(args)}, each {words(args[0])}"

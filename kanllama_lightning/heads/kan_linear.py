@@ -1,7 +1,7 @@
 """KANLinear: the KAN layer of efficient-kan, with one folded weight and a frugal backward."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,7 +63,7 @@ class KANLinear(nn.Module):
         out_features: int,
         grid_size: int = 5,
         spline_order: int = 3,
-        grid_range: tuple[float, float] = (-1.0, 1.0),
+        grid_range: Sequence[float] = (-1.0, 1.0),
         linear_tails: bool = False,
         base_activation: str = "silu",
         *,

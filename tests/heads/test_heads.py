@@ -866,7 +866,7 @@ def test_share_out_of_the_grid():
         ({"kan_class": "torch.relu"}, r"'torch\.relu': is no Module"),
         ({"kan_args": {"colour": 3}}, r"head\.kan_args\.colour: KANLinear has no such argument"),
         ({"kan_args": {"grid_size": "5"}}, r"head\.kan_args\.grid_size='5' must be a whole number"),
-        ({"kan_args": {"grid_range": [1]}}, r"grid_range=\[1\] must be a list of 2"),
+        ({"kan_args": {"grid_range": [1]}}, r"grid_range=\[1\]: must be two numbers"),
         ({"kan_args": {"grid_size": 0}}, r"grid_size=0"),
     ],
 )

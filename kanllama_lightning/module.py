@@ -214,7 +214,9 @@ class SAEModule(L.LightningModule):
             parameters = list(head.parameters())
             groups.append({"params": parameters, **self._arguments(name, parameters, own)})
         optimizer = self.optimizer(groups)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule.lr_factor)
+        factor = self.schedule.lr_factor
+        # a function without attributes: those of any other are saved with every checkpoint
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step))
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
     def _arguments(

@@ -12,7 +12,7 @@ Sentences are capitalised, and questions and exclamations marked, by themselves.
 
 import re
 from functools import cache
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 from kanllama_lightning.embedded.inflection import conjugate
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kanllama_lightning.embedded.narrator import Narrator
 
 
+@runtime_checkable
 class Mentioned(Protocol):
     """What can fill a slot."""
 
@@ -44,6 +45,7 @@ class Speech:
         self.opened: list[tuple[str, int]] = []
 
 
+@runtime_checkable
 class Step(Protocol):
     """One step of a template."""
 

@@ -14,12 +14,15 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import lightning as L
 import pytest
 import torch
 import yaml
+from lightning.pytorch.trainer.states import TrainerFn, TrainerState
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import tests.shapes  # noqa: F401  # comes before what it is to check
 from kanllama_lightning.lm import FrozenLM
 from kanllama_lightning.packing import join, pack
 from kanllama_lightning.types import TokenBatch
@@ -182,6 +185,15 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV file."""
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+class IdleTrainer(L.Trainer):
+    """A trainer that runs nothing: what callbacks look at can be set."""
+
+    global_step = 0
+
+    def __init__(self) -> None:
+        self.state = TrainerState(fn=TrainerFn.FITTING)
 
 
 def terminate_at(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch.trainer.states import TrainerFn
 
 from callbacks.concepts import Concepts
 from kanllama_lightning.heads import SAEHead
 from kanllama_lightning.module import SAEModule
 from kanllama_lightning.types import InputError
-from tests.conftest import Fit, only_run
+from tests.conftest import Fit, IdleTrainer, only_run
 
 ROOT = Path(__file__).resolve().parents[1]
 EMBEDDED = {
@@ -74,25 +75,19 @@ def test_nothing_on_another_model(run_folder: Path) -> None:
 def test_every_second_validation_and_the_last() -> None:
     callback = Concepts(every_n_validations=2)
 
-    class Trainer:
-        class state:  # noqa: N801
-            fn = "fit"
-
-        global_step = 0
-
-    looks = []
-    for Trainer.global_step in range(4):
-        callback.on_validation_start(Trainer, None)  # type: ignore[arg-type]
+    trainer, looks = IdleTrainer(), []
+    for trainer.global_step in range(4):
+        callback.on_validation_start(trainer, None)
         looks.append(callback.looks)
     assert looks == [False, True, False, True]
     continued = Concepts(every_n_validations=2)
     continued.load_state_dict(callback.state_dict())
-    Trainer.global_step = 4
-    continued.on_validation_start(Trainer, None)  # type: ignore[arg-type]
+    trainer.global_step = 4
+    continued.on_validation_start(trainer, None)
     assert not continued.looks
-    Trainer.state.fn = "validate"
-    Trainer.global_step = 4
-    continued.on_validation_start(Trainer, None)  # type: ignore[arg-type]
+    trainer.state.fn = TrainerFn.VALIDATING
+    trainer.global_step = 4
+    continued.on_validation_start(trainer, None)
     assert continued.looks
 
 

@@ -9,12 +9,13 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from plotly.offline import get_plotlyjs
 
 from callbacks.kan_curves import COLUMNS, KANCurves
 from kanllama_lightning.figures import curves_figure, page
 from kanllama_lightning.types import Curves, InputError
-from tests.conftest import SMALL, Fit, only_run
+from tests.conftest import SMALL, Fit, IdleTrainer, only_run
 from tests.wandb_file import history
 from train import main
 
@@ -120,24 +121,18 @@ def test_stopped_and_continued_leaves_the_same_table(
 def test_every_second_validation_and_the_last() -> None:
     callback = KANCurves(every_n_validations=2)
 
-    class Trainer:
-        global_step = 0
-
-        class state:  # noqa: N801
-            fn = "fit"
-
-    looks = []
-    for Trainer.global_step in range(4):
-        callback.on_validation_start(Trainer, None)  # type: ignore[arg-type]
+    trainer, looks = IdleTrainer(), []
+    for trainer.global_step in range(4):
+        callback.on_validation_start(trainer, None)
         looks.append(callback.looks)
     assert looks == [False, True, False, True]
     continued = KANCurves(every_n_validations=2)
     continued.load_state_dict(callback.state_dict())
-    Trainer.global_step = 4
-    continued.on_validation_start(Trainer, None)  # type: ignore[arg-type]
+    trainer.global_step = 4
+    continued.on_validation_start(trainer, None)
     assert not continued.looks
-    Trainer.state.fn = "validate"
-    continued.on_validation_start(Trainer, None)  # type: ignore[arg-type]
+    trainer.state.fn = TrainerFn.VALIDATING
+    continued.on_validation_start(trainer, None)
     assert continued.looks
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, GPTNeo
 
 from kanllama_lightning.lm import FrozenLM
 from kanllama_lightning.types import InputError
+from tests.shapes import unchecked
 
 SPELLINGS = [  # one place per line
     ("resid_pre", ["blocks.{}.hook_resid_pre"]),
@@ -235,8 +236,12 @@ def test_no_module_runs_twice_and_none_in_vain(make_lm, tokens, name, kind, laye
 def test_splicing_anything_else_raises(make_lm, tokens, name, spoil):
     lm = make_lm(name)
     prefix = lm.prefix(tokens.ids)
-    with pytest.raises(ValueError, match=r"spliced activations are .*; the hook point gives"):
-        lm.resume(prefix, spoil(prefix.acts))
+    wrong = spoil(prefix.acts)
+    with (
+        unchecked(),
+        pytest.raises(ValueError, match=r"spliced activations are .*; the hook point gives"),
+    ):
+        lm.resume(prefix, wrong)
 
 
 @pytest.mark.parametrize(

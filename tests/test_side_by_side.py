@@ -14,6 +14,7 @@ from kanllama_lightning.reports.cli import main as evaluate
 from kanllama_lightning.side_by_side import SideBySide
 from kanllama_lightning.types import InputError
 from tests.conftest import ALONE, SMALL, Fit, read_rows, side_by_side_config
+from tests.shapes import unchecked
 from tests.wandb_file import history
 from train import main
 
@@ -200,7 +201,7 @@ def test_a_head_may_have_a_seed_of_its_own() -> None:
     ],
 )
 def test_mistakes_are_named(heads: Any, message: str) -> None:
-    with pytest.raises(InputError, match=message):
+    with unchecked(), pytest.raises(InputError, match=message):
         SideBySide(8, heads, d_sae=16, target_l0=2)
 
 

@@ -48,9 +48,9 @@ from torch.utils._pytree import tree_leaves
 
 from kanllama_lightning import heads
 from kanllama_lightning.functional.sparse import Pattern, largest_positive
-from kanllama_lightning.heads.dictionary import Dictionary
-from kanllama_lightning.heads.penalised import Penalised
-from kanllama_lightning.heads.selecting import Selecting
+from kanllama_lightning.heads.penalties import Penalised
+from kanllama_lightning.heads.sae import SAE
+from kanllama_lightning.heads.selections import Selecting, TokenTopK
 from kanllama_lightning.optim import Adam
 from kanllama_lightning.types import StepContext
 
@@ -70,17 +70,17 @@ class HeadStep:
     """A head, started on the rows that it is then trained on."""
 
     def __init__(
-        self, kind: type[Dictionary], x: Tensor, d_sae: int, k: int, settled: bool = False
+        self, kind: type[SAE], x: Tensor, d_sae: int, k: int, settled: bool = False
     ) -> None:
         self.head, self.x = kind(d_model=x.shape[1], d_sae=d_sae, target_l0=k), x
         self.head.start_(x)
-        if settled and isinstance(self.head, Penalised):
+        if settled and isinstance(self.head.selection, Penalised):
             settle_(self.head, x)
         self.optimizer = Adam(self.head.parameters(), lr=LR, fused=True)
         self.context = StepContext(torch.zeros(0, dtype=torch.int64), 0.0, 0.1)
         self.mark: Mark = unmarked
-        if isinstance(self.head, Selecting):
-            select = self.head.select
+        if isinstance(self.head.selection, Selecting):
+            select = self.head.selection.select
 
             def marked(pre_acts: Tensor) -> Tensor:
                 self.mark("encode")
@@ -88,14 +88,14 @@ class HeadStep:
                 self.mark("select")
                 return flat
 
-            self.head.select = marked  # type: ignore[method-assign]
+            self.head.selection.select = marked  # type: ignore[method-assign]
 
     def __call__(self, mark: Mark = unmarked) -> None:
         """One step, in the order of the module."""
         self.mark = mark
         self.optimizer.zero_grad()
         out = self.head(self.x)
-        mark("decode" if isinstance(self.head, Selecting) else "forward")
+        mark("decode" if isinstance(self.head.selection, Selecting) else "forward")
         loss = torch.stack(list(self.head.losses(self.x, out, self.context).values())).sum()
         mark("losses")
         loss.backward()
@@ -109,12 +109,14 @@ class HeadStep:
 
 
 @torch.no_grad()
-def settle_(head: Penalised, x: Tensor) -> None:
+def settle_(head: SAE, x: Tensor) -> None:
     """Lower all of b_enc alike until target_l0 latents fire per token on average."""
     above = head.pre_acts(x)
     if isinstance(head, heads.JumpReLU):
-        above -= head.theta
-    head.b_enc -= above.reshape(-1).topk(head.target_l0 * len(x) + 1, sorted=False).values.min()
+        above -= head.selection.theta
+    head.encoder.b_enc -= (
+        above.reshape(-1).topk(head.target_l0 * len(x) + 1, sorted=False).values.min()
+    )
     l0 = float(head(x).codes.l0().double().mean())
     assert abs(l0 / head.target_l0 - 1) < 1e-3, "L0 is not the target"  # but for rounding
 
@@ -216,11 +218,12 @@ class DenseFloor(Floor):
         mark("backward")
 
 
-def floor_of(kind: type[Dictionary]) -> type[Floor]:
+def floor_of(kind: type[SAE]) -> type[Floor]:
     """Which floor a head is held against."""
-    if issubclass(kind, heads.TopK):
+    small = kind(d_model=2, d_sae=4, target_l0=1)
+    if isinstance(small.selection, TokenTopK):
         return TopKFloor
-    return SparseFloor if issubclass(kind, Selecting) else DenseFloor
+    return SparseFloor if isinstance(small.selection, Selecting) else DenseFloor
 
 
 class WideTensors(TorchDispatchMode):

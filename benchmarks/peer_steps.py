@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kanllama_lightning import heads
-from kanllama_lightning.heads.penalised import Penalised
+from kanllama_lightning.heads.penalties import Penalised
 from kanllama_lightning.optim import Adam
 from kanllama_lightning.schedule import Schedule
 from kanllama_lightning.trainee import Trainee
@@ -35,9 +35,9 @@ class Ours:
         schedule = Schedule(300_000_000, len(x))
         self.trainee = Trainee("", self.head, schedule, clip_ratio=5.0)
         self.optimizer = Adam(self.parameters, lr=LR, fused=True)
-        self.biases = [self.head.b_enc]
+        self.biases = [self.head.encoder.b_enc]
         if kind == "Gated":
-            self.biases.append(self.head.b_mag)
+            self.biases.append(self.head.selection.b_mag)
 
     def step(self) -> None:
         """One step, without Lightning around it."""
@@ -182,7 +182,8 @@ KINDS: dict[str, dict[str, tuple[type[Contestant], str]]] = {
 
 def is_penalised(kind: str) -> bool:
     """Whether a penalty, not a selection, makes this kind sparse."""
-    return issubclass(getattr(heads, kind), Penalised)
+    small = getattr(heads, kind)(d_model=2, d_sae=4, target_l0=1)
+    return isinstance(small.selection, Penalised)
 
 
 @torch.no_grad()

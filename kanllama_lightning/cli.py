@@ -646,12 +646,6 @@ def _run(given: list[str], started: bool, kwargs: dict[str, Any]) -> int:
         unused = True
         raise InputError(f"Lightning refuses this configuration: {e}") from e
     except Exception as e:
-        if "Error(s) in loading state_dict" in str(e):
-            said = " ".join(str(e).split())
-            raise InputError(
-                "ckpt_path: the checkpoint is of another head than the configuration asks for; "
-                f"give the run's own, --config RUN/{CONFIG} ({said[:200]})"
-            ) from e
         if KanllamaCLI.lock is None or not KanllamaCLI.lock.lost:
             raise
         raise InputError(gone(KanllamaCLI.lock.folder)) from e

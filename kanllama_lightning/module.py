@@ -20,6 +20,7 @@ from kanllama_lightning.drought import Drought
 from kanllama_lightning.functional import ranks
 from kanllama_lightning.functional.moments import norms
 from kanllama_lightning.heads.base import SAEHead, Trained
+from kanllama_lightning.heads.sae import flat_name
 from kanllama_lightning.lm import FrozenLM, overflow_hint
 from kanllama_lightning.optim import Adam
 from kanllama_lightning.phase import Phase
@@ -510,13 +511,32 @@ class SAEModule(L.LightningModule):
             ).cpu()
             checkpoint["seen"] = ranks.rows(self.seen[None].to(self.device)).cpu()
 
+    def _refuse_another_head(self, state: dict[str, Tensor]) -> None:
+        """Compare the tensors of a checkpoint with those that are to be filled."""
+        own = {name: list(value.shape) for name, value in self.state_dict().items()}
+        found = {name: list(value.shape) for name, value in state.items()}
+        if found == own:
+            return
+        if found.keys() >= {flat_name(name) for name in own}:
+            raise InputError(
+                "ckpt_path: the checkpoint was written before heads had parts; its optimizer state "
+                "is in another order. Its head can be read; to train, start a new run from its "
+                "config.yaml"
+            )
+        odd = min(n for n in own.keys() | found.keys() if own.get(n) != found.get(n))
+        raise InputError(
+            "ckpt_path: the checkpoint is of another head than the configuration asks for; give "
+            f"the run's own, --config RUN/config.yaml ({odd} is {found.get(odd, 'not in it')}, "
+            f"and {own.get(odd, 'nothing')} is asked for)"
+        )
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Bring everything back, whatever is done next: training, its last validation, or another.
 
         The data goes on behind the last batch that was used.
 
         Raises:
-            InputError: The checkpoint is from before the loss of all heads had one unit (0.1.0).
+            InputError: The checkpoint is of another head, or of an earlier version.
         """
         if not any(name.endswith(".x_variance") for name in checkpoint["state_dict"]):
             raise InputError(
@@ -524,6 +544,7 @@ class SAEModule(L.LightningModule):
                 "of the activations; its optimizer state does not fit this loss. Its head can be "
                 "read; to train, start a new run from its config.yaml"
             )
+        self._refuse_another_head(checkpoint["state_dict"])
         self.tokens_seen = checkpoint["tokens_seen"]
         self.clock.load_(checkpoint.get("clock", {}))
         positions, seen = checkpoint["data_positions"], checkpoint["seen"]

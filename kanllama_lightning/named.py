@@ -24,10 +24,15 @@ _allowed: ContextVar[Collection[str] | None] = ContextVar("allowed", default=Non
 Kind = TypeVar("Kind", bound=type)
 
 
-def ship(kind: Kind) -> Kind:
-    """Let a class of this package be called by its short name; does nothing to any other."""
+def ship(kind: Kind, name: str = "") -> Kind:
+    """Let a class of this package be called by its short name; does nothing to any other.
+
+    Args:
+        kind: The class.
+        name: What else than its own name it is called, by files of earlier versions.
+    """
     if kind.__module__.startswith(f"{PACKAGE}."):
-        SHIPPED[kind.__name__] = kind
+        SHIPPED[name or kind.__name__] = kind
     return kind
 
 
@@ -131,27 +136,53 @@ def named_class(name: str, base: type) -> Any:
     return found
 
 
+def arguments_of(kind: type) -> dict[str, tuple[inspect.Parameter, Any]]:
+    """Arguments of a class's constructor with their types, in the order of their definition.
+
+    Those that it hands on to its parents (`**shared`) are the parents' own.
+    """
+    found: dict[str, tuple[inspect.Parameter, Any]] = {}
+    for owner in kind.__mro__:
+        init: Any = vars(owner).get("__init__")
+        if init is None or not inspect.isfunction(init):
+            continue
+        hints = typing.get_type_hints(init)
+        own = list(inspect.signature(init).parameters.values())[1:]
+        named = {p.name: (p, hints.get(p.name, Any)) for p in own}
+        rest = [p.name for p in own if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+        found |= {name: value for name, value in named.items() if name not in [*found, *rest]}
+        if not rest:
+            break
+    return found
+
+
 def checked_args(kind: type, args: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Arguments of a class from a file, if they are of the types that its constructor asks for.
 
     Raises:
         InputError: One is missing, unknown, or of another type.
     """
-    init: Any = kind.__init__  # type: ignore[misc]
-    signature = inspect.signature(kind)
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-    unknown = sorted(args.keys() - signature.parameters.keys())
-    if unknown and not open_ended:
+    known = arguments_of(kind)
+    unknown = sorted(args.keys() - known.keys())
+    if unknown and not _takes_anything(kind):
         raise InputError(f"{where}.{unknown[0]}: {kind.__name__} has no such argument")
-    missing = [
-        name
-        for name, p in signature.parameters.items()
-        if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and name not in args
-    ]
+    missing = [name for name, (p, _) in known.items() if p.default is p.empty and name not in args]
     if missing:
         raise InputError(f"{where}.{missing[0]}: is missing; {kind.__name__} needs it")
-    hints = typing.get_type_hints(init)
+    hints = {name: hint for name, (_, hint) in known.items()}
     try:
         return {k: check(v, hints.get(k, Any), f"{where}.{k}") for k, v in args.items()}
     except Wrong as e:
         raise InputError(f"{e}, for {kind.__name__}") from e
+
+
+def _takes_anything(kind: type) -> bool:
+    """Whether a constructor takes arguments that no parent of its own names."""
+    inits = [vars(owner).get("__init__") for owner in kind.__mro__]
+    ours = [init for init in inits if inspect.isfunction(init)]
+    last = next((i for i in ours if not _open(i)), None)
+    return last is None
+
+
+def _open(init: Any) -> bool:
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(init).parameters.values())

@@ -176,6 +176,15 @@ Codes = SparseCodes | DenseCodes | LazyCodes
 """The latents of a batch: all of them know `dense`, `sparse`, `l0` and `fired`."""
 
 
+class ByProducts(NamedTuple):
+    """What a penalised head knows once it has made its latents, and its losses need."""
+
+    penalty: Float[Tensor, ""]
+    """Mean over tokens, without its coefficient."""
+    decoded: list[Float[Tensor, "tok d_model"]]
+    """Of what else is decoded beside the latents; without b_dec, in the head's units."""
+
+
 class SAEOutput(NamedTuple):
     """What a head returns: the reconstruction, in the LM's units, and the codes it came from."""
 
@@ -184,6 +193,8 @@ class SAEOutput(NamedTuple):
     pre_acts: Callable[[Int[Tensor, " some"]], Float[Tensor, "tok some"]] | None = None
     """Pre-activations of some latents (dead ones, say) from the same pass, where that is cheaper
     than another one."""
+    by_products: ByProducts | None = None
+    """What the losses of a penalised head need beside it; None for the others."""
 
 
 class StepContext(NamedTuple):

@@ -1,4 +1,4 @@
-"""Importing this lets every annotation of the project be checked, in whatever is imported later.
+"""With CHECK_SHAPES=1 every annotation of the project is checked, in whatever is imported later.
 
 A call whose arguments or result are not as annotated raises jaxtyping.TypeCheckError. Axes bind
 within one call. What jaxtyping leaves alone: what `async` functions are given, and an annotation
@@ -6,6 +6,7 @@ that names the class it stands in.
 """
 
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -62,7 +63,14 @@ def _compiles_unchecked(compile_: Callable[..., Any]) -> Callable[..., Any]:
     return compiler
 
 
-assert not set(PACKAGES) & set(sys.modules), "imported before its annotations could be checked"
-jaxtyping.install_import_hook(PACKAGES, CHECKER)
-jaxtyping.jaxtyped = _fields_too(jaxtyping.jaxtyped)
-torch.compile = _compiles_unchecked(torch.compile)
+def check_annotations() -> None:
+    """Let every annotation be checked, in whatever is imported later."""
+    assert not set(PACKAGES) & set(sys.modules), "imported before its annotations could be checked"
+    jaxtyping.install_import_hook(PACKAGES, CHECKER)
+    jaxtyping.jaxtyped = _fields_too(jaxtyping.jaxtyped)
+    torch.compile = _compiles_unchecked(torch.compile)
+
+
+CHECKED = bool(os.environ.get("CHECK_SHAPES"))
+if CHECKED:
+    check_annotations()

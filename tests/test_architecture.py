@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from kanllama_lightning import heads
+
 ROOT = Path(__file__).resolve().parents[1]
 FILES = [
     p.relative_to(ROOT)
@@ -14,24 +16,22 @@ FILES = [
 HEADS = "kanllama_lightning.heads"
 READING = {f"kanllama_lightning.{name}" for name in ("types", "files", "small_files", "named")}
 """What may be used wherever a saved file is read."""
-SHARED_BY_HEADS = {
+PARTS = {
     f"{HEADS}.{name}"
     for name in (
         "base",
-        "dictionary",
-        "selecting",
-        "thresholded",
-        "standardised",
-        "hidden",
+        "sae",
+        "encoders",
+        "hidden_units",
+        "selections",
+        "penalties",
+        "controller",
+        "decoders",
         "reach",
         "kan_linear",
-        "curved_dictionary",
-        "kan_decoder",
-        "kan_read",
-        "batch_topk",
-        "penalised",
     )
 }
+"""What heads are put together from; heads import no other head."""
 
 
 def imports(file: Path) -> set[str]:
@@ -80,7 +80,7 @@ def test_arrows(file: Path) -> None:
         assert all(f"{u}.".startswith("kanllama_lightning.functional.") for u in used)
     if name.startswith(f"{HEADS}.") and file.name != "__init__.py":
         assert not packages(file) & {"lightning", "transformers", "datasets", "wandb"}
-        allowed = SHARED_BY_HEADS | {HEADS, *READING}
+        allowed = PARTS | {HEADS, *READING}
         assert all(u in allowed or ".functional" in u for u in used if u != "kanllama_lightning")
     if name.startswith("kanllama_lightning."):
         assert "callbacks" not in packages(file), (
@@ -101,6 +101,13 @@ def test_arrows(file: Path) -> None:
         assert not used & bad
     if ".embedded." in name and not name.endswith("build"):
         assert not packages(file) & {"torch", "transformers"}, "the story world is plain Python"
+
+
+def test_a_head_inherits_from_its_kind_alone() -> None:
+    """From what a run trains, what a head is, what it is put together by, and no more."""
+    for kind in (getattr(heads, name) for name in heads.__all__):
+        ours = [c.__name__ for c in kind.__mro__ if c.__module__.startswith("kanllama_lightning")]
+        assert len(ours) <= 4, ours
 
 
 def test_no_string_ladder_over_heads() -> None:

@@ -156,7 +156,7 @@ def test_operations_are_those_of_the_latents_that_fire(
     tmp_path: Path, kind: type[SAEHead], planes: int
 ) -> None:
     """A curve costs as many rows as it has planes; a denser batch costs more."""
-    head, x = started(kind(32, 64, target_l0=6))
+    head, x = started(kind(d_model=32, d_sae=64, target_l0=6))
     head.save(tmp_path / "head")
     for rows in (x, 3 * x[:500]):
         l0 = float(head(rows).codes.l0().double().mean())

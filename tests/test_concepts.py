@@ -211,7 +211,7 @@ def test_halves_and_norm_limit(lm: FrozenLM) -> None:
 
 def test_codes_do_not_depend_on_how_many_go_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
-    head = BatchTopK(8, 16, 2)
+    head = BatchTopK(d_model=8, d_sae=16, target_l0=2)
     head.start_(x)
     head.calibrate_(x)
     head.eval()

@@ -156,6 +156,11 @@ def test_share_depends_on_contents_alone(tmp_path):
     assert sum(s < 0.25 for s in shares) == pytest.approx(500, abs=80)
 
 
+def test_a_name_that_cannot_be_one_is_one_error() -> None:
+    with pytest.raises(InputError, match="corpus .* cannot be a file"):
+        resolve("x" * 5000)
+
+
 def test_resolve(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "a.jsonl", ["x"])

@@ -290,7 +290,7 @@ def test_sinks_are_dropped_and_nan_is_not() -> None:
     acts[0, 1], acts[0, 2, 0], acts[0, 3, 0] = 100.0, torch.nan, 1.0
     keep = torch.ones(1, 4, dtype=torch.bool)
     tokens = TokenBatch(keep.long(), keep, torch.zeros_like(keep.long()), torch.zeros(3).long())
-    head = BatchTopK(3, 4, target_l0=2).eval()
+    head = BatchTopK(d_model=3, d_sae=4, target_l0=2).eval()
     head.norm_limit.fill_(10.0)
     with pytest.raises(InputError, match=r"text 'some': on 1 of 3 tokens .* NaN or infinite"):
         view(Prefix(acts, None), tokens, "some", head)

@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 
 def test_a_dense_linear_head_by_hand() -> None:
     """Two products forward; backward the gradients of both weights and of the latents."""
-    cost = head_cost(Standard(4, 8, target_l0=2), autocast=False)
+    cost = head_cost(Standard(d_model=4, d_sae=8, target_l0=2), autocast=False)
     assert cost.parameters == 4 * 8 + 8 * 4 + 8 + 4
     assert cost.flops_per_token == 5 * (2 * 4 * 8)
     assert cost.flops_per_step == 0
@@ -44,13 +44,13 @@ def test_a_dense_linear_head_by_hand() -> None:
 
 def test_topk_by_hand() -> None:
     """One product; then decoding and three gradients touch the k kept latents only."""
-    cost = head_cost(TopK(16, 64, target_l0=3), autocast=False)
+    cost = head_cost(TopK(d_model=16, d_sae=64, target_l0=3), autocast=False)
     assert cost.flops_per_token == 2 * 16 * 64 + 4 * (2 * 3 * 16)
     assert cost.flops_per_step == 2 * (2 * 16 * 64), "b_dec through the encoder, both ways"
 
 
 def test_counting_leaves_the_head_as_it_was() -> None:
-    head = BatchTopK(4, 8, target_l0=2)
+    head = BatchTopK(d_model=4, d_sae=8, target_l0=2)
     before = {name: value.clone() for name, value in head.state_dict().items()}
     head_cost(head, autocast=True)
     for name, value in head.state_dict().items():
@@ -86,7 +86,9 @@ def test_lm_parameters(make_lm: Callable[..., FrozenLM]) -> None:
 
 def test_a_slower_head_takes_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "BUDGET_S", 0.2)
-    trainee = Trainee("", Standard(64, 512, target_l0=8), Schedule.of(10**6, 256), 5.0)
+    trainee = Trainee(
+        "", Standard(d_model=64, d_sae=512, target_l0=8), Schedule.of(10**6, 256), 5.0
+    )
     assert min(head_time(trainee, torch.optim.Adam, CPU, autocast=False)) >= 0
     forward = trainee.head.forward
 

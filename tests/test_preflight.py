@@ -162,18 +162,18 @@ def test_activations_of_another_shape_or_type(make_lm, tokens, change, monkeypat
 
 def test_a_small_run_fits(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
-        check_room(BatchTopK(8, 16, target_l0=2), 1 << 20, 1 << 20, tmp_path)
+        check_room(BatchTopK(d_model=8, d_sae=16, target_l0=2), 1 << 20, 1 << 20, tmp_path)
     assert "iB of memory" in caplog.text
 
 
 def test_refuses_what_the_disk_cannot_hold(tmp_path):
     with pytest.raises(InputError, match=r"run folder .*needs .* GiB.*--runs_dir"):
-        check_room(BatchTopK(8, 16, target_l0=2), 1 << 60, 0, tmp_path)
+        check_room(BatchTopK(d_model=8, d_sae=16, target_l0=2), 1 << 60, 0, tmp_path)
 
 
 def test_refuses_what_memory_cannot_hold(tmp_path):
     with pytest.raises(InputError, match=r"memory: .*capacity_tokens.*d_sae.*bfloat16"):
-        check_room(BatchTopK(8, 16, target_l0=2), 0, 1 << 60, tmp_path)
+        check_room(BatchTopK(d_model=8, d_sae=16, target_l0=2), 0, 1 << 60, tmp_path)
 
 
 def test_a_head_too_large(tmp_path):

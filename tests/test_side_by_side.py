@@ -181,7 +181,7 @@ def test_what_needs_one_head_says_so(run: Path, capsys: pytest.CaptureFixture[st
 def test_a_head_may_have_a_seed_of_its_own() -> None:
     heads = {n: {"class_path": "TopK", "init_args": {"seed": s}} for n, s in (("a", 1), ("b", 2))}
     both = SideBySide(8, heads | {"c": {"class_path": "TopK"}}, d_sae=16, target_l0=2, seed=2)
-    weights = {name: head.W_dec for name, head in both.members.items()}
+    weights = {name: head.decoder.W_dec for name, head in both.members.items()}
     assert not torch.equal(weights["a"], weights["b"])
     assert torch.equal(weights["b"], weights["c"])
 

@@ -99,7 +99,7 @@ def test_tokens_have_their_latents_l0_and_cosine(make_lm):
 
 def test_a_perfect_head_changes_nothing(make_lm):
     lm = make_lm()
-    trial = try_text(Perfect(16, 32, 4).eval(), lm, TEXT)
+    trial = try_text(Perfect(d_model=16, d_sae=32, target_l0=4).eval(), lm, TEXT)
     assert trial.predictions["sae"] == trial.predictions["original"]
     assert trial.continuations["sae"] == trial.continuations["original"]
     assert trial.kl == 0
@@ -120,7 +120,7 @@ def test_steering_sets_a_latent_and_keeps_the_error(make_lm):
         changed[:, latent] = 3.0
         acts = lm.acts(ids).clone()
         # the linear dictionary says what one latent more or less writes
-        acts[0, 1:] = x + (changed - z) @ head.W_dec / head.scale
+        acts[0, 1:] = x + (changed - z) @ head.decoder.W_dec / head.scale
         want = lm.logits(lm.resume(lm.prefix(ids), acts)[0, -1]).double().softmax(-1)
     trial = try_text(head, lm, TEXT, n_new=4, top=64, steer={latent: 3.0})
     assert trial.predictions["original"] == try_text(head, lm, TEXT, 4, 64).predictions["original"]
@@ -225,7 +225,7 @@ def test_the_page_is_complete_in_itself(make_lm):
     assert one != two
     assert "<mark>" in page
     assert "(a label)" in printed(trial, labels={trial.tokens[0].latents[0][0]: "a label"})
-    same = try_text(Perfect(16, 32, 4).eval(), lm, TEXT, n_new=6)
+    same = try_text(Perfect(d_model=16, d_sae=32, target_l0=4).eval(), lm, TEXT, n_new=6)
     assert "<mark>" not in trial_page(same, "same")
 
 

@@ -13,7 +13,14 @@ def resolve(value: str | Corpus) -> Corpus:
     if isinstance(value, Corpus):
         return value
     path = Path(value).expanduser()
-    if path.exists():
+    try:
+        exists = path.exists()
+    except (OSError, ValueError) as e:  # a name that is too long, or no name
+        raise InputError(
+            f"corpus {value[:80]!r}: cannot be a file, a folder or a dataset ({e.args[-1]}); check "
+            "the path"
+        ) from e
+    if exists:
         return LocalCorpus(value)
     if path.suffix.lower() in (*SUFFIXES, *DECOMPRESSED, *TABLES) or value.startswith(
         (".", "/", "~")

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from kanllama_lightning.dashboard.data import Curve
 from kanllama_lightning.heads.base import SAEHead
-from kanllama_lightning.heads.hidden import Hidden
+from kanllama_lightning.heads.encoders import HiddenEncoder
+from kanllama_lightning.heads.sae import SAE
 from kanllama_lightning.types import Curves
 
 OWN = ("latent", "decoder latent")
@@ -33,11 +34,12 @@ def latent_curves(
     """
     curves: list[Curve | None] = [None] * head.d_sae
     bends: list[float | None] = [None] * head.d_sae
+    encoder = head.encoder if isinstance(head, SAE) else None
     for kind in head.curves(x, top=max(head.d_sae, head.d_model)):
         if kind.kind in OWN:
             _own(kind, curves, bends)
-        elif kind.kind == HIDDEN and isinstance(head, Hidden):
-            _through(kind, head.U.detach(), curves, bends)
+        elif kind.kind == HIDDEN and isinstance(encoder, HiddenEncoder):
+            _through(kind, encoder.U.detach(), curves, bends)
     return curves, bends
 
 

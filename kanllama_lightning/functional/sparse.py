@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -17,6 +17,27 @@ SAMPLE_STRIDE = 61
 sample walks through all latents."""
 SMALL = 1 << 16
 """Below so many values the guess costs more than it saves."""
+
+Branch = tuple[Float[Tensor, "tok _"], Float[Tensor, "_ d_sae"]]
+"""Inputs and weights whose product is a part of the pre-activations."""
+
+
+class Sums(NamedTuple):
+    """Pre-activations that are not yet multiplied out: a sum of products, plus a bias."""
+
+    branches: list[Branch]
+    """Inputs and weights."""
+    bias: Float[Tensor, " d_sae"]
+    b_enc: Float[Tensor, " d_sae"]
+    """The encoder's own part of the bias: the same in value, but without what b_dec learns by."""
+
+    def dense(self, latents: Int[Tensor, " some"] | None = None) -> Float[Tensor, "tok _"]:
+        """The pre-activations, fp32, of all latents or of some."""
+        return products(self.branches, self.bias, latents)
+
+    def tied(self, values: Float[Tensor, " nnz"], pattern: "Pattern") -> Float[Tensor, " nnz"]:
+        """Some of them, made without autograd, tied to what they came from (`kept_products`)."""
+        return kept_products(values, pattern, self.bias, self.branches)
 
 
 def largest_positive(
@@ -252,3 +273,28 @@ class _KeptProducts(torch.autograd.Function):
                 else None
             )
         return None, None, *found
+
+
+def products(
+    branches: list[Branch],
+    bias: Float[Tensor, " d_sae"],
+    latents: Int[Tensor, " some"] | None = None,
+) -> Float[Tensor, "tok _"]:
+    """Inputs @ weights, summed over the branches, plus the bias; fp32, of all latents or some."""
+    total: Tensor | None = None
+    for inputs, weights in branches:
+        some = weights if latents is None else weights.T[latents].T
+        if total is None:
+            total = (inputs @ some).float()
+        # in place: each sum would be one more tensor of the batch's size, and so would each product
+        elif total.dtype == inputs.dtype == some.dtype and not mixed_precision(inputs):
+            total.addmm_(inputs, some)
+        else:
+            total.add_(inputs @ some)
+    assert total is not None, "a head without an encoder"
+    return total.add_(bias if latents is None else bias[latents])
+
+
+def mixed_precision(like: Tensor) -> bool:
+    """Whether autocast is on where a tensor is; it leaves operations in place alone."""
+    return torch.is_autocast_enabled(like.device.type)

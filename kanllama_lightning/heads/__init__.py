@@ -1,4 +1,7 @@
-"""Every head, so that a config may name it by its short name."""
+"""Every head of this folder, so that a config may name it by its short name."""
+
+import importlib
+import pkgutil
 
 from kanllama_lightning.heads.base import SAEHead
 from kanllama_lightning.heads.batch_topk import BatchTopK
@@ -50,3 +53,7 @@ __all__ = [
     "TopK",
     "WideBatchTopK",
 ]
+
+# a head is a file in here, and named nowhere else
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

@@ -1,6 +1,5 @@
 """The contract of a head, and how a head is saved: complete, readable, without pickles."""
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from kanllama_lightning.functional.losses import reconstruction
 from kanllama_lightning.functional.moments import mean_and_std, norms
 from kanllama_lightning.named import (
     PACKAGE,
+    arguments_of,
     checked_args,
     module_of,
     name_of,
@@ -29,8 +29,8 @@ from kanllama_lightning.named import (
 from kanllama_lightning.small_files import Count, read_json, there, write_json
 from kanllama_lightning.types import Curves, InputError, SAEOutput, StepContext
 
-FORMAT = 2
-"""Of a saved head; 1 named its class by `class_path`."""
+FORMAT = 3
+"""Of a saved head; 2 had no parts, 1 named its class by `class_path` besides."""
 FLOATS = ("F32", "F16", "BF16", "F64")
 """Number formats, in safetensors' words, that become a head's own on loading."""
 LARGEST = 1e8
@@ -88,8 +88,8 @@ class SAEHead(Trained, ABC):
     optimizer_args: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     """Arguments of the optimizer that this kind of head is trained with side by side, unless the
     configuration gives it others; alone it is trained with those of its config."""
-    least: ClassVar[Mapping[str, float]] = MappingProxyType({})
-    """The smallest number that tensors of a saved head may hold, by their names."""
+    former_extras: ClassVar[tuple[str, ...]] = ()
+    """Tensors that heads of this kind had in earlier versions, and never used."""
     scale: Tensor
     norm_limit: Tensor
     x_mean: Tensor
@@ -109,9 +109,15 @@ class SAEHead(Trained, ABC):
         # of the start sample, summed over coordinates, in the head's units: the unit of the loss
         self.register_buffer("x_variance", torch.ones(()))
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, shipped: bool = True, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        ship(cls)
+        if shipped:
+            ship(cls)
+
+    @property
+    def least(self) -> Mapping[str, float]:
+        """The smallest numbers that tensors of a saved head may hold, by their names."""
+        return {}
 
     @property
     def title(self) -> str:
@@ -276,17 +282,27 @@ class SAEHead(Trained, ABC):
         """
         return torch.ones_like(upto)
 
+    @staticmethod
+    def former_name(name: str) -> str:
+        """What a tensor was called in heads saved by earlier versions."""
+        return name
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
+        for name in self.state_dict():
+            former = f"{prefix}{self.former_name(name)}"
+            if former in state_dict and f"{prefix}{name}" not in state_dict:
+                state_dict[f"{prefix}{name}"] = state_dict.pop(former)
+        for name in self.former_extras:
+            state_dict.pop(f"{prefix}{name}", None)
         # heads saved before the loss had this unit: they infer as ever, and cannot be trained on
         state_dict.setdefault(f"{prefix}{UNIT}", torch.full((), torch.nan))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def init_args(self) -> dict[str, Any]:
         """The constructor arguments this head was built with."""
-        names = [n for n in inspect.signature(type(self).__init__).parameters if n != "self"]
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in arguments_of(type(self))}
 
     def n_parameters(self) -> int:
         """Number of trained numbers."""
@@ -375,8 +391,8 @@ def read_card(folder: Path) -> dict[str, Any]:
     """
     path = folder / CARD
     card: dict[str, Any] = read_json(path, Card, AGAIN)
-    if card["format"] not in (1, FORMAT):
-        raise InputError(f"{path}: format={card['format']}; this version reads 1 and {FORMAT}")
+    if card["format"] not in range(1, FORMAT + 1):
+        raise InputError(f"{path}: format={card['format']}; this version reads 1 to {FORMAT}")
     name = card.get("head", card.pop("class_path", None))
     if name is None:
         raise InputError(f"{path}: head is missing; {AGAIN}")
@@ -392,6 +408,11 @@ def _check_shapes(path: Path, head: SAEHead) -> None:
             said = {n: (list(s.get_shape()), str(s.get_dtype())) for n, s in found.items()}
     except (SafetensorError, OSError) as e:
         raise _unfit(path, f"is damaged or cannot be read ({e})") from e
+    former = {head.former_name(name): name for name in want}
+    # one that is there under both of its names is there once too often
+    names = {name: former[name] for name in said if former.get(name, name) not in said}
+    said = {names.get(name, name): s for name, s in said.items()}
+    said = {name: s for name, s in said.items() if name not in head.former_extras}
     for name in sorted((want.keys() ^ said.keys()) - ({UNIT} - said.keys())):
         how = "is missing" if name in want else f"is nothing that a {type(head).__name__} has"
         raise _unfit(path, f"{name} {how}")

@@ -1,18 +1,21 @@
 """BatchTopK: the linear baseline."""
 
-from kanllama_lightning.heads.thresholded import Thresholded
+from typing import Any
+
+from kanllama_lightning.heads.decoders import UnitDirections
+from kanllama_lightning.heads.encoders import LinearEncoder
+from kanllama_lightning.heads.sae import SAE
+from kanllama_lightning.heads.selections import Thresholded
 
 
-class BatchTopK(Thresholded):
+class BatchTopK(SAE):
     """z keeps the target_l0 * tokens largest of ReLU((x - b_dec) W_enc + b_enc) over a batch.
 
     Bussmann, Leask, Nanda 2024 (arXiv 2412.06410). At inference a global threshold takes the
     batch's place, so that a token's latents do not depend on its neighbours.
-
-    Args:
-        d_model: Width of the activations (linked from the LM on the command line).
-        d_sae: Number of latents.
-        target_l0: Kept latents per token on average, the paper's k.
-        alpha_aux: Weight of AuxK, which revives dead latents; 0 leaves it out.
-        seed: Seed of the initial weights (linked to `seed_everything`).
     """
+
+    def __init__(self, **shared: Any) -> None:
+        super().__init__(**shared)
+        W = self.drawn()
+        self.compose(LinearEncoder(W), Thresholded(self.target_l0), UnitDirections(W))

@@ -5,7 +5,6 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -42,8 +41,7 @@ class Question(NamedTuple):
     """What the answer has to look like."""
 
 
-@dataclass(frozen=True)
-class Answer(Generic[T]):
+class Answer(NamedTuple, Generic[T]):
     """What came of a question."""
 
     value: T | None

@@ -119,7 +119,8 @@ class Concepts(Report):
             allowed = run.head.modules_named()
             controls["untrained head"] = SAEHead.load(untrained, allowed).to(x.device)
         else:
-            random = BatchTopK(run.head.d_model, run.head.d_sae, l0, seed=CONTROL_SEED)
+            size = {"d_model": run.head.d_model, "d_sae": run.head.d_sae}
+            random = BatchTopK(**size, target_l0=l0, seed=CONTROL_SEED)
             random.to(x.device).start_(x)
             controls["untrained BatchTopK"] = random
         for control in controls.values():

@@ -25,6 +25,8 @@ from kanllama_lightning.dashboard.data import (
 from kanllama_lightning.dashboard.page import write_dashboard
 from kanllama_lightning.dashboard.pool import Pool
 from kanllama_lightning.functional.cofiring import Neighbours, neighbours
+from kanllama_lightning.heads.encoders import FrozenLinearEncoder, LinearEncoder
+from kanllama_lightning.heads.sae import SAE
 from kanllama_lightning.lens import OPERATING_POINT, STRAIGHT, Look, look
 from kanllama_lightning.metrics import Activations
 from kanllama_lightning.prompts.reading import token_text
@@ -398,10 +400,11 @@ class _Made:
 
 def _encoder_cosine(run: EvalRun, found: Look) -> list[float | None]:
     """Of what each latent reads, the column of a linear encoder, and what it writes."""
-    reads = getattr(run.head, "W_enc", None)
-    if reads is None or reads.shape != (run.head.d_model, run.head.d_sae):
+    encoder = run.head.encoder if isinstance(run.head, SAE) else None
+    if not isinstance(encoder, LinearEncoder | FrozenLinearEncoder):
         return [None] * run.head.d_sae
-    cosine = torch.nn.functional.cosine_similarity(reads.detach().T, found.directions, dim=1)
+    reads = encoder.W_enc.detach().T
+    cosine = torch.nn.functional.cosine_similarity(reads, found.directions, dim=1)
     return _list(torch.where(found.directions.isfinite().all(1), cosine, torch.nan))
 
 

@@ -359,8 +359,9 @@ class Interpretability(Report):
 @torch.no_grad()
 def _random_head(run: EvalRun, batch: ValidationBatch) -> BatchTopK:
     """Untrained, random directions with the L0 of the head, set up on the first batch."""
-    l0 = max(1, round(batch.l0()))
-    head = BatchTopK(run.head.d_model, run.head.d_sae, min(l0, run.head.d_sae), seed=CONTROL_SEED)
+    l0 = min(max(1, round(batch.l0())), run.head.d_sae)
+    size = {"d_model": run.head.d_model, "d_sae": run.head.d_sae}
+    head = BatchTopK(**size, target_l0=l0, seed=CONTROL_SEED)
     head.to(batch.x.device).start_(batch.x)
     head.eval().calibrate_(batch.x)
     return head

@@ -38,7 +38,7 @@ def test_ablation_equals_a_hook_in_plain_transformers(make_lm, tiny_lm_dir, batc
             # the linear dictionary says what the latent writes at the last token
             z = head.encode(x)[-1, latent]
             new = x.clone()
-            new[-1] -= z * head.W_dec[latent] / head.scale
+            new[-1] -= z * head.decoder.W_dec[latent] / head.scale
             return new
 
         with torch.no_grad():
@@ -120,7 +120,7 @@ def started(head, n=4000):
 
 @pytest.mark.parametrize("kind", [SplineLatent, CurvedDictionary])
 def test_latents_have_their_own_curves(kind):
-    head, x = started(kind(16, 24, 4))
+    head, x = started(kind(d_model=16, d_sae=24, target_l0=4))
     curves, bends = latent_curves(head, x)
     fired = head(x).codes.sparse().fired() > 0
     listed = {int(name.split()[1]): (c, i) for c in head.curves(x, 24)
@@ -135,13 +135,13 @@ def test_latents_have_their_own_curves(kind):
 
 
 def test_latents_that_read_hidden_units_show_the_one_that_matters_most():
-    head, x = started(KANEncoder(16, 24, 4, d_hidden=6))
+    head, x = started(KANEncoder(d_model=16, d_sae=24, target_l0=4, d_hidden=6))
     with torch.no_grad():
-        head.U.copy_(torch.randn(6, 24, generator=torch.Generator().manual_seed(5)))
-        head.U[:, 7] = 0
-        head.U[:, 9] = 0
-        head.U[2, 9] = -0.5
-        bent = head.kan.weight
+        head.encoder.U.copy_(torch.randn(6, 24, generator=torch.Generator().manual_seed(5)))
+        head.encoder.U[:, 7] = 0
+        head.encoder.U[:, 9] = 0
+        head.encoder.U[2, 9] = -0.5
+        bent = head.encoder.units.kan.weight
         bent.add_(0.3 * torch.randn(bent.shape, generator=torch.Generator().manual_seed(6)))
     curves, bends = latent_curves(head, x)
     assert (curves[7], bends[7]) == (None, None)
@@ -150,7 +150,7 @@ def test_latents_that_read_hidden_units_show_the_one_that_matters_most():
     assert curves[9].title.startswith("hidden 2 ")
     assert "100% of what its units add" in curves[9].title
     assert bends[9] == pytest.approx(float(units.bend[at]), rel=1e-4)
-    U = head.U.detach()
+    U = head.encoder.U.detach()
     factor = -0.5 / float(U[2].norm())
     want = (units.values[at, ::2] * factor).tolist()
     assert curves[9].y == pytest.approx(want, rel=1e-3, abs=1e-6)
@@ -161,5 +161,5 @@ def test_latents_that_read_hidden_units_show_the_one_that_matters_most():
 
 
 def test_linear_heads_have_no_curves():
-    head, x = started(BatchTopK(16, 24, 4))
+    head, x = started(BatchTopK(d_model=16, d_sae=24, target_l0=4))
     assert latent_curves(head, x) == ([None] * 24, [None] * 24)

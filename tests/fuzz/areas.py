@@ -61,7 +61,7 @@ def heads(folder: Path) -> list[Area]:
     """Cards and weights of three heads that were started on data."""
     saved = []
     for kind in (BatchTopK, KANEncoder, JumpReLU):
-        head = kind(8, 16, 3).train()
+        head = kind(d_model=8, d_sae=16, target_l0=3).train()
         head.start_(X)
         head.calibrate_(X)
         head.norm_limit.fill_(50.0)
@@ -264,7 +264,7 @@ def subjects(folder: Path) -> list[Area]:
     config["data"]["train"]["init_args"]["path"] = str(text)
     for one in (own, other):
         (one / "config.yaml").write_text(yaml.safe_dump(config))
-        BatchTopK(8, 16, 3).save(one / "head", {"lm": "tiny", "tokens": 10})
+        BatchTopK(d_model=8, d_sae=16, target_l0=3).save(one / "head", {"lm": "tiny", "tokens": 10})
         os.utime(one / "head" / "head.json", (2e9, 2e9) if one == own else (1e9, 1e9))
 
     def read() -> None:

@@ -117,7 +117,7 @@ def test_top_is_the_top_of_all():
 
 def test_edges_of_a_kan_encoder_are_what_its_layer_adds_up():
     head, x = bent(KANEncoder), rows(300)
-    z, gain = head.standardised(x), head.U.norm(dim=1)
+    z, gain = head.encoder.standardised(x * head.scale), head.encoder.U.norm(dim=1)
     edges, units, inputs = head.curves(x, top=10_000)
     parts = {}
     for i, name in enumerate(edges.names):
@@ -125,12 +125,16 @@ def test_edges_of_a_kan_encoder_are_what_its_layer_adds_up():
         parts[int(source), int(target)] = i
     assert len(parts) == D * D
     for (source, target), i in parts.items():
-        y = head.kan.edge_curves(torch.tensor([target]), torch.tensor([source]), z[:, source])
+        y = head.encoder.units.kan.edge_curves(
+            torch.tensor([target]), torch.tensor([source]), z[:, source]
+        )
         size, bend, _ = line_residual(z[:, [source]], y.T * gain[target])
         assert edges.size[i].item() == pytest.approx(size.item(), rel=1e-4)
         assert edges.bend[i].item() == pytest.approx(bend.item(), rel=1e-3, abs=1e-7)
         at = edges.points[i]
-        y = head.kan.edge_curves(torch.tensor([target]), torch.tensor([source]), at)[0]
+        y = head.encoder.units.kan.edge_curves(torch.tensor([target]), torch.tensor([source]), at)[
+            0
+        ]
         torch.testing.assert_close(edges.values[i], y * gain[target], atol=1e-5, rtol=1e-4)
         outside = ((z[:, source] < -3) | (z[:, source] > 3)).float().mean()
         assert edges.out_of_grid[i] == outside
@@ -147,11 +151,11 @@ def test_edges_of_a_kan_encoder_are_what_its_layer_adds_up():
 def test_curves_of_hidden_units():
     head, x = bent(SplineHidden, d_hidden=6), rows(300)
     (c,) = head.curves(x)
-    z = head.standardised(x)
-    h = head.hidden(z) * head.U.norm(dim=1)
+    z = head.encoder.standardised(x * head.scale)
+    h = head.encoder.units(z) * head.encoder.U.norm(dim=1)
     which = [int(name.split()[1]) for name in c.names]
     torch.testing.assert_close(c.size, h.std(0, correction=0)[which], rtol=1e-4, atol=1e-6)
-    nearest = (c.points[0] - (z @ head.V)[:, which[0], None]).abs().argmin(1)
+    nearest = (c.points[0] - (z @ head.encoder.units.V)[:, which[0], None]).abs().argmin(1)
     inside = (nearest > 0) & (nearest < 100)
     off = (c.values[0][nearest] - h[:, which[0]])[inside].abs().max()
     assert off < 0.05 * c.values[0].abs().max()
@@ -161,8 +165,10 @@ def test_curves_of_inputs_hold_the_identity():
     head, x = bent(SplineInput), rows(300)
     (c,) = head.curves(x)
     which = [int(name.split()[1]) for name in c.names]
-    [(branch, _)] = head.branches(x)
-    seen = (branch + head.b_dec - head.input_mean) / head.input_std
+    [(branch, _)] = head.sums(x * head.scale).branches
+    seen = (
+        branch + head.b_dec - head.encoder.standardised.input_mean
+    ) / head.encoder.standardised.input_std
     torch.testing.assert_close(c.size, seen.std(0, correction=0)[which], rtol=1e-4, atol=1e-5)
     assert ((c.values - c.points).abs().max(1).values > 0).all()
     torch.testing.assert_close(c.values, c.points, atol=2, rtol=1)
@@ -171,8 +177,9 @@ def test_curves_of_inputs_hold_the_identity():
 def test_curves_of_latents():
     head, x = bent(SplineLatent), rows(300)
     (c,) = head.curves(x)
-    values, pattern = head.eval().kept(x)
-    z = head.activate(values, pattern)
+    selection = head.eval().selection
+    values, pattern = selection.kept(head.sums(x * head.scale))
+    z = selection.activate(values, pattern)
     for i, name in enumerate(c.names):
         mine = pattern.latents == int(name.split()[1])
         size, bend, _ = line_residual(values[mine][:, None], z[mine][:, None])
@@ -186,7 +193,7 @@ def test_curves_of_latents():
 @pytest.mark.parametrize("kind", [SplineLatent, OnlyKAN, KANReLUDense])
 def test_where_nothing_fires(kind):
     head = bent(kind)
-    head.threshold.fill_(1e9)
+    head.selection.threshold.fill_(1e9)
     kinds = [c.kind for c in head.curves(rows(30))]
     assert "decoder latent" not in kinds
 
@@ -198,7 +205,7 @@ def test_decoder_latents_are_judged_in_all_dimensions():
     for i, name in enumerate(c.names):
         j = int(name.split()[1])
         z = codes[:, j][codes[:, j] > 0]
-        made = head.curve(j, z)
+        made = head.decoder.curve(j, z)
         size, bend, _ = line_residual(z[:, None], made)
         total = size.square().sum()
         assert c.size[i].item() == pytest.approx(total.sqrt().item(), rel=1e-3)
@@ -206,7 +213,7 @@ def test_decoder_latents_are_judged_in_all_dimensions():
         assert c.bend[i].item() == pytest.approx(share, rel=1e-2, abs=1e-6)
         assert c.points[i, 0] == 0
         assert c.values[i, 0].abs() < 1e-6
-        assert c.values[i].norm() <= head.curve(j, c.points[i]).norm() * (1 + 1e-5)
+        assert c.values[i].norm() <= head.decoder.curve(j, c.points[i]).norm() * (1 + 1e-5)
 
 
 # ------------------------------------------------------------- directions (METHODS B6)
@@ -223,28 +230,28 @@ def median(head, x):
 def test_secants_are_the_curves_over_their_activation(kind):
     head, x = bent(kind).eval(), rows(200)
     which, at = median(head, x)
-    found = head.secant(which, at)
+    found = head.decoder.secant(which, at)
     for j, a, D_j in zip(which.tolist(), at, found, strict=True):
-        torch.testing.assert_close(D_j, head.curve(j, a[None])[0] / a, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(D_j, head.decoder.curve(j, a[None])[0] / a, atol=1e-5, rtol=1e-4)
     with pytest.raises(InputError, match="positive"):
-        head.secant(which, at * 0)
+        head.decoder.secant(which, at * 0)
 
 
 def test_a_line_is_a_direction_and_a_bent_curve_is_not():
     head = started(OnlyKAN).eval()
     which = torch.arange(M)
-    torch.testing.assert_close(head.straightness(which, head.reach), torch.ones(M))
-    secants = head.secant(which, head.reach)
+    torch.testing.assert_close(head.straightness(which, head.decoder.reach), torch.ones(M))
+    secants = head.decoder.secant(which, head.decoder.reach)
     torch.testing.assert_close(
         secants / secants.norm(dim=1, keepdim=True), secants, atol=1e-4, rtol=0
     )
-    mean, spread = head.mean_jacobian(rows(500), torch.arange(M))
+    mean, spread = head.decoder.mean_jacobian(head.encode(rows(500)), torch.arange(M))
     fires = mean[:, 0].isfinite()
     torch.testing.assert_close(mean[fires], secants[fires], atol=1e-4, rtol=1e-3)
     assert spread[fires].max() < 1e-6
     with torch.no_grad():  # turn the upper half of one curve into another direction
-        head.psi[3, 4:] = head.psi[3, 4:].roll(1, dims=1)
-    bent_straightness = head.straightness(which, head.reach)
+        head.decoder.psi[3, 4:] = head.decoder.psi[3, 4:].roll(1, dims=1)
+    bent_straightness = head.straightness(which, head.decoder.reach)
     assert bent_straightness[3] < 0.995
     assert bent_straightness[:3].min() > 0.9999
 
@@ -254,7 +261,7 @@ def test_straightness_in_blocks_is_the_same(kind, monkeypatch):
     head = bent(kind).eval()
     which, upto = median(head, rows(200))
     whole = head.straightness(which, upto)
-    monkeypatch.setattr("kanllama_lightning.heads.kan_decoder.CURVES_AT_ONCE", 3)
+    monkeypatch.setattr("kanllama_lightning.heads.decoders.CURVES_AT_ONCE", 3)
     torch.testing.assert_close(head.straightness(which, upto), whole, atol=1e-5, rtol=1e-5)
     assert ((whole > 0) & (whole <= 1 + 1e-6)).all()
 
@@ -266,13 +273,13 @@ def test_tangents_are_autograds(kind):
     codes = head.encode(x)
     j = int((codes > 0).sum(0).argmax())
     fires = codes[codes[:, j] > 0]
-    found = head.tangent(fires, j)
+    found = head.decoder.tangent(fires, j)
     for row, want in zip(fires, found, strict=True):
         flat = row.nonzero().squeeze(1)
         step = 1e-3 * row[j]
 
         def made(z, flat=flat):
-            return head.decode_kept(z[flat], Pattern(flat, 1, M))[0].detach()
+            return head.decoder.kept(z[flat], Pattern(flat, 1, M))[0].detach()
 
         ahead, behind = row.clone(), row.clone()
         ahead[j] += step
@@ -286,14 +293,14 @@ def test_mean_jacobian_and_its_dispersion(kind):
     head, x = bent(kind), rows(200)
     codes = head.encode(x)
     which = torch.arange(M)
-    mean, spread = head.mean_jacobian(x, which)
+    mean, spread = head.decoder.mean_jacobian(head.encode(x), which)
     for j in range(M):
         fires = codes[codes[:, j] > 0]
         if not len(fires):
             assert mean[j].isnan().all()
             assert spread[j].isnan()
             continue
-        J = head.tangent(fires, j)
+        J = head.decoder.tangent(fires, j)
         torch.testing.assert_close(mean[j], J.mean(0), atol=1e-5, rtol=1e-4)
         want = (J - J.mean(0)).square().sum() / J.square().sum()
         assert spread[j].item() == pytest.approx(want.item(), rel=1e-3, abs=1e-6)

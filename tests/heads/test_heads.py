@@ -40,14 +40,13 @@ from kanllama_lightning.heads import (
     Standard,
     TopK,
     WideBatchTopK,
-    dictionary,
-    thresholded,
+    decoders,
+    selections,
 )
-from kanllama_lightning.heads.dictionary import Dictionary
-from kanllama_lightning.heads.hidden import Hidden
-from kanllama_lightning.heads.kan_decoder import KANDecoder
-from kanllama_lightning.heads.selecting import Selecting
-from kanllama_lightning.heads.standardised import Standardised
+from kanllama_lightning.heads.base import WEIGHTS
+from kanllama_lightning.heads.decoders import UnitDirections
+from kanllama_lightning.heads.encoders import HiddenEncoder
+from kanllama_lightning.heads.sae import flat_name
 from kanllama_lightning.reports.subject import read_subject
 from kanllama_lightning.types import InputError, SparseCodes, StepContext
 from tests.conftest import rest_slow
@@ -74,11 +73,12 @@ HEADS = [
     OnlyKAN,
     KANReLUDense,
 ]
-SELECTING = [head for head in HEADS if issubclass(head, Selecting)]
-THRESHOLDED = [head for head in HEADS if issubclass(head, thresholded.Thresholded)]
+PARTS = {kind: kind(d_model=D, d_sae=M, target_l0=K) for kind in HEADS}
+SELECTING = [kind for kind in HEADS if isinstance(PARTS[kind].selection, selections.Selecting)]
+THRESHOLDED = [kind for kind in HEADS if isinstance(PARTS[kind].selection, selections.Thresholded)]
 FREE_NORMS = [Standard, JumpReLU]
 """Heads whose dictionary rows have any norm."""
-DIRECTIONS = [h for h in HEADS if issubclass(h, Dictionary) and not issubclass(h, KANDecoder)]
+DIRECTIONS = [kind for kind in HEADS if isinstance(PARTS[kind].decoder, UnitDirections)]
 """Heads with a linear dictionary."""
 TWINS = [KANEncoder, MLPEncoder, SplineHidden, SplineInput]
 """Heads that are BatchTopK at step 0, bit for bit."""
@@ -226,7 +226,7 @@ def test_at_the_first_step_the_kan_layer_has_no_gradient_as_u_is_zero():
     head = started(KANEncoder)
     train_(head, rows(), 1)
     idle = {name for name, p in head.named_parameters() if not p.grad.any()}
-    assert idle == {"kan.weight", "kan_bias"}
+    assert idle == {"encoder.units.kan.weight", "encoder.units.kan_bias"}
 
 
 @every_head
@@ -252,6 +252,25 @@ def test_training_lowers_the_loss(kind):
 
 
 @every_head
+def test_a_head_saved_before_it_had_parts_still_loads(kind, tmp_path):
+    head = trained(kind).eval()
+    head.calibrate_(rows(100))
+    head.save(tmp_path)
+    edit_card(tmp_path, format=2)
+    state = {flat_name(name): value for name, value in head.state_dict().items()}
+    if kind is CurvedDictionary:  # it had a standardisation that nothing read
+        state |= {"input_mean": torch.zeros(D), "input_std": torch.ones(D)}
+    assert not any("coder" in name for name in state)
+    state = {name: value.contiguous() for name, value in state.items()}
+    save_file(state, tmp_path / WEIGHTS)
+    loaded = SAEHead.load(tmp_path)
+    assert same_outputs(loaded(rows(20)), head(rows(20)))
+    save_file({**state, "more": torch.ones(1)}, tmp_path / WEIGHTS)
+    with pytest.raises(InputError, match="more is nothing"):
+        SAEHead.load(tmp_path)
+
+
+@every_head
 def test_saved_and_loaded_bit_for_bit(kind, tmp_path):
     head = trained(kind, seed=5, alpha_aux=0.5).eval()
     head.norm_limit.fill_(12.5)
@@ -272,10 +291,10 @@ def test_saved_and_loaded_bit_for_bit(kind, tmp_path):
 
 @every_head
 def test_the_card_can_be_read(kind, tmp_path):
-    head = kind(D, M, target_l0=K)
+    head = kind(d_model=D, d_sae=M, target_l0=K)
     head.save(tmp_path, {"model": "tiny", "tokens": 7})
     card = json.loads((tmp_path / "head.json").read_text())
-    assert card["format"] == 2
+    assert card["format"] == 3
     assert card["head"] == kind.__name__
     assert card["provenance"] == {"model": "tiny", "tokens": 7}
     assert (
@@ -286,11 +305,11 @@ def test_the_card_can_be_read(kind, tmp_path):
 
 @every_head
 def test_saving_twice_replaces_both_files(kind, tmp_path):
-    kind(D, M, target_l0=K).save(tmp_path)
-    kind(D, M, target_l0=K + 1, seed=1).save(tmp_path)
+    kind(d_model=D, d_sae=M, target_l0=K).save(tmp_path)
+    kind(d_model=D, d_sae=M, target_l0=K + 1, seed=1).save(tmp_path)
     loaded = SAEHead.load(tmp_path)
     assert loaded.target_l0 == K + 1
-    for name, value in kind(D, M, target_l0=K, seed=1).named_parameters():
+    for name, value in kind(d_model=D, d_sae=M, target_l0=K, seed=1).named_parameters():
         assert torch.equal(loaded.state_dict()[name], value), name
 
 
@@ -319,40 +338,40 @@ def test_dictionary_rows_stay_on_the_unit_sphere(kind):
     for _ in range(3):
         optimizer.zero_grad()
         head.losses(rows(), head(rows()), NOTHING_DEAD)["reconstruction"].backward()
-        raw = head.W_dec.grad.clone()
-        assert (raw * head.W_dec).sum(1).abs().max() > 0.001
+        raw = head.decoder.W_dec.grad.clone()
+        assert (raw * head.decoder.W_dec).sum(1).abs().max() > 0.001
         head.project_grad_()
-        along = (head.W_dec.grad * head.W_dec).sum(1)
+        along = (head.decoder.W_dec.grad * head.decoder.W_dec).sum(1)
         assert along.abs().max() < 1e-5 * raw.norm(dim=1).max()
-        across = raw - (raw * head.W_dec).sum(1, keepdim=True) * head.W_dec
-        torch.testing.assert_close(head.W_dec.grad, across.detach())
+        across = raw - (raw * head.decoder.W_dec).sum(1, keepdim=True) * head.decoder.W_dec
+        torch.testing.assert_close(head.decoder.W_dec.grad, across.detach())
         optimizer.step()
         head.project_()
-        norms = head.W_dec.norm(dim=1)
+        norms = head.decoder.W_dec.norm(dim=1)
         torch.testing.assert_close(norms, torch.ones(head.d_sae), atol=1e-6, rtol=0)
 
 
 def test_projection_of_gradients_does_not_depend_on_its_blocks(monkeypatch):
     found = []
     for block in (1, 3 * D, M * D, 1 << 22):
-        monkeypatch.setattr(dictionary, "BLOCK", block)
+        monkeypatch.setattr(decoders, "BLOCK", block)
         head = started(TopK)
-        head.W_dec.grad = torch.randn(M, D, generator=torch.Generator().manual_seed(1))
+        head.decoder.W_dec.grad = torch.randn(M, D, generator=torch.Generator().manual_seed(1))
         head.project_grad_()
-        found.append(head.W_dec.grad)
+        found.append(head.decoder.W_dec.grad)
     assert all(torch.equal(found[0], other) for other in found)
-    assert (found[0] * started(TopK).W_dec).sum(1).abs().max() < 1e-5
+    assert (found[0] * started(TopK).decoder.W_dec).sum(1).abs().max() < 1e-5
 
 
 @every_head
 def test_projection_of_gradients_without_any(kind):
-    kind(D, M, target_l0=K).project_grad_()
+    kind(d_model=D, d_sae=M, target_l0=K).project_grad_()
 
 
 @every_head
 def test_units_of_the_lm_change_nothing(kind):
     """Powers of two are exact: the same codes, and the reconstruction in the new units."""
-    a, b = kind(D, M, target_l0=K), kind(D, M, target_l0=K)
+    a, b = kind(d_model=D, d_sae=M, target_l0=K), kind(d_model=D, d_sae=M, target_l0=K)
     a.start_(rows(500))
     b.start_(rows(500) * 64)
     assert torch.equal(b.scale, a.scale / 64)
@@ -367,7 +386,7 @@ def test_units_of_the_lm_change_nothing(kind):
 def test_folding_the_scale_away_changes_nothing(kind):
     """The same reconstruction, and latents in raw units (METHODS 0.1)."""
     head = trained(kind).eval()
-    if isinstance(head, Standardised):
+    if head.encoder.standardised is not None:
         with pytest.raises(InputError, match="no form without its scale"):
             head.folded()
         return
@@ -385,7 +404,7 @@ def test_folding_the_scale_away_changes_nothing(kind):
 @every_head
 def test_start_statistics(kind):
     x = rows(500)
-    head = kind(D, M, target_l0=K)
+    head = kind(d_model=D, d_sae=M, target_l0=K)
     head.start_(x)
     n = x.double().numpy()
     norm = np.linalg.norm(n, axis=1).mean()
@@ -394,7 +413,7 @@ def test_start_statistics(kind):
     middle = geometric_median(x * head.scale)
     torch.testing.assert_close(head.b_dec.detach(), torch.zeros(D) if kind is Standard else middle)
     if hasattr(head, "standardised"):
-        z = head.standardised(x).double()
+        z = head.encoder.standardised(x * head.scale).double()
         torch.testing.assert_close(z.mean(0), torch.zeros(D).double(), atol=1e-5, rtol=0)
         torch.testing.assert_close(z.std(0), torch.ones(D).double(), atol=1e-5, rtol=0)
 
@@ -402,10 +421,13 @@ def test_start_statistics(kind):
 @every_head
 def test_the_seed_decides_the_weights_and_the_global_generator_does_not(kind):
     state = torch.get_rng_state()
-    a = kind(D, M, target_l0=K, seed=3)
+    a = kind(d_model=D, d_sae=M, target_l0=K, seed=3)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(123)
-    b, c = kind(D, M, target_l0=K, seed=3), kind(D, M, target_l0=K, seed=4)
+    b, c = (
+        kind(d_model=D, d_sae=M, target_l0=K, seed=3),
+        kind(d_model=D, d_sae=M, target_l0=K, seed=4),
+    )
     for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
         assert torch.equal(p, q), name
     assert any(not torch.equal(p, q) for p, q in zip(a.parameters(), c.parameters(), strict=True))
@@ -414,20 +436,22 @@ def test_the_seed_decides_the_weights_and_the_global_generator_does_not(kind):
 
 @every_dictionary
 def test_start_of_the_weights(kind):
-    head = kind(D, M, target_l0=K)
-    if hasattr(head, "W_enc"):
-        assert torch.equal(head.W_enc, head.W_dec.T)
+    head = kind(d_model=D, d_sae=M, target_l0=K)
+    if hasattr(head.encoder, "W_enc"):
+        assert torch.equal(head.encoder.W_enc, head.decoder.W_dec.T)
     norm = 0.1 if kind in FREE_NORMS else 1.0
-    torch.testing.assert_close(head.W_dec.norm(dim=1), torch.full((head.d_sae,), norm))
-    assert not head.b_enc.any()
-    assert (head.W_dec < 0).float().mean() > 0.3  # signed: no all-positive directions
+    torch.testing.assert_close(head.decoder.W_dec.norm(dim=1), torch.full((head.d_sae,), norm))
+    assert not head.encoder.b_enc.any()
+    assert (head.decoder.W_dec < 0).float().mean() > 0.3  # signed: no all-positive directions
 
 
 @every_dictionary
 def test_every_head_of_one_seed_has_the_same_dictionary(kind):
-    a = kind(D, M, target_l0=K, seed=7)
-    b = BatchTopK(D, a.d_sae, target_l0=K, seed=7)
-    torch.testing.assert_close(a.W_dec / a.W_dec.norm(dim=1, keepdim=True), b.W_dec)
+    a = kind(d_model=D, d_sae=M, target_l0=K, seed=7)
+    b = BatchTopK(d_model=D, d_sae=a.d_sae, target_l0=K, seed=7)
+    torch.testing.assert_close(
+        a.decoder.W_dec / a.decoder.W_dec.norm(dim=1, keepdim=True), b.decoder.W_dec
+    )
 
 
 # -------------------------------------------------------------------- gradients
@@ -436,15 +460,31 @@ def test_every_head_of_one_seed_has_the_same_dictionary(kind):
 def dense_pre_acts(head, x_n):
     """Pre-activations as METHODS A3 and B5 write them: b_dec is taken off inside the product."""
     if isinstance(head, KANDirect):
-        return head.kan((x_n - head.input_mean) / head.input_std) + head.b_enc
+        return (
+            head.encoder.kan(
+                (x_n - head.encoder.standardised.input_mean) / head.encoder.standardised.input_std
+            )
+            + head.encoder.b_enc
+        )
     inputs = x_n
     if isinstance(head, SplineInput):
-        inputs = x_n + head.input_std * spline_activation(
-            (x_n - head.input_mean) / head.input_std, head.spline, -3, 3, 5, linear_tails=True
+        inputs = x_n + head.encoder.standardised.input_std * spline_activation(
+            (x_n - head.encoder.standardised.input_mean) / head.encoder.standardised.input_std,
+            head.encoder.spline,
+            -3,
+            3,
+            5,
+            linear_tails=True,
         )
-    pre = (inputs - head.b_dec) @ head.W_enc + head.b_enc
-    if isinstance(head, Hidden):
-        pre = pre + head.hidden((x_n - head.input_mean) / head.input_std) @ head.U
+    pre = (inputs - head.b_dec) @ head.encoder.W_enc + head.encoder.b_enc
+    if isinstance(head.encoder, HiddenEncoder):
+        pre = (
+            pre
+            + head.encoder.units(
+                (x_n - head.encoder.standardised.input_mean) / head.encoder.standardised.input_std
+            )
+            @ head.encoder.U
+        )
     return pre
 
 
@@ -455,18 +495,18 @@ def naive_loss(head, x, flat, dead):
     m = head.d_sae
     kept = torch.zeros(len(x) * m).index_fill(0, flat, 1.0).view(len(x), m)
     z = torch.relu(pre) * kept
-    x_hat = z @ head.W_dec + head.b_dec
+    x_hat = z @ head.decoder.W_dec + head.b_dec
     loss = (x_n - x_hat).square().sum(1).mean()
     if isinstance(head, Matryoshka):
         ends = [1, 2, 5, 11, 24]  # 1/32, 3/32, 7/32, 15/32 of 24, rounded
-        parts = [z[:, :end] @ head.W_dec[:end] + head.b_dec for end in ends]
+        parts = [z[:, :end] @ head.decoder.W_dec[:end] + head.b_dec for end in ends]
         loss = sum((x_n - part).square().sum(1).mean() for part in parts) / 5
     loss = loss / head.x_variance
     if len(dead):
         target = (x_n - x_hat).detach()
         acts = torch.relu(pre[:, dead])
         best = acts.argsort(dim=1, descending=True).argsort(dim=1) < min(D // 2, len(dead))
-        e_hat = (acts * best) @ head.W_dec[dead]
+        e_hat = (acts * best) @ head.decoder.W_dec[dead]
         variance = (target - target.mean(0)).square().sum(1).mean()
         loss = loss + head.alpha_aux * (target - e_hat).square().sum(1).mean() / variance
     return loss
@@ -504,7 +544,7 @@ def test_all_gradients_are_those_of_the_formula(kind, n_dead):
 @every_selecting_head
 def test_nothing_of_tokens_by_latents_is_kept_for_backward(kind):
     tok, saved = 200, []
-    head = kind(D, 2000, target_l0=K)
+    head = kind(d_model=D, d_sae=2000, target_l0=K)
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: (saved.append(tensor.numel()), tensor)[1], lambda tensor: tensor
     ):
@@ -521,24 +561,24 @@ def silence_(head, n):
     """Make the first n latents too small to be selected, still positive on some rows."""
     with torch.no_grad():
         for name in ("W_enc", "U"):
-            if hasattr(head, name):
-                getattr(head, name)[:, :n] *= 1e-3
+            if hasattr(head.encoder, name):
+                getattr(head.encoder, name)[:, :n] *= 1e-3
         if isinstance(head, KANDirect | OnlyKAN):
-            head.kan.weight[:n] *= 1e-3
-            head.b_enc[:n] *= 1e-3
+            head.encoder.kan.weight[:n] *= 1e-3
+            head.encoder.b_enc[:n] *= 1e-3
         else:
-            head.b_enc[:n] = 0
+            head.encoder.b_enc[:n] = 0
 
 
 def reached(head, term):
     """Latents whose biases (and directions, where there are any) a loss term moves."""
     head.zero_grad()
     term.backward(retain_graph=True)
-    moved = head.b_enc.grad != 0
-    if isinstance(getattr(head, "W_dec", None), torch.nn.Parameter):
-        assert torch.equal(head.W_dec.grad.any(1), moved)
-    if isinstance(getattr(head, "W_enc", None), torch.nn.Parameter):
-        assert torch.equal(head.W_enc.grad.any(0), moved)
+    moved = head.encoder.b_enc.grad != 0
+    if isinstance(getattr(head.decoder, "W_dec", None), torch.nn.Parameter):
+        assert torch.equal(head.decoder.W_dec.grad.any(1), moved)
+    if isinstance(getattr(head.encoder, "W_enc", None), torch.nn.Parameter):
+        assert torch.equal(head.encoder.W_enc.grad.any(0), moved)
     return moved.nonzero().flatten().tolist()
 
 
@@ -587,11 +627,11 @@ def test_auxk_can_be_left_out(kind):
 
 def by_hand(kind, k):
     """Two dimensions, three latents; pre-activations of `X` are listed beside it."""
-    head = kind(2, 3, target_l0=k)
+    head = kind(d_model=2, d_sae=3, target_l0=k)
     with torch.no_grad():
-        head.W_enc.copy_(torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, -1.0]]))
-        head.W_dec.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]))
-        head.b_enc.copy_(torch.tensor([0.0, 0.0, 0.5]))
+        head.encoder.W_enc.copy_(torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, -1.0]]))
+        head.decoder.W_dec.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]))
+        head.encoder.b_enc.copy_(torch.tensor([0.0, 0.0, 0.5]))
         head.b_dec.copy_(torch.tensor([1.0, 1.0]))
     return head
 
@@ -623,15 +663,15 @@ def test_thresholded_by_hand(kind):
     torch.testing.assert_close(out.x_hat, torch.tensor([[4.0, 3.0], [2.5, 3.0], [1.0, 1.0]]))
 
     head.observe_(out, NOTHING_DEAD._replace(rate=0.25))
-    assert head.inference_threshold().item() == 2
+    assert head.selection.inference_threshold().item() == 2
     assert torch.equal(head.encode(X), torch.tensor([[3.0, 0, 0], [0, 0, 2.5], [0, 0, 0]]))
 
-    head.threshold.fill_(1.75)  # a calibrated one goes before the moving average
+    head.selection.threshold.fill_(1.75)  # a calibrated one goes before the moving average
     want = torch.tensor([[3.0, 2.0, 0.0], [2.0, 0.0, 2.5], [0.0, 0.0, 0.0]])
     assert torch.equal(head.encode(X), want)
 
     head.calibrate_(X)
-    assert 1.9999 < head.inference_threshold().item() < 2
+    assert 1.9999 < head.selection.inference_threshold().item() < 2
 
 
 def test_scale_by_hand():
@@ -646,15 +686,15 @@ def test_scale_by_hand():
 def test_kan_encoder_by_hand():
     """One hidden unit, whose KAN layer is the SiLU of the first coordinate, feeds latent 2."""
     args = {"grid_size": 1, "spline_order": 1}
-    head = KANEncoder(2, 3, target_l0=1, d_hidden=1, kan_args=args)
+    head = KANEncoder(d_model=2, d_sae=3, target_l0=1, d_hidden=1, kan_args=args)
     head.load_state_dict(by_hand(BatchTopK, 1).state_dict(), strict=False)
     with torch.no_grad():
-        head.kan.weight.zero_()
-        head.kan.weight[0, 0, 0] = 1.0
-        head.kan_bias.fill_(1.0)
-        head.U.copy_(torch.tensor([[0.0, 0.0, 10.0]]))
-        head.input_mean.copy_(torch.tensor([1.0, 0.0]))
-        head.input_std.copy_(torch.tensor([2.0, 1.0]))
+        head.encoder.units.kan.weight.zero_()
+        head.encoder.units.kan.weight[0, 0, 0] = 1.0
+        head.encoder.units.kan_bias.fill_(1.0)
+        head.encoder.U.copy_(torch.tensor([[0.0, 0.0, 10.0]]))
+        head.encoder.standardised.input_mean.copy_(torch.tensor([1.0, 0.0]))
+        head.encoder.standardised.input_std.copy_(torch.tensor([2.0, 1.0]))
     silu = [z / (1 + np.exp(-z)) for z in (1.5, 1.0, -0.5)]  # (x - 1) / 2
     want = np.array([[3, 2, 1.5], [2, 0, 2.5], [-1, -1, 0.5]])
     want[:, 2] += 10 * (np.array(silu) + 1)
@@ -683,7 +723,7 @@ def test_topk_keeps_the_k_largest_of_each_token(seed, k, training):
 def test_topk_is_exactly_k_where_enough_are_positive():
     head = started(TopK)
     with torch.no_grad():
-        head.b_enc.fill_(100.0)
+        head.encoder.b_enc.fill_(100.0)
     assert head(rows()).codes.l0().tolist() == [K] * 64
 
 
@@ -713,9 +753,9 @@ def test_calibration_is_the_exact_quantile(kind):
     head.calibrate_(x)
     acts = np.sort(head.pre_acts(x).detach().numpy().ravel())[::-1]
     smallest_kept = acts[K * 1000 - 1]
-    assert head.threshold.item() == np.nextafter(smallest_kept, np.float32(0))
+    assert head.selection.threshold.item() == np.nextafter(smallest_kept, np.float32(0))
     largest_dropped = np.quantile(acts, 1 - K / head.d_sae, method="inverted_cdf")
-    assert largest_dropped <= head.threshold.item() < smallest_kept
+    assert largest_dropped <= head.selection.threshold.item() < smallest_kept
     assert head.eval()(x).codes.l0().sum() == K * 1000
 
 
@@ -735,9 +775,9 @@ def test_calibration_does_not_depend_on_its_chunks(kind, monkeypatch):
     head, x = trained(kind), rows(300)
     found = []
     for chunk in (1, 7, 64, 299, 300, 10_000):
-        monkeypatch.setattr(thresholded, "CALIBRATION_ROWS", chunk)
+        monkeypatch.setattr(selections, "CALIBRATION_ROWS", chunk)
         head.calibrate_(x)
-        found.append(head.threshold.item())
+        found.append(head.selection.threshold.item())
     assert found == pytest.approx([found[0]] * 6, rel=1e-6)
 
 
@@ -746,17 +786,17 @@ def test_calibration_with_too_few_positive_activations_keeps_all_of_them(kind):
     head = started(kind, target_l0=20)
     x = rows(50)
     with torch.no_grad():
-        head.b_enc -= head.pre_acts(x).quantile(0.95)
+        head.encoder.b_enc -= head.pre_acts(x).quantile(0.95)
     positive = int((head.pre_acts(x) > 0).sum())
     assert 0 < positive < 20 * 50
     head.calibrate_(x)
-    assert head.threshold == 0
+    assert head.selection.threshold == 0
     assert head.eval()(x).codes.l0().sum() == positive
 
 
 @every_thresholded_head
 def test_the_moving_average_is_bias_corrected(kind):
-    head = kind(D, M, target_l0=K)
+    head = kind(d_model=D, d_sae=M, target_l0=K)
     codes = head(rows(4)).codes
     seen = [5.0, 1.0, 3.0, 4.0]
     for smallest in seen:
@@ -766,21 +806,23 @@ def test_the_moving_average_is_bias_corrected(kind):
             codes=codes._replace(values=values, rows=latents, latents=latents)
         )
         if kind is SplineLatent:
-            head.smallest.fill_(smallest)
+            head.selection.smallest.fill_(smallest)
         head.observe_(out, NOTHING_DEAD._replace(progress=0.5))
         if smallest == seen[0]:
-            assert head.inference_threshold().item() == pytest.approx(5.0)
+            assert head.selection.inference_threshold().item() == pytest.approx(5.0)
     weights = 0.9 ** np.arange(3, -1, -1)
-    assert head.inference_threshold().item() == pytest.approx(np.average(seen, weights=weights))
+    assert head.selection.inference_threshold().item() == pytest.approx(
+        np.average(seen, weights=weights)
+    )
 
 
 @every_thresholded_head
 def test_a_batch_without_codes_leaves_the_moving_average_alone(kind):
-    head = kind(D, M, target_l0=K)
+    head = kind(d_model=D, d_sae=M, target_l0=K)
     none = torch.zeros(0, dtype=torch.int64)
     out = head(rows(2))._replace(codes=SparseCodes(torch.zeros(0), none, none, 2, M))
     head.observe_(out, NOTHING_DEAD)
-    assert head.inference_threshold() is None
+    assert head.selection.inference_threshold() is None
 
 
 @every_thresholded_head
@@ -791,7 +833,7 @@ def test_a_head_without_a_threshold_warns(kind, caplog):
     assert "no threshold yet" in caplog.text
     assert len(codes.values) == K * 10
     caplog.clear()
-    head.threshold.fill_(1.0)
+    head.selection.threshold.fill_(1.0)
     with caplog.at_level(logging.WARNING):
         head(rows(10))
     assert not caplog.records
@@ -809,7 +851,7 @@ def test_step_0_is_batch_topk_bit_for_bit(kind):
     for head in (kan, linear):
         head.calibrate_(rows(200))
         head.eval()
-    assert torch.equal(kan.threshold, linear.threshold)
+    assert torch.equal(kan.selection.threshold, linear.selection.threshold)
     assert same_outputs(kan(rows(50)), linear(rows(50)))
 
 
@@ -822,7 +864,7 @@ def test_step_0_is_batch_topk_to_rounding(kind):
         head.eval()
     for x in (rows(50), rows(50) * 100):
         torch.testing.assert_close(kan.pre_acts(x), linear.pre_acts(x), rtol=1e-5, atol=1e-4)
-        kan.threshold.copy_(linear.threshold)
+        kan.selection.threshold.copy_(linear.selection.threshold)
         got, want = kan(x), linear(x)
         error = (got.x_hat - want.x_hat).norm() / want.x_hat.norm()
         assert error < 1e-5
@@ -830,29 +872,39 @@ def test_step_0_is_batch_topk_to_rounding(kind):
 
 
 def test_the_kan_layer_of_another_seed_is_another():
-    a, b = KANEncoder(D, M, K, seed=0), KANEncoder(D, M, K, seed=1)
-    assert not torch.equal(a.kan.weight, b.kan.weight)
+    a, b = (
+        KANEncoder(d_model=D, d_sae=M, target_l0=K, seed=0),
+        KANEncoder(d_model=D, d_sae=M, target_l0=K, seed=1),
+    )
+    assert not torch.equal(a.encoder.units.kan.weight, b.encoder.units.kan.weight)
 
 
 def test_kan_layer_by_class_and_arguments(tmp_path):
-    head = KANEncoder(D, M, K, d_hidden=5, kan_class="torch.nn.Linear", kan_args={"bias": False})
-    assert head.kan.weight.shape == (5, D)
+    head = KANEncoder(
+        d_model=D,
+        d_sae=M,
+        target_l0=K,
+        d_hidden=5,
+        kan_class="torch.nn.Linear",
+        kan_args={"bias": False},
+    )
+    assert head.encoder.units.kan.weight.shape == (5, D)
     assert head.diagnostics(rows()) == {}
     head.save(tmp_path)
     assert head.modules_named() == ["torch.nn"]
     with pytest.raises(InputError, match=r"allow it: `--allow torch\.nn` .*allow=\['torch\.nn'\]"):
         SAEHead.load(tmp_path)
     loaded = SAEHead.load(tmp_path, allow=["torch.nn"])
-    assert isinstance(loaded.kan, torch.nn.Linear)
-    assert torch.equal(loaded.kan.weight, head.kan.weight)
+    assert isinstance(loaded.encoder.units.kan, torch.nn.Linear)
+    assert torch.equal(loaded.encoder.units.kan.weight, head.encoder.units.kan.weight)
 
 
 def test_share_out_of_the_grid():
     head = started(KANEncoder)
     x = rows(200)
-    z = head.standardised(x)
+    z = head.encoder.standardised(x * head.scale)
     assert head.diagnostics(x)["out_of_grid"] == (z.abs() > 3).double().mean().float()
-    far = head.x_mean + 100 * head.input_std / head.scale
+    far = head.x_mean + 100 * head.encoder.standardised.input_std / head.scale
     assert head.diagnostics(far.expand(4, -1))["out_of_grid"] == 1
 
 
@@ -872,7 +924,7 @@ def test_share_out_of_the_grid():
 )
 def test_refused_kan_layers(args, message):
     with pytest.raises(InputError, match=message):
-        KANEncoder(D, M, K, **args)
+        KANEncoder(d_model=D, d_sae=M, target_l0=K, **args)
 
 
 # ------------------------------------------------------------------- saved heads
@@ -883,13 +935,14 @@ def edit_card(folder, **changes):
     (folder / "head.json").write_text(json.dumps(card))
 
 
+DENSE_CARD = {"d_model": D, "d_sae": M, "target_l0": K}
 CARD = {"d_model": D, "d_sae": M, "target_l0": K}
 
 
 def test_a_folder_without_a_head(tmp_path):
     with pytest.raises(InputError, match=r"head folder .*nowhere.*head\.json"):
         SAEHead.load(tmp_path / "nowhere")
-    TopK(D, M, K).save(tmp_path)
+    TopK(d_model=D, d_sae=M, target_l0=K).save(tmp_path)
     (tmp_path / "head.safetensors").unlink()
     with pytest.raises(InputError, match=r"holds no head\.json with head\.safetensors"):
         SAEHead.load(tmp_path)
@@ -898,14 +951,15 @@ def test_a_folder_without_a_head(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 3}, "format=3; this version reads 1 and 2"),
+        ({"format": 4}, "format=4; this version reads 1 to 3"),
         ({"head": "kanllama_lightning.heads.nothing.Nothing"}, "no such class in kanllama"),
         ({"head": "torch.nn.Linear"}, r"'torch\.nn\.Linear'.*if you trust the module torch\.nn"),
         ({"head": "json.dumps"}, r"if you trust the module json"),
         ({"head": "Nothing"}, "'Nothing': there is no such class in kanllama_lightning"),
         ({"head": "KANLinear"}, "'KANLinear': is no SAEHead"),
         ({"head": "SAEHead"}, "'SAEHead': there is no such class"),
-        ({"head": "Dictionary"}, "Dictionary cannot be built"),
+        ({"head": "DenseKAN", "init_args": DENSE_CARD}, "DenseKAN cannot be built"),
+        ({"head": "SAE"}, "'SAE': there is no such class"),
         ({"head": ""}, "'': there is no such class"),
         ({"head": ".."}, r"'\.\.': there is no such class"),
         ({"head": 3}, "head=3 must be a text"),
@@ -939,7 +993,7 @@ def test_a_card_that_cannot_be_used(tmp_path, changes, message):
 
 @every_head
 def test_heads_saved_before_still_load(kind, tmp_path):
-    head = kind(D, M, target_l0=K, seed=3)
+    head = kind(d_model=D, d_sae=M, target_l0=K, seed=3)
     head.save(tmp_path)
     card = json.loads((tmp_path / "head.json").read_text())
     del card["head"]
@@ -968,7 +1022,7 @@ def test_loading_imports_nothing_that_a_file_names(tmp_path, monkeypatch, where)
     )
     monkeypatch.syspath_prepend(tmp_path)
     folder = tmp_path / "head"
-    KANEncoder(D, M, K).save(folder)
+    KANEncoder(d_model=D, d_sae=M, target_l0=K).save(folder)
     if where == "kan_class":
         args = json.loads((folder / "head.json").read_text())["init_args"]
         edit_card(folder, init_args=args | {"kan_class": "evil_beside.Layer"})
@@ -989,7 +1043,7 @@ def test_loading_imports_nothing_that_a_file_names(tmp_path, monkeypatch, where)
 def test_an_allowed_module_that_cannot_be_imported(tmp_path, monkeypatch):
     (tmp_path / "broken_beside.py").write_text("1 / 0\n")
     monkeypatch.syspath_prepend(tmp_path)
-    TopK(D, M, K).save(tmp_path)
+    TopK(d_model=D, d_sae=M, target_l0=K).save(tmp_path)
     for name in ("broken_beside.Head", "not_there.Head"):
         edit_card(tmp_path, head=name)
         with pytest.raises(InputError, match=r"head\.json: class_path .*cannot be imported"):
@@ -997,7 +1051,7 @@ def test_an_allowed_module_that_cannot_be_imported(tmp_path, monkeypatch):
 
 
 def test_a_head_of_ones_own_is_saved_by_its_path(tmp_path):
-    OwnHead(D, M, K).save(tmp_path)
+    OwnHead(d_model=D, d_sae=M, target_l0=K).save(tmp_path)
     assert json.loads((tmp_path / "head.json").read_text())["head"] == f"{__name__}.OwnHead"
     with pytest.raises(InputError, match="if you trust the module"):
         SAEHead.load(tmp_path)
@@ -1019,15 +1073,24 @@ def edit_weights(folder, **changes):
     ("changes", "message"),
     [
         (
-            {"W_dec": torch.full((M, D), math.nan)},
+            {"decoder.W_dec": torch.full((M, D), math.nan)},
             rf"W_dec holds {M * D} values that are no finite",
         ),
-        ({"b_enc": torch.full((M,), -math.inf)}, f"b_enc holds {M} values that are no finite"),
-        ({"b_enc": torch.full((M,), 1e300, dtype=torch.float64)}, "b_enc holds .* no finite"),
-        ({"W_enc": torch.ones(D, M, dtype=torch.int8)}, "W_enc holds I8, not numbers of F32"),
-        ({"W_enc": torch.ones(D, M, dtype=torch.bool)}, "W_enc holds BOOL"),
-        ({"W_enc": torch.ones(D, M, dtype=torch.complex64)}, "W_enc holds C64"),
-        ({"W_enc": torch.ones(D, M).to(torch.float8_e4m3fn)}, "W_enc holds F8_E4M3"),
+        (
+            {"encoder.b_enc": torch.full((M,), -math.inf)},
+            f"b_enc holds {M} values that are no finite",
+        ),
+        (
+            {"encoder.b_enc": torch.full((M,), 1e300, dtype=torch.float64)},
+            "b_enc holds .* no finite",
+        ),
+        (
+            {"encoder.W_enc": torch.ones(D, M, dtype=torch.int8)},
+            "W_enc holds I8, not numbers of F32",
+        ),
+        ({"encoder.W_enc": torch.ones(D, M, dtype=torch.bool)}, "W_enc holds BOOL"),
+        ({"encoder.W_enc": torch.ones(D, M, dtype=torch.complex64)}, "W_enc holds C64"),
+        ({"encoder.W_enc": torch.ones(D, M).to(torch.float8_e4m3fn)}, "W_enc holds F8_E4M3"),
         ({"scale": torch.tensor(0.0)}, "scale=0 must be larger than 0"),
         ({"scale": torch.tensor(-1.0)}, "scale=-1 must be larger than 0"),
         ({"scale": torch.tensor(math.nan)}, "scale holds 1 values that are no finite"),
@@ -1036,20 +1099,38 @@ def edit_weights(folder, **changes):
         ({"norm_limit": torch.tensor(math.nan)}, "norm_limit holds 1 values that are no finite"),
         ({"norm_limit": torch.tensor(-math.inf)}, "norm_limit=-inf must be larger than 0"),
         ({"norm_limit": torch.tensor(0.0)}, "norm_limit=0 must be larger than 0"),
-        ({"threshold": torch.tensor(math.inf)}, "threshold holds 1 values that are no finite"),
-        ({"threshold": torch.tensor(-math.inf)}, "threshold holds 1 values that are no finite"),
-        ({"threshold": torch.tensor(-0.5)}, "threshold holds -0.5; 0 is the least; copy"),
-        ({"threshold_ema": torch.tensor(-0.5)}, "threshold_ema holds -0.5; 0 is the least"),
-        ({"threshold_ema": torch.tensor(math.nan)}, "threshold_ema holds 1 values that are no fin"),
-        ({"threshold_ema_weight": torch.tensor(-1.0)}, "threshold_ema_weight holds -1; 0 is the"),
-        ({"threshold_ema_weight": torch.tensor(math.inf)}, "threshold_ema_weight holds 1 values"),
+        (
+            {"selection.threshold": torch.tensor(math.inf)},
+            "threshold holds 1 values that are no finite",
+        ),
+        (
+            {"selection.threshold": torch.tensor(-math.inf)},
+            "threshold holds 1 values that are no finite",
+        ),
+        ({"selection.threshold": torch.tensor(-0.5)}, "threshold holds -0.5; 0 is the least; copy"),
+        (
+            {"selection.threshold_ema": torch.tensor(-0.5)},
+            "threshold_ema holds -0.5; 0 is the least",
+        ),
+        (
+            {"selection.threshold_ema": torch.tensor(math.nan)},
+            "threshold_ema holds 1 values that are no fin",
+        ),
+        (
+            {"selection.threshold_ema_weight": torch.tensor(-1.0)},
+            "threshold_ema_weight holds -1; 0 is the",
+        ),
+        (
+            {"selection.threshold_ema_weight": torch.tensor(math.inf)},
+            "threshold_ema_weight holds 1 values",
+        ),
         ({"x_mean": torch.zeros(D + 1)}, rf"x_mean has the shape \[{D + 1}\] instead of \[{D}\]"),
         ({"b_dec": None}, "b_dec is missing"),
         ({"more": torch.ones(1)}, "more is nothing that a BatchTopK has"),
     ],
 )
 def test_weights_that_are_no_head_are_refused(tmp_path, changes, message):
-    BatchTopK(D, M, K).save(tmp_path)
+    BatchTopK(d_model=D, d_sae=M, target_l0=K).save(tmp_path)
     edit_weights(tmp_path, **changes)
     with pytest.raises(InputError, match=message) as error:
         SAEHead.load(tmp_path)
@@ -1060,10 +1141,10 @@ def test_weights_that_are_no_head_are_refused(tmp_path, changes, message):
 @pytest.mark.parametrize(
     ("head", "name", "value"),
     [
-        (JumpReLU(D, M, K), "theta", -1e-3),
-        (KANEncoder(D, M, K), "threshold", -1.0),
-        (KANEncoder(D, M, K), "input_std", 0.0),
-        (KANEncoder(D, M, K), "input_std", -1.0),
+        (JumpReLU(d_model=D, d_sae=M, target_l0=K), "selection.theta", -1e-3),
+        (KANEncoder(d_model=D, d_sae=M, target_l0=K), "selection.threshold", -1.0),
+        (KANEncoder(d_model=D, d_sae=M, target_l0=K), "encoder.standardised.input_std", 0.0),
+        (KANEncoder(d_model=D, d_sae=M, target_l0=K), "encoder.standardised.input_std", -1.0),
     ],
 )
 def test_other_numbers_below_their_least_are_refused(tmp_path, head, name, value):
@@ -1077,10 +1158,10 @@ def test_other_numbers_below_their_least_are_refused(tmp_path, head, name, value
 
 @pytest.mark.parametrize("seen", [False, True])
 def test_a_head_that_was_never_calibrated_is_read_and_reports_say_so(tmp_path, caplog, seen):
-    head = BatchTopK(D, M, K)
+    head = BatchTopK(d_model=D, d_sae=M, target_l0=K)
     if seen:
-        head.threshold_ema.fill_(0.5)
-        head.threshold_ema_weight.fill_(0.5)
+        head.selection.threshold_ema.fill_(0.5)
+        head.selection.threshold_ema_weight.fill_(0.5)
     head.save(tmp_path)
     loaded = read_subject(tmp_path).head
     (said,) = [r.message for r in caplog.records]
@@ -1095,10 +1176,10 @@ def test_a_head_that_was_never_calibrated_is_read_and_reports_say_so(tmp_path, c
 def test_a_threshold_of_zero_keeps_all_that_is_positive(tmp_path, caplog):
     """What calibration finds where there are too few positive activations."""
     head = started(BatchTopK).eval()
-    head.b_enc.data.fill_(-1e3)
-    head.b_enc.data[:2] = 1e3
+    head.encoder.b_enc.data.fill_(-1e3)
+    head.encoder.b_enc.data[:2] = 1e3
     head.calibrate_(rows(100))
-    assert head.threshold == 0
+    assert head.selection.threshold == 0
     head.save(tmp_path)
     assert read_subject(tmp_path).head(rows(10)).codes.latents.unique().tolist() == [0, 1]
     assert not caplog.records
@@ -1112,13 +1193,13 @@ def test_weights_in_another_number_format_are_read(tmp_path):
         state = {k: v.to(kind) for k, v in head.state_dict().items()}
         edit_weights(tmp_path, **state)
         loaded = SAEHead.load(tmp_path)
-        assert loaded.W_enc.dtype == torch.float32
-        assert torch.equal(loaded.W_enc, state["W_enc"].float())
+        assert loaded.encoder.W_enc.dtype == torch.float32
+        assert torch.equal(loaded.encoder.W_enc, state["encoder.W_enc"].float())
 
 
 @pytest.mark.parametrize("left", [0, 7, 8, 40, 400, -1])
 def test_weights_cut_short_are_refused(tmp_path, left):
-    TopK(D, M, K).save(tmp_path)
+    TopK(d_model=D, d_sae=M, target_l0=K).save(tmp_path)
     path = tmp_path / "head.safetensors"
     path.write_bytes(path.read_bytes()[:left])
     with pytest.raises(InputError, match=r"head\.safetensors: is damaged or cannot be read"):
@@ -1126,7 +1207,7 @@ def test_weights_cut_short_are_refused(tmp_path, left):
 
 
 def test_a_pickle_in_place_of_weights_is_refused(tmp_path):
-    TopK(D, M, K).save(tmp_path)
+    TopK(d_model=D, d_sae=M, target_l0=K).save(tmp_path)
     torch.save({"W_dec": torch.ones(2)}, tmp_path / "head.safetensors")
     with pytest.raises(InputError, match=r"head\.safetensors: is damaged or cannot be read"):
         SAEHead.load(tmp_path)
@@ -1135,7 +1216,7 @@ def test_a_pickle_in_place_of_weights_is_refused(tmp_path):
 def test_saved_files_have_the_mode_of_the_umask(tmp_path):
     old = os.umask(0o022)
     try:
-        TopK(D, M, K).save(tmp_path / "head")
+        TopK(d_model=D, d_sae=M, target_l0=K).save(tmp_path / "head")
     finally:
         os.umask(old)
     modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "head").iterdir()}
@@ -1158,9 +1239,9 @@ def test_recovers_a_planted_dictionary(kind):
         strength = 0.5 + torch.rand(n, active, generator=generator)
         return torch.zeros(n, atoms).scatter(1, which, strength) @ planted
 
-    head = kind(d, 64, target_l0=active)
+    head = kind(d_model=d, d_sae=64, target_l0=active)
     head.start_(sample(8192))
-    before = (planted @ head.W_dec.detach().T).max(1).values.mean()
+    before = (planted @ head.decoder.W_dec.detach().T).max(1).values.mean()
     steps = 1500
     optimizer = torch.optim.Adam(head.parameters(), lr=3e-3)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, 5 * (1 - s / steps)))
@@ -1176,7 +1257,7 @@ def test_recovers_a_planted_dictionary(kind):
         head.project_()
         rate.step()
         silent = (silent + 256).masked_fill(out.codes.fired() > 0, 0)
-    found = (planted @ head.W_dec.detach().T).max(1).values.mean()
+    found = (planted @ head.decoder.W_dec.detach().T).max(1).values.mean()
     assert before < 0.6, before
     assert found > 0.9, found
 
@@ -1199,14 +1280,14 @@ def test_start_gives_the_encoder_its_best_size(kind):
     """No other multiple of W_enc reconstructs the start sample better at step 0."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(512, 8, generator=generator) @ torch.randn(8, 8, generator=generator) + 3
-    head = kind(8, 64, 6)
+    head = kind(d_model=8, d_sae=64, target_l0=6)
     head.start_(x)
     best = (head(x).x_hat - x).square().sum()
     for factor in (0.9, 1.1):
         with torch.no_grad():
-            head.W_enc.mul_(factor)
+            head.encoder.W_enc.mul_(factor)
             assert (head(x).x_hat - x).square().sum() > best
-            head.W_enc.div_(factor)
+            head.encoder.W_enc.div_(factor)
 
 
 def test_a_head_from_before_the_loss_had_one_unit_is_read(tmp_path):

@@ -34,14 +34,18 @@ LATE = NOTHING_DEAD._replace(progress=0.5)
 @pytest.mark.parametrize(("d", "m"), [(64, 512), (128, 1024), (2048, 16384)])
 def test_the_controls_have_the_parameters_of_the_kan_encoder(d, m):
     with torch.device("meta"):
-        kan = KANEncoder(d, m, 8).n_parameters()
-        rivals = [MLPEncoder(d, m, 8), SplineHidden(d, m, 8), WideBatchTopK(d, m, 8)]
+        kan = KANEncoder(d_model=d, d_sae=m, target_l0=8).n_parameters()
+        rivals = [
+            MLPEncoder(d_model=d, d_sae=m, target_l0=8),
+            SplineHidden(d_model=d, d_sae=m, target_l0=8),
+            WideBatchTopK(d_model=d, d_sae=m, target_l0=8),
+        ]
     for rival in rivals:
         assert rival.n_parameters() == pytest.approx(kan, rel=0.01), type(rival)
 
 
 def test_the_wide_control_comes_back_as_wide_as_it_was(tmp_path):
-    head = WideBatchTopK(D, M, K)
+    head = WideBatchTopK(d_model=D, d_sae=M, target_l0=K)
     assert head.d_sae > M
     head.save(tmp_path)
     loaded = SAEHead.load(tmp_path)
@@ -54,13 +58,19 @@ def test_the_wide_control_comes_back_as_wide_as_it_was(tmp_path):
 
 def test_matryoshka_groups_are_those_of_the_paper():
     with torch.device("meta"):
-        assert Matryoshka(2048, 16384, 64).ends == [512, 1536, 3584, 7680, 16384]
+        assert Matryoshka(d_model=2048, d_sae=16384, target_l0=64).selection.ends == [
+            512,
+            1536,
+            3584,
+            7680,
+            16384,
+        ]
 
 
 @pytest.mark.parametrize("groups", [[M + 1], [3, 3, M], [5, 2, M], [0, M], [4]])
 def test_refused_groups(groups):
     with pytest.raises(InputError, match=r"head\.groups="):
-        Matryoshka(D, M, K, groups=groups)
+        Matryoshka(d_model=D, d_sae=M, target_l0=K, groups=groups)
 
 
 def test_one_group_is_batch_topk():
@@ -85,13 +95,13 @@ def test_the_first_latents_do_better_alone_than_batch_topks():
 
 def test_hidden_units_see_a_deviation_of_one_and_start_as_a_rounded_relu():
     head = started(SplineHidden, d_hidden=5)
-    x = head.standardised(rows(500, seed=99))
-    seen = x @ head.V
+    x = head.encoder.standardised(rows(500, seed=99) * head.scale)
+    seen = x @ head.encoder.units.V
     torch.testing.assert_close(seen.std(0), torch.ones(5), rtol=1e-3, atol=0)
-    far = torch.tensor([[-30.0], [30.0]]).repeat(1, D) @ head.V
-    hidden = head.hidden(torch.tensor([[-30.0], [30.0]]).repeat(1, D))
+    far = torch.tensor([[-30.0], [30.0]]).repeat(1, D) @ head.encoder.units.V
+    hidden = head.encoder.units(torch.tensor([[-30.0], [30.0]]).repeat(1, D))
     assert (hidden.detach() - far.relu()).abs().max() < 0.05 * far.abs().max()
-    assert (head.hidden(x) - seen.relu()).abs().max() < 0.4
+    assert (head.encoder.units(x) - seen.relu()).abs().max() < 0.4
 
 
 # ----------------------------------------------------------------- SplineInput
@@ -99,10 +109,10 @@ def test_hidden_units_see_a_deviation_of_one_and_start_as_a_rounded_relu():
 
 def test_an_input_spline_bends_its_own_coordinate_only():
     head = started(SplineInput)
-    [(before, _)] = head.branches(rows())
+    [(before, _)] = head.sums(rows() * head.scale).branches
     with torch.no_grad():
-        head.spline[:, 2] += torch.linspace(-1, 1, 8).square()
-    [(after, _)] = head.branches(rows())
+        head.encoder.spline[:, 2] += torch.linspace(-1, 1, 8).square()
+    [(after, _)] = head.sums(rows() * head.scale).branches
     assert (after - before).any(0).tolist() == [i == 2 for i in range(D)]
 
 
@@ -112,14 +122,16 @@ def test_an_input_spline_bends_its_own_coordinate_only():
 def test_curves_rise_from_a_hard_zero():
     head = started(SplineLatent)
     with torch.no_grad():
-        head.spline.add_(torch.randn(head.spline.shape, generator=torch.Generator().manual_seed(1)))
+        head.selection.spline.add_(
+            torch.randn(head.selection.spline.shape, generator=torch.Generator().manual_seed(1))
+        )
     p = torch.linspace(0, 4, 200).repeat(M)
     latents = torch.arange(M).repeat_interleave(200)
-    z = head.curve(p, latents).view(M, 200)
+    z = head.selection.curve(p, latents).view(M, 200)
     torch.testing.assert_close(z[:, 0], torch.zeros(M), atol=1e-5, rtol=0)
     assert (z.diff(dim=1) > 0).all()
     head.eval()
-    head.threshold.zero_()
+    head.selection.threshold.zero_()
     x = rows(20)
     assert torch.equal(head.encode(x) > 0, head.pre_acts(x) > 0)
 
@@ -127,26 +139,26 @@ def test_curves_rise_from_a_hard_zero():
 def test_free_curves_are_never_negative():
     head = started(SplineLatent, monotone=False)
     with torch.no_grad():
-        head.spline.mul_(-1)
-    assert not head.curve(torch.linspace(0, 4, 50), torch.zeros(50).long()).any()
+        head.selection.spline.mul_(-1)
+    assert not head.selection.curve(torch.linspace(0, 4, 50), torch.zeros(50).long()).any()
 
 
 def test_splines_rest_at_first_and_their_reach_rests_then():
     head, x = started(SplineLatent), rows(256)
-    spline, reach = head.spline.detach().clone(), head.reach.clone()
+    spline, reach = head.selection.spline.detach().clone(), head.selection.reach.clone()
     train_(head, x, 3, NOTHING_DEAD._replace(progress=0.05))
-    assert torch.equal(head.spline, spline)
-    assert not torch.equal(head.reach, reach)
-    reach = head.reach.clone()
+    assert torch.equal(head.selection.spline, spline)
+    assert not torch.equal(head.selection.reach, reach)
+    reach = head.selection.reach.clone()
     train_(head, x, 3, LATE)
-    assert not torch.equal(head.spline, spline)
-    assert torch.equal(head.reach, reach)
+    assert not torch.equal(head.selection.spline, spline)
+    assert torch.equal(head.selection.reach, reach)
 
 
 def test_a_new_reach_changes_nothing_while_the_curves_are_lines():
     head = started(SplineLatent)
     before = head(rows()).x_hat
-    head.reach.mul_(3)
+    head.selection.reach.mul_(3)
     torch.testing.assert_close(head(rows()).x_hat, before, rtol=1e-4, atol=1e-4)
 
 
@@ -154,8 +166,10 @@ def test_smoothness_is_zero_for_lines_only():
     head, x = started(SplineLatent, smoothness=0.5), rows()
     assert head.losses(x, head(x), LATE)["smooth"] < 1e-10
     with torch.no_grad():
-        head.spline[3] += 1
-    step = torch.nn.functional.softplus(head.spline.detach()[3, 0]) - head.spline.new_tensor(1 / 5)
+        head.selection.spline[3] += 1
+    step = torch.nn.functional.softplus(
+        head.selection.spline.detach()[3, 0]
+    ) - head.selection.spline.new_tensor(1 / 5)
     want = 0.5 * 2 * step.square()  # one increment differs: two second differences
     torch.testing.assert_close(head.losses(x, head(x), LATE)["smooth"].detach(), want)
 
@@ -169,7 +183,7 @@ def test_gradients_of_curves_are_those_of_finite_differences():
 
     loss().backward()
     with torch.no_grad():
-        for parameter in (head.spline, head.b_enc, head.W_dec):
+        for parameter in (head.selection.spline, head.encoder.b_enc, head.decoder.W_dec):
             index = int(parameter.grad.abs().argmax())
             flat, found = parameter.view(-1), []
             for step in (1e-3, -2e-3):
@@ -190,7 +204,7 @@ def test_gradients_of_curves_are_those_of_finite_differences():
 )
 def test_refused_spline_arguments(args, message):
     with pytest.raises(InputError, match=message):
-        SplineLatent(D, M, K, **args)
+        SplineLatent(d_model=D, d_sae=M, target_l0=K, **args)
 
 
 def test_reach_by_hand():
@@ -210,7 +224,7 @@ def test_reach_by_hand():
 def test_silent_latents_contribute_exactly_nothing(kind):
     head = trained(kind).eval()
     none = Pattern(torch.zeros(0, dtype=torch.int64), 3, M)
-    assert not head.decode_kept(torch.zeros(0), none).any()
+    assert not head.decoder.kept(torch.zeros(0), none).any()
     nothing = head.decode(torch.zeros(3, M))
     torch.testing.assert_close(nothing, (head.b_dec / head.scale).expand(3, -1))
 
@@ -218,27 +232,27 @@ def test_silent_latents_contribute_exactly_nothing(kind):
 def test_only_kan_is_the_sum_of_its_curves():
     head = trained(OnlyKAN).eval()
     z = head.encode(rows(5)).detach()
-    summed = torch.stack([head.curve(j, z[:, j]) for j in range(M)]).sum(0)
+    summed = torch.stack([head.decoder.curve(j, z[:, j]) for j in range(M)]).sum(0)
     torch.testing.assert_close((summed + head.b_dec) / head.scale, head.decode(z))
 
 
 def test_curves_of_only_kan_by_the_bases():
     head = trained(OnlyKAN)
     z = torch.tensor([0.0, 0.3, 2.0])
-    reach = head.reach[4]
+    reach = head.decoder.reach[4]
     u = z / reach
-    silu = (u * u.sigmoid())[:, None] * head.psi[4, 0]
+    silu = (u * u.sigmoid())[:, None] * head.decoder.psi[4, 0]
     bases = spline_bases(u[:, None], 0, 1, 5, linear_tails=True).squeeze(2)
-    spline = (bases - bases[:1]) @ head.psi[4, 1:]
-    torch.testing.assert_close(head.curve(4, z), reach * (silu + spline).detach())
+    spline = (bases - bases[:1]) @ head.decoder.psi[4, 1:]
+    torch.testing.assert_close(head.decoder.curve(4, z), reach * (silu + spline).detach())
 
 
 def test_latents_mix_in_kan_relu_dense():
     head = trained(KANReLUDense).eval()
     z = torch.zeros(1, M)
     z[0, :4] = 3
-    apart = sum(head.curve(j, torch.tensor([3.0])) for j in range(4))
-    together = head.decode_dense(z)
+    apart = sum(head.decoder.curve(j, torch.tensor([3.0])) for j in range(4))
+    together = head.decoder.dense(z)
     assert (together - apart).norm() > 0.01 * together.norm()
 
 
@@ -249,8 +263,11 @@ def test_lifted_planes_vanish_at_zero_and_have_the_right_gradient():
 
 
 def test_the_latent_form_has_as_many_hidden_units_as_latents():
-    assert KANReLUDense(D, M, K, latent_hidden=True).U.shape == (M, M)
-    assert KANReLUDense(D, M, K).U.shape == (D, M)
+    assert KANReLUDense(d_model=D, d_sae=M, target_l0=K, latent_hidden=True).encoder.U.shape == (
+        M,
+        M,
+    )
+    assert KANReLUDense(d_model=D, d_sae=M, target_l0=K).encoder.U.shape == (D, M)
 
 
 # ----------------------------------------------------------------- earlier, dense
@@ -258,7 +275,7 @@ def test_the_latent_form_has_as_many_hidden_units_as_latents():
 
 @pytest.mark.parametrize("kind", [DenseOnlyKAN, DenseKANReLU])
 def test_the_earlier_designs_are_dense(kind, tmp_path):
-    head, x = kind(D, M, K), rows(64)
+    head, x = kind(d_model=D, d_sae=M, target_l0=K), rows(64)
     head.start_(rows(500, seed=99))
     out = head(x)
     assert isinstance(out.codes, DenseCodes)
@@ -274,5 +291,5 @@ def test_the_earlier_designs_are_dense(kind, tmp_path):
 
 def test_kan_direct_needs_no_other_encoder():
     head = started(KANDirect)
-    assert not hasattr(head, "W_enc")
-    assert not head.kan.weight[:, 0].any()  # the base has no part at the start
+    assert not hasattr(head.encoder, "W_enc")
+    assert not head.encoder.kan.weight[:, 0].any()  # the base has no part at the start

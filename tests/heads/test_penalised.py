@@ -6,13 +6,14 @@ import math
 import pytest
 import torch
 
-from kanllama_lightning.functional import controller as control
-from kanllama_lightning.functional.controller import SparsityController
 from kanllama_lightning.functional.losses import geometric_median
-from kanllama_lightning.heads import penalised
+from kanllama_lightning.heads import controller as control
+from kanllama_lightning.heads import penalties
 from kanllama_lightning.heads.base import SAEHead
+from kanllama_lightning.heads.controller import SparsityController
 from kanllama_lightning.heads.gated import Gated
-from kanllama_lightning.heads.jump_relu import SHARPNESS, JumpReLU
+from kanllama_lightning.heads.jump_relu import JumpReLU
+from kanllama_lightning.heads.penalties import SHARPNESS
 from kanllama_lightning.heads.standard import Standard
 from kanllama_lightning.optim import Adam
 from kanllama_lightning.types import DenseCodes, InputError, StepContext
@@ -59,10 +60,10 @@ def trained(kind, **args):
     train_(head, rows(), 6)
     with torch.no_grad():
         for name in ("r_mag", "b_mag"):
-            if hasattr(head, name):
-                getattr(head, name).add_(torch.linspace(-0.3, 0.4, M))
-        if hasattr(head, "theta"):
-            head.theta.add_(torch.linspace(0.0, 2.0, M))
+            if hasattr(head.selection, name):
+                getattr(head.selection, name).add_(torch.linspace(-0.3, 0.4, M))
+        if hasattr(head.selection, "theta"):
+            head.selection.theta.add_(torch.linspace(0.0, 2.0, M))
     head.zero_grad()
     return head
 
@@ -71,15 +72,15 @@ def trained(kind, **args):
 
 
 def by_hand(kind, unit):
-    head = kind(2, 3, target_l0=1)
+    head = kind(d_model=2, d_sae=3, target_l0=1)
     with torch.no_grad():
-        head.W_enc.copy_(torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, -1.0]]))
-        head.W_dec.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]))
+        head.encoder.W_enc.copy_(torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, -1.0]]))
+        head.decoder.W_dec.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]))
         if not unit:
-            head.W_dec.mul_(torch.tensor([[2.0], [0.5], [1.0]]))
-        head.b_enc.copy_(torch.tensor([0.0, 0.0, 0.5]))
+            head.decoder.W_dec.mul_(torch.tensor([[2.0], [0.5], [1.0]]))
+        head.encoder.b_enc.copy_(torch.tensor([0.0, 0.0, 0.5]))
         head.b_dec.copy_(torch.tensor([1.0, 1.0]))
-        head.controller.coefficient.fill_(2.0)
+        head.selection.controller.coefficient.fill_(2.0)
     return head
 
 
@@ -108,9 +109,9 @@ def test_gated_by_hand(training):
     """u = 3 2 1 | 2 0 2 | -1 -1 0; an open gate without magnitude and the reverse both occur."""
     head = by_hand(Gated, unit=True).train(training)
     with torch.no_grad():
-        head.b_enc.copy_(torch.tensor([0.0, 0.5, -1.5]))  # pi 3 2.5 -0.5 | 2 0.5 0.5 | < 0
-        head.r_mag[0] = math.log(2)
-        head.b_mag.copy_(torch.tensor([0.0, -1.0, 1.0]))  # mag 6 1 2 | 4 -1 3 | -2 -2 1
+        head.encoder.b_enc.copy_(torch.tensor([0.0, 0.5, -1.5]))  # pi 3 2.5 -0.5 | 2 0.5 0.5 | < 0
+        head.selection.r_mag[0] = math.log(2)
+        head.selection.b_mag.copy_(torch.tensor([0.0, -1.0, 1.0]))  # mag 6 1 2 | 4 -1 3 | -2 -2 1
     x = torch.tensor([[4.0, 3.0], [3.0, 1.0], [0.0, 0.0]])
     out = head(x)
     want = torch.tensor([[6.0, 1.0, 0.0], [4.0, 0.0, 3.0], [0.0, 0.0, 0.0]])
@@ -126,9 +127,9 @@ def test_gated_by_hand(training):
 def test_jump_relu_by_hand(training):
     """b_dec is taken off at the input; p = 3 2 1.5 | 2 0 2.5 | -1 -1 0.5."""
     head = by_hand(JumpReLU, unit=False).train(training)
-    head.pre_act_coefficient, head.alpha_aux = 7e-8, 0.0
+    head.selection.pre_act_coefficient, head.alpha_aux = 7e-8, 0.0
     with torch.no_grad():
-        head.theta.copy_(torch.tensor([2.5, 1.0, 0.5]))  # the last p is not above it
+        head.selection.theta.copy_(torch.tensor([2.5, 1.0, 0.5]))  # the last p is not above it
     x = torch.tensor([[4.0, 3.0], [3.0, 1.0], [0.0, 0.0]])
     out = head(x)
     want = torch.tensor([[6.0, 1.0, 1.5], [0.0, 0.0, 2.5], [0.0, 0.0, 0.0]])
@@ -148,40 +149,40 @@ def test_jump_relu_by_hand(training):
 
 def naive(head, x, dead):
     """Loss terms as METHODS A1, A2, A5 write them, dense."""
-    x_n, weight = x * head.scale, head.controller.coefficient
+    x_n, weight = x * head.scale, head.selection.controller.coefficient
     unit = head.x_variance.sqrt()
     inputs = x_n if isinstance(head, Standard) else x_n - head.b_dec
-    p = inputs @ head.W_enc + head.b_enc
-    norm = head.W_dec.square().sum(1).sqrt()
+    p = inputs @ head.encoder.W_enc + head.encoder.b_enc
+    norm = head.decoder.W_dec.square().sum(1).sqrt()
     terms = {}
     if isinstance(head, Standard):
         z = p * (p > 0)
         terms["l1"] = weight * (z * norm).sum() / len(x) / unit
     elif isinstance(head, Gated):
-        u = inputs @ head.W_enc
-        mag = u * head.r_mag.exp() + head.b_mag
+        u = inputs @ head.encoder.W_enc
+        mag = u * head.selection.r_mag.exp() + head.selection.b_mag
         z = (p > 0).float() * torch.relu(mag)
         terms["l1"] = weight * torch.relu(p).sum() / len(x) / unit
-        gate = torch.relu(p) @ head.W_dec.detach() + head.b_dec.detach()
+        gate = torch.relu(p) @ head.decoder.W_dec.detach() + head.b_dec.detach()
         terms["gate_aux"] = (x_n - gate).square().sum() / len(x) / unit**2
     else:
         width = head.bandwidth * unit
-        k = ((p - head.theta).abs() < width / 2).float()
-        slope = (k * head.theta / width).detach()
+        k = ((p - head.selection.theta).abs() < width / 2).float()
+        slope = (k * head.selection.theta / width).detach()
         # values cancel, gradients are those of METHODS A5
-        window = slope * ((p - p.detach()) - (head.theta - head.theta.detach()))
-        z = p * (p > head.theta) + window
+        window = slope * ((p - p.detach()) - (head.selection.theta - head.selection.theta.detach()))
+        z = p * (p > head.selection.theta) + window
         terms["tanh"] = weight * torch.tanh(SHARPNESS * z * norm / unit).sum() / len(x)
         if len(dead):
-            short = torch.relu(head.theta - p) * norm.detach()
+            short = torch.relu(head.selection.theta - p) * norm.detach()
             terms["pre_act"] = head.pre_act_coefficient * short[:, dead].sum() / len(x) / unit
-    x_hat = z @ head.W_dec + head.b_dec
+    x_hat = z @ head.decoder.W_dec + head.b_dec
     terms["reconstruction"] = (x_n - x_hat).square().sum() / len(x) / unit**2
     if len(dead) and head.alpha_aux:
         target = (x_n - x_hat).detach()
         acts = p[:, dead]  # without a ReLU, which has no gradient where a latent is dead
         ranks = (acts * norm[dead]).argsort(dim=1, descending=True).argsort(dim=1)
-        e_hat = (acts * (ranks < min(D // 2, len(dead)))) @ head.W_dec[dead]
+        e_hat = (acts * (ranks < min(D // 2, len(dead)))) @ head.decoder.W_dec[dead]
         variance = (target - target.mean(0)).square().sum()
         terms["auxk"] = head.alpha_aux * (target - e_hat).square().sum() / variance
     return terms
@@ -218,20 +219,20 @@ def test_gates_loss_stops_at_the_dictionary():
     head = trained(Gated)
     x = rows()
     head.losses(x, head(x), NOTHING_DEAD)["gate_aux"].backward()
-    assert head.W_dec.grad is None
-    assert head.r_mag.grad is None
-    assert head.b_mag.grad is None
-    assert head.W_enc.grad.any()
-    assert head.b_enc.grad.any()
+    assert head.decoder.W_dec.grad is None
+    assert head.selection.r_mag.grad is None
+    assert head.selection.b_mag.grad is None
+    assert head.encoder.W_enc.grad.any()
+    assert head.encoder.b_enc.grad.any()
 
 
 def test_the_gate_learns_nothing_from_the_reconstruction():
     head = trained(Gated)
     x = rows()
     head.losses(x, head(x), NOTHING_DEAD)["reconstruction"].backward()
-    assert head.b_enc.grad.abs().max() < 1e-6 * head.b_mag.grad.abs().max()
-    assert head.r_mag.grad.any()
-    assert head.b_mag.grad.any()
+    assert head.encoder.b_enc.grad.abs().max() < 1e-6 * head.selection.b_mag.grad.abs().max()
+    assert head.selection.r_mag.grad.any()
+    assert head.selection.b_mag.grad.any()
 
 
 def test_gated_losses_do_not_need_what_was_decoded():
@@ -255,11 +256,11 @@ def test_norms_are_free_and_folded_away(kind):
     losses = values(head.losses(x, before, NOTHING_DEAD))
     a = torch.linspace(0.25, 4, M)
     with torch.no_grad():
-        head.W_dec.mul_(a[:, None])
-        head.W_enc.div_(a)
-        head.b_enc.div_(a)
+        head.decoder.W_dec.mul_(a[:, None])
+        head.encoder.W_enc.div_(a)
+        head.encoder.b_enc.div_(a)
         if kind is JumpReLU:
-            head.theta.div_(a)
+            head.selection.theta.div_(a)
     after = head(x)
     torch.testing.assert_close(after.codes.dense(), before.codes.dense(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(after.x_hat, before.x_hat, atol=1e-4, rtol=1e-5)
@@ -282,7 +283,7 @@ def test_without_the_scale(kind):
 def test_reported_latents_are_lengths_along_unit_directions(kind):
     head = trained(kind).eval()
     latents = head.encode(rows())
-    directions = head.W_dec / head.W_dec.norm(dim=1, keepdim=True)
+    directions = head.decoder.W_dec / head.decoder.W_dec.norm(dim=1, keepdim=True)
     want = (latents @ directions + head.b_dec) / head.scale
     torch.testing.assert_close(head(rows()).x_hat, want)
 
@@ -291,7 +292,7 @@ def test_reported_latents_are_lengths_along_unit_directions(kind):
 def test_a_direction_of_no_length_is_no_number_and_no_error(kind):
     head = trained(kind)
     with torch.no_grad():
-        head.W_dec[0] = 0
+        head.decoder.W_dec[0] = 0
     out = head(rows())
     assert not out.codes.dense()[:, 0].any()
     torch.testing.assert_close(head.decode(out.codes.dense()), out.x_hat)
@@ -302,13 +303,13 @@ def test_a_direction_of_no_length_is_no_number_and_no_error(kind):
 @free_norms
 def test_nothing_is_projected(kind):
     head = trained(kind)
-    assert head.W_dec.norm(dim=1).std() > 1e-4
+    assert head.decoder.W_dec.norm(dim=1).std() > 1e-4
     sum(head.losses(rows(), head(rows()), NOTHING_DEAD).values()).backward()
-    weights, gradient = head.W_dec.detach().clone(), head.W_dec.grad.clone()
+    weights, gradient = head.decoder.W_dec.detach().clone(), head.decoder.W_dec.grad.clone()
     head.project_grad_()
     head.project_()
-    assert torch.equal(head.W_dec, weights)
-    assert torch.equal(head.W_dec.grad, gradient)
+    assert torch.equal(head.decoder.W_dec, weights)
+    assert torch.equal(head.decoder.W_dec.grad, gradient)
 
 
 def test_standard_takes_nothing_off_at_the_input():
@@ -322,14 +323,16 @@ def test_standard_takes_nothing_off_at_the_input():
 def test_thresholds_stay_above_zero_and_come_back_from_there():
     head = started(JumpReLU, theta_init=0.5)
     with torch.no_grad():
-        head.theta.copy_(torch.linspace(-1, 1, M))
+        head.selection.theta.copy_(torch.linspace(-1, 1, M))
     head.project_()
-    least = 0.005 * head.deviation().item()
-    torch.testing.assert_close(head.theta.detach(), torch.linspace(-1, 1, M).clamp_min(least))
+    least = 0.005 * head.x_variance.sqrt().item()
+    torch.testing.assert_close(
+        head.selection.theta.detach(), torch.linspace(-1, 1, M).clamp_min(least)
+    )
     with torch.no_grad():
-        head.theta.fill_(least)
+        head.selection.theta.fill_(least)
     train_(head, rows(256), 50)
-    assert head.theta.max() > 10 * least
+    assert head.selection.theta.max() > 10 * least
 
 
 # ------------------------------------------------------------------------ the start
@@ -343,10 +346,22 @@ def test_the_encoder_has_the_best_size_at_the_start(kind):
         with torch.no_grad():
             p = head.pre_acts(x)
             if kind is JumpReLU:  # only what is above the threshold is scaled
-                p = torch.where(p > head.theta, head.theta + c * (p - head.theta), p)
+                p = torch.where(
+                    p > head.selection.theta,
+                    head.selection.theta + c * (p - head.selection.theta),
+                    p,
+                )
             else:
                 p = p * c
-            return ((x * head.scale - head.b_dec) - head.reconstruct(p)).square().sum().item()
+            return (
+                (
+                    (x * head.scale - head.b_dec)
+                    - head.selection.first(p, head.decoder, head.x_variance)[0]
+                )
+                .square()
+                .sum()
+                .item()
+            )
 
     assert error(1.0) < min(error(0.95), error(1.05))
 
@@ -376,10 +391,10 @@ def test_auxk_reaches_dead_latents_and_no_others(kind, term):
     """Though they have p <= -1 on every token, where a ReLU would let no gradient through."""
     head, x, dead = trained(kind), rows(), torch.tensor([1, 4])
     with torch.no_grad():
-        head.b_enc[dead] -= head.pre_acts(x)[:, dead].max(0).values + 1
+        head.encoder.b_enc[dead] -= head.pre_acts(x)[:, dead].max(0).values + 1
     head.zero_grad()
     head.losses(x, head(x), NOTHING_DEAD._replace(dead=dead))[term].backward()
-    for per_latent in (head.W_enc.grad.abs().sum(0), head.W_dec.grad.abs().sum(1)):
+    for per_latent in (head.encoder.W_enc.grad.abs().sum(0), head.decoder.W_dec.grad.abs().sum(1)):
         assert per_latent.nonzero().flatten().tolist() == [1, 4]
 
 
@@ -387,17 +402,17 @@ def test_the_pre_activation_loss_reaches_dead_latents_and_no_others():
     head = trained(JumpReLU, pre_act_coefficient=1e-6, alpha_aux=0.0)
     x, dead = rows(), torch.tensor([1, 4])
     with torch.no_grad():
-        head.b_enc[dead] -= 100
+        head.encoder.b_enc[dead] -= 100
     out = head(x)
     losses = head.losses(x, out, NOTHING_DEAD._replace(dead=dead))
     assert list(losses) == ["reconstruction", "tanh", "pre_act"]
     head.zero_grad()
     losses["pre_act"].backward()
-    assert head.W_dec.grad is None  # else it would shrink them
-    for g in (head.W_enc.grad.T, head.theta.grad, head.b_enc.grad):
+    assert head.decoder.W_dec.grad is None  # else it would shrink them
+    for g in (head.encoder.W_enc.grad.T, head.selection.theta.grad, head.encoder.b_enc.grad):
         assert g.reshape(M, -1).abs().sum(1).nonzero().flatten().tolist() == [1, 4]
-    assert (head.theta.grad[dead] > 0).all()  # the threshold comes down
-    assert (head.b_enc.grad[dead] < 0).all()  # and the latent up
+    assert (head.selection.theta.grad[dead] > 0).all()  # the threshold comes down
+    assert (head.encoder.b_enc.grad[dead] < 0).all()  # and the latent up
 
 
 # ---------------------------------------------------------------------------- control
@@ -527,7 +542,7 @@ def test_a_head_reaches_its_target(kind):
     basis = torch.randn(M, D, generator=g)
     on = torch.rand(40, 256, M, generator=g) < 0.1
     data = ((on * torch.rand(40, 256, M, generator=g)) @ basis) * 3
-    head = kind(D, M, target_l0=4)
+    head = kind(d_model=D, d_sae=M, target_l0=4)
     head.start_(data.flatten(0, 1))
     steps = 500
     optimizer = torch.optim.Adam(head.parameters(), lr=1e-2)
@@ -558,13 +573,15 @@ def test_the_coefficient_is_logged_and_is_that_of_the_loss(kind):
     head = trained(kind)
     logged = head.diagnostics(rows())
     assert list(logged) == ["sparsity_coefficient"]
-    assert logged["sparsity_coefficient"] == head.controller.coefficient > 0
+    assert logged["sparsity_coefficient"] == head.selection.controller.coefficient > 0
     term = "tanh" if kind is JumpReLU else "l1"
     once = head.losses(rows(), head(rows()), NOTHING_DEAD)[term]
-    head.controller.coefficient.mul_(2)
+    head.selection.controller.coefficient.mul_(2)
     twice = head.losses(rows(), head(rows()), NOTHING_DEAD)[term]
     torch.testing.assert_close(twice, 2 * once)
-    assert logged["sparsity_coefficient"] * 2 == head.controller.coefficient  # a copy was logged
+    assert (
+        logged["sparsity_coefficient"] * 2 == head.selection.controller.coefficient
+    )  # a copy was logged
 
 
 def run_at(head, l0, steps, progress=0.5, rate=1.0):
@@ -578,16 +595,15 @@ def run_at(head, l0, steps, progress=0.5, rate=1.0):
 
 @every_head
 def test_saturation_warns_once(kind, caplog, monkeypatch):
-    monkeypatch.setattr(penalised, "CHECK_STEPS", 10)
-    head = kind(D, M, target_l0=K)
+    monkeypatch.setattr(penalties, "CHECK_STEPS", 10)
+    head = kind(d_model=D, d_sae=M, target_l0=K)
     with caplog.at_level(logging.WARNING):
         run_at(head, 20, 50)
         assert not caplog.records
         run_at(head, 20, 500)
     (record,) = caplog.records
     text = record.getMessage()
-    bound = head.controller.initial * 1e3
-    assert kind.__name__ in text
+    bound = head.selection.controller.initial * 1e3
     told = float(text.partition("coefficient is ")[2].partition(",")[0])
     assert told == pytest.approx(bound, rel=0.01)
     assert "L0 is 20 " in text
@@ -596,12 +612,12 @@ def test_saturation_warns_once(kind, caplog, monkeypatch):
         run_at(head, 1, 100)  # recovers in silence
         run_at(head, 20, 500)
     assert len(caplog.records) == 1
-    assert head.controller.coefficient <= bound * 1.001
+    assert head.selection.controller.coefficient <= bound * 1.001
 
 
 @pytest.mark.parametrize(("l0", "warned"), [(K, False), (20, True)])
 def test_the_end_of_a_run_off_its_target_warns(l0, warned, caplog):
-    head = Standard(D, M, target_l0=K)
+    head = Standard(d_model=D, d_sae=M, target_l0=K)
     with caplog.at_level(logging.WARNING):
         run_at(head, l0, 20, 0.94, 0.01)
         assert not caplog.records
@@ -620,7 +636,7 @@ def test_saved_and_loaded_bit_for_bit(kind, tmp_path):
     loaded = SAEHead.load(tmp_path)
     assert loaded.init_args() == head.init_args()
     state = loaded.state_dict()
-    assert any(name.startswith("controller.") for name in state)
+    assert any(name.startswith("selection.controller.") for name in state)
     for name, value in head.state_dict().items():
         assert torch.equal(state[name], value), name
     a, b = head(rows()), loaded(rows())
@@ -628,15 +644,17 @@ def test_saved_and_loaded_bit_for_bit(kind, tmp_path):
     assert torch.equal(a.codes.dense(), b.codes.dense())
     for h in (head.train(), loaded.train()):  # and trains on the same
         train_(h, rows(seed=1), 3)
-    assert torch.equal(head.W_enc, loaded.W_enc)
-    assert torch.equal(head.controller.coefficient, loaded.controller.coefficient)
+    assert torch.equal(head.encoder.W_enc, loaded.encoder.W_enc)
+    assert torch.equal(
+        head.selection.controller.coefficient, loaded.selection.controller.coefficient
+    )
 
 
 @every_head
 def test_a_head_that_was_never_started_can_be_observed(kind):
-    head = kind(D, M, target_l0=K)
+    head = kind(d_model=D, d_sae=M, target_l0=K)
     head.observe_(head(rows()), NOTHING_DEAD)
-    assert head.controller.coefficient.isfinite()
+    assert head.selection.controller.coefficient.isfinite()
 
 
 @pytest.mark.parametrize(
@@ -654,4 +672,4 @@ def test_a_head_that_was_never_started_can_be_observed(kind):
 def test_refused_arguments(kind, args):
     ((name, value),) = args.items()
     with pytest.raises(InputError, match=rf"head\.{name}={value}: must be "):
-        kind(D, M, target_l0=K, **args)
+        kind(d_model=D, d_sae=M, target_l0=K, **args)

@@ -5,7 +5,8 @@ import torch
 
 from kanllama_lightning.functional import row_blocks
 from kanllama_lightning.heads.gated import Gated
-from kanllama_lightning.heads.jump_relu import SHARPNESS, JumpReLU
+from kanllama_lightning.heads.jump_relu import JumpReLU
+from kanllama_lightning.heads.penalties import SHARPNESS
 from kanllama_lightning.heads.standard import Standard
 from kanllama_lightning.types import LazyCodes, SparseCodes, StepContext
 
@@ -21,34 +22,35 @@ def started(kind):
     """A head off its start, that fires on few latents of its 100 rows."""
     g = torch.Generator().manual_seed(0)
     x = torch.randn(N, D, generator=g) * torch.linspace(0.5, 2, D) * 3 + 1
-    head = kind(D, M, target_l0=K)
+    head = kind(d_model=D, d_sae=M, target_l0=K)
     head.start_(x)
     with torch.no_grad():
         for parameter in head.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=g)
         head.project_()
-        head.controller.coefficient.fill_(0.7)
-        above = head.pre_acts(x) - (head.theta if kind is JumpReLU else 0.0)
-        head.b_enc -= above.reshape(-1).topk(K * N).values.min()
+        head.selection.controller.coefficient.fill_(0.7)
+        above = head.pre_acts(x) - (head.selection.theta if kind is JumpReLU else 0.0)
+        head.encoder.b_enc -= above.reshape(-1).topk(K * N).values.min()
         if kind is Gated:  # open gates without a magnitude, too
-            head.b_mag -= 0.3
+            head.selection.b_mag -= 0.3
     return head, x
 
 
 def plainly(head, x):
     """x_hat, codes and losses as their formulas stand, of whole matrices."""
     pre, target = head.pre_acts(x), x * head.scale
-    norms = head.W_dec.norm(dim=1)
-    z = head.activate(pre)
-    x_hat = z @ head.W_dec + head.b_dec
+    norms = head.decoder.W_dec.norm(dim=1)
+    vectors = head.selection.vectors(head.decoder, head.encoder.b_enc)
+    z = head.selection.latents(pre, vectors, head.x_variance)
+    x_hat = z @ head.decoder.W_dec + head.b_dec
     unit = head.x_variance.sqrt()
     losses = {"reconstruction": (target - x_hat).square().sum(1).mean() / unit**2}
-    weight = head.controller.coefficient.clone()
+    weight = head.selection.controller.coefficient.clone()
     if isinstance(head, Gated):
         opened = pre.relu()
-        magnitude = (pre - head.b_enc) * head.r_mag.exp() + head.b_mag
+        magnitude = (pre - head.encoder.b_enc) * head.selection.r_mag.exp() + head.selection.b_mag
         z = magnitude.relu() * (pre > 0)
-        by_gate = opened @ head.W_dec.detach() + head.b_dec.detach()
+        by_gate = opened @ head.decoder.W_dec.detach() + head.b_dec.detach()
         losses["l1"] = weight * opened.sum(1).mean() / unit
         losses["gate_aux"] = (target - by_gate).square().sum(1).mean() / unit**2
         return x_hat / head.scale, z, losses
@@ -72,7 +74,10 @@ def take(path, head, x, monkeypatch):
     monkeypatch.setattr(row_blocks, "LEAST_ROWS", 7)
     share = {"few": ALWAYS, "blocks": NEVER}.get(path)
     if share is None:  # more in the window than that, fewer above the threshold
-        first, last = ((head.pre_acts(x) > level).float().mean() for level in head.levels())
+        first, last = (
+            (head.pre_acts(x) > level).float().mean()
+            for level in head.selection.levels(head.x_variance)
+        )
         assert first > 1.3 * last
         share = float(first + last) / 2
         # whole rows, as a sample of 7 may be off
@@ -208,9 +213,9 @@ def test_no_rows_are_no_error(kind):
 def test_which_path_is_taken_follows_from_how_many_fire(kind):
     head, x = started(kind)
     with torch.no_grad():
-        head.b_enc -= 100
+        head.encoder.b_enc -= 100
         assert isinstance(head(x).codes, SparseCodes)
-        head.b_enc += 200
+        head.encoder.b_enc += 200
         assert isinstance(head(x).codes, LazyCodes)
 
 

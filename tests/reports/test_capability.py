@@ -26,7 +26,7 @@ def started_head(lm, d_sae=32, k=4):
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(3, lm.vocab_size, (24, 20), generator=generator)
     x = lm.acts(ids).flatten(0, 1).float()
-    head = BatchTopK(lm.d_model, d_sae, k)
+    head = BatchTopK(d_model=lm.d_model, d_sae=d_sae, target_l0=k)
     with torch.no_grad():
         head.start_(x)
         head.calibrate_(x)
@@ -133,12 +133,14 @@ def test_runs_differ_and_original_is_no_splice(make_lm):
 
 def test_a_perfect_head_is_the_original_and_a_shift_by_one_is_not(make_lm):
     lm = make_lm()
-    perfect = ask(Perfect(16, 32, 4).eval(), lm, question(lm, LONG), top=5)
+    perfect = ask(Perfect(d_model=16, d_sae=32, target_l0=4).eval(), lm, question(lm, LONG), top=5)
     original, sae = perfect.readings["original"], perfect.readings["sae"]
     assert sae == original
     assert (perfect.n_ids, perfect.replaced, perfect.kept, perfect.l0) == (8, 7, False, 32)
     # what earlier work did: seen by every number
-    shifted = ask(Shifted(16, 32, 4).eval(), lm, question(lm, PROMPT), top=5).readings["sae"]
+    shifted = ask(
+        Shifted(d_model=16, d_sae=32, target_l0=4).eval(), lm, question(lm, PROMPT), top=5
+    ).readings["sae"]
     assert shifted.kl > 1e-2
     assert abs(shifted.logit - original.logit) > 1e-2
     assert abs(shifted.log_prob - original.log_prob) > 1e-2

@@ -31,7 +31,7 @@ def make_run(lm: FrozenLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> A
     monkeypatch.setattr(concepts, "CONTROL_STORIES", 10)
 
     def make(kind: type[SAEHead] = TopK, **kwargs: Any) -> EvalRun:
-        head = kind(lm.d_model, 64, **kwargs)
+        head = kind(d_model=lm.d_model, d_sae=64, **kwargs)
         head.start_(read_stories(lm, 5, seed=3).x)
         head.save(tmp_path / "baselines" / "untrained")
         (tmp_path / "eval").mkdir()
@@ -99,7 +99,7 @@ def test_too_few_stories(make_run: Any) -> None:
 
 def test_other_models_are_no_story_world(make_lm: Any, tmp_path: Path) -> None:
     lm = make_lm()
-    run = EvalRun(tmp_path, TopK(lm.d_model, 8, 2), lm, {}, [], tmp_path)
+    run = EvalRun(tmp_path, TopK(d_model=lm.d_model, d_sae=8, target_l0=2), lm, {}, [], tmp_path)
     reason = Concepts().applies(run)
     assert reason is not None
     assert "embedded" in reason

@@ -143,8 +143,10 @@ def test_lens_and_coordinates(made):
     _, page, brute, _ = made
     head, lm = brute.head, brute.lm
     gain, unembedding = lm.model.model.norm.weight.detach(), lm.unembed().detach()
-    logits = (head.W_dec.detach() * gain) @ unembedding
-    cosine = torch.nn.functional.cosine_similarity(head.W_enc.T, head.W_dec, dim=1).detach()
+    logits = (head.decoder.W_dec.detach() * gain) @ unembedding
+    cosine = torch.nn.functional.cosine_similarity(
+        head.encoder.W_enc.T, head.decoder.W_dec, dim=1
+    ).detach()
     for j in (0, 7, 31):
         details = page["latent"](j)
         if details["lens"] is None:
@@ -162,7 +164,7 @@ def test_lens_and_coordinates(made):
         assert (low, high) == pytest.approx(
             (float(logits[j].min()), float(logits[j].max())), rel=6e-3
         )
-        w = head.W_dec[j].detach()
+        w = head.decoder.W_dec[j].detach()
         best = w.abs().argsort(descending=True)[:10]
         for (i, value, share), want in zip(details["coordinates"], best.tolist(), strict=True):
             assert i == want

@@ -62,9 +62,9 @@ def lm(make_lm):
 @pytest.fixture
 def head(lm, tokens):
     torch.manual_seed(0)
-    made = started(BatchTopK(16, 32, 4), lm, tokens)
+    made = started(BatchTopK(d_model=16, d_sae=32, target_l0=4), lm, tokens)
     with torch.no_grad():  # one latent that never fires
-        made.b_enc[5] = -100
+        made.encoder.b_enc[5] = -100
     return made
 
 
@@ -89,7 +89,7 @@ def test_tables_against_numpy(head, lm, tokens, tmp_path):
     assert table["kind"][5] == "dead"
     assert set(kinds) == set(KINDS)
 
-    w = head.W_dec.detach().double().numpy()
+    w = head.decoder.W_dec.detach().double().numpy()
     gain = lm.model.model.norm.weight.double().numpy()
     logits = (w * gain) @ lm.model.lm_head.weight.double().numpy().T
     np.testing.assert_allclose(table["decoder_norm"], np.linalg.norm(w, axis=1), rtol=1e-6)
@@ -159,7 +159,7 @@ def test_only_the_first_set_counts(head, lm, tokens, tmp_path):
 )
 def test_kan_decoders(kind, lm, tokens, tmp_path):
     torch.manual_seed(0)
-    head = started(kind(16, 32, 4), lm, tokens)
+    head = started(kind(d_model=16, d_sae=32, target_l0=4), lm, tokens)
     figures = evaluate(head, lm, tokens, tmp_path)
     table = pd.read_csv(tmp_path / "latents.csv")
     lens = pd.read_csv(tmp_path / "logit_lens.csv")
@@ -186,7 +186,7 @@ def test_latents_that_fire_always_correlate_with_nothing(lm, tokens, tmp_path):
 
 def test_all_dead(head, lm, tokens, tmp_path):
     with torch.no_grad():
-        head.b_enc.fill_(-100)
+        head.encoder.b_enc.fill_(-100)
     figures = evaluate(head, lm, tokens, tmp_path)
     assert figures["dead_frac"] == 1
     assert figures["lens_kurtosis_median"] is None

@@ -258,9 +258,9 @@ def test_mistakes_are_answered_in_one_message(runs, run, tmp_path, capsys):
     assert "no such device" in wrong(["report", run, "--device", "quantum"], capsys)
     assert "not exist" in wrong(["report", run, "--text", tmp_path / "no.jsonl"], capsys)
     assert "--batch_seqs=0" in wrong(["report", run, "--batch_seqs", "0"], capsys)
-    BatchTopK(24, 32, 4).save(run / "head", {"lm": "x"})
+    BatchTopK(d_model=24, d_sae=32, target_l0=4).save(run / "head", {"lm": "x"})
     assert "width 24" in wrong(["report", run], capsys)
-    assert "U has the shape [16, 32]" in wrong(["report", _damaged(runs / "seed1")], capsys)
+    assert "W_dec has the shape [32, 16]" in wrong(["report", _damaged(runs / "seed1")], capsys)
 
 
 def test_a_model_whose_vocabulary_does_not_fit(run, tiny_lm_dir, tmp_path, capsys):

@@ -249,7 +249,8 @@ def test_auxk_revives_with_the_weight_that_ships(kind, d):
             head.encoder.b_enc[:SILENT] -= head.pre_acts(pool)[:, :SILENT].max(0).values + 1
             assert (head.pre_acts(pool)[:, :SILENT] <= -0.999).all()
         else:
-            for name, reads in head.named_parameters():
+            for full, reads in head.named_parameters():
+                name = flat_name(full)
                 if name in ("W_enc", "U"):
                     reads[:, :SILENT] *= 1e-2
                 elif name == "kan.weight" and len(reads) == head.d_sae:

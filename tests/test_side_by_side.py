@@ -95,7 +95,7 @@ def test_a_head_may_have_any_argument_of_the_optimizer(fit: Fit, tmp_path: Path)
     plain = SAEHead.load(run / "plain/head").state_dict()
     for key, value in want.items():
         assert torch.equal(got[key], value), key
-    assert not torch.equal(plain["W_dec"], got["W_dec"])
+    assert not torch.equal(plain["decoder.W_dec"], got["decoder.W_dec"])
 
 
 @pytest.mark.parametrize(

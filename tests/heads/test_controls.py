@@ -31,7 +31,7 @@ def trained(fit: Fit, tmp_path: Path, kind: type[SAEHead]) -> tuple[SAEHead, SAE
 def test_a_frozen_decoder_stays_as_it_was_drawn(fit: Fit, tmp_path: Path) -> None:
     before, after = trained(fit, tmp_path, FrozenDecoder)
     assert torch.equal(after.decoder.W_dec, before.decoder.W_dec)
-    assert "W_dec" not in dict(after.named_parameters())
+    assert "decoder.W_dec" not in dict(after.named_parameters())
     assert (after.encoder.W_enc - before.encoder.W_enc).norm(dim=0).min() > 0.01
     wanted = BatchTopK(d_model=16, d_sae=32, target_l0=4).n_parameters() - 32 * 16
     assert after.n_parameters() == wanted

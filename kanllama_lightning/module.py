@@ -517,7 +517,8 @@ class SAEModule(L.LightningModule):
         found = {name: list(value.shape) for name, value in state.items()}
         if found == own:
             return
-        if found.keys() >= {flat_name(name) for name in own}:
+        flat = {flat_name(name) for name in own}
+        if flat != own.keys() and flat <= found.keys():
             raise InputError(
                 "ckpt_path: the checkpoint was written before heads had parts; its optimizer state "
                 "is in another order. Its head can be read; to train, start a new run from its "

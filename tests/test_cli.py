@@ -13,8 +13,10 @@ import yaml
 from transformers import GPT2Config
 
 from kanllama_lightning.heads import BatchTopK, SAEHead
+from kanllama_lightning.heads.sae import flat_name
 from kanllama_lightning.lm import FrozenLM
 from kanllama_lightning.metrics import Reconstruction, Sparsity
+from kanllama_lightning.saved import buffer_file, seal, written
 from kanllama_lightning.tokens import TokenData
 from tests.conftest import Finished, Fit, only_run, terminate_at, word_tokenizer
 from tests.wandb_file import history
@@ -536,6 +538,25 @@ def test_missing_column(fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture)
     file = tmp_path / "story.jsonl"
     file.write_text('{"story": "w1 w2"}\n' * 50)
     refused(capsys, fit(data__train=str(file)), "'text'", "story")
+
+
+def test_what_a_checkpoint_of_other_tensors_is_told(fit: Fit, tmp_path: Path, capsys) -> None:
+    """One from before heads had parts is told apart from one of another size."""
+    assert fit(model__head="DenseOnlyKAN", run=str(tmp_path / "dense"), model__tokens="640") == 0
+    given = ["validate", f"--config={tmp_path / 'dense' / 'config.yaml'}"]
+    given += [f"--runs_dir={tmp_path / 'others'}"]
+    checkpoint = sorted((tmp_path / "dense" / "checkpoints").glob("*.ckpt"))[-1]
+    code = main([*given, f"--ckpt_path={checkpoint}", "--model.head.d_sae=48"])
+    refused(capsys, code, "of another head", "asked for")
+    assert fit(run=str(tmp_path / "parts"), model__tokens="640") == 0
+    given[1] = f"--config={tmp_path / 'parts' / 'config.yaml'}"
+    checkpoint = sorted((tmp_path / "parts" / "checkpoints").glob("*.ckpt"))[-1]
+    saved = torch.load(checkpoint, weights_only=True)
+    saved["state_dict"] = {flat_name(k): v for k, v in saved["state_dict"].items()}
+    torch.save(saved, checkpoint)
+    seal(checkpoint, [written(checkpoint), written(buffer_file(checkpoint, 0))])
+    code = main([*given, f"--ckpt_path={checkpoint}"])
+    refused(capsys, code, "before heads had parts", "start a new run")
 
 
 def test_missing_file(fit: Fit, capsys: pytest.CaptureFixture) -> None:

@@ -169,20 +169,18 @@ def checked_args(kind: type, args: Mapping[str, Any], where: str) -> dict[str, A
     missing = [name for name, (p, _) in known.items() if p.default is p.empty and name not in args]
     if missing:
         raise InputError(f"{where}.{missing[0]}: is missing; {kind.__name__} needs it")
-    hints = {name: hint for name, (_, hint) in known.items()}
+    anything = (None, Any)
     try:
-        return {k: check(v, hints.get(k, Any), f"{where}.{k}") for k, v in args.items()}
+        return {k: check(v, known.get(k, anything)[1], f"{where}.{k}") for k, v in args.items()}
     except Wrong as e:
         raise InputError(f"{e}, for {kind.__name__}") from e
 
 
 def _takes_anything(kind: type) -> bool:
     """Whether a constructor takes arguments that no parent of its own names."""
-    inits = [vars(owner).get("__init__") for owner in kind.__mro__]
-    ours = [init for init in inits if inspect.isfunction(init)]
-    last = next((i for i in ours if not _open(i)), None)
-    return last is None
-
-
-def _open(init: Any) -> bool:
-    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(init).parameters.values())
+    inits = (vars(owner).get("__init__") for owner in kind.__mro__)
+    return all(
+        any(p.kind is p.VAR_KEYWORD for p in inspect.signature(init).parameters.values())
+        for init in inits
+        if inspect.isfunction(init)
+    )

@@ -121,8 +121,13 @@ class Decoder(nn.Module, ABC):
         """How straight what latents alone write is, 0 to 1."""
         return torch.ones_like(upto)
 
-    def learned_curves(self, codes: Codes, top: int) -> list[Curves]:
-        """Its curves over the latents of a sample, the most bent ones first."""
+    def learned_curves(self, codes: Callable[[], Codes], top: int) -> list[Curves]:
+        """Its curves over a sample, the most bent ones first.
+
+        Args:
+            codes: Makes the latents of the sample.
+            top: Curves of each kind.
+        """
         return []
 
     def observe_(self, codes: Codes, ctx: StepContext) -> None:  # noqa: B027
@@ -467,26 +472,26 @@ class LatentCurves(CurvedDecoder):
         slopes = (ahead - behind) / (2 * STEP)
         return slopes.to(self.psi.dtype) @ self.psi[which]
 
-    def learned_curves(self, codes: Codes, top: int) -> list[Curves]:
+    def learned_curves(self, codes: Callable[[], Codes], top: int) -> list[Curves]:
         """The latents.
 
         One writes a curve in d_model dimensions: its size and bend are over all of them, and drawn
         is how it looks along its own first singular direction.
         """
-        codes = codes.sparse()
-        if not len(codes.values):
+        kept = codes().sparse()
+        if not len(kept.values):
             return []
         reach, n = self.reach, self.d_sae
-        u = codes.values / reach[codes.latents]
-        moments = kept_covariances(u, lifted_planes(u, self.grid_size), codes.latents, n)
+        u = kept.values / reach[kept.latents]
+        moments = kept_covariances(u, lifted_planes(u, self.grid_size), kept.latents, n)
         edges = edge_bends(self.psi.detach().permute(2, 1, 0), moments)
         size, bend = pooled(*edges, dim=0)
         size *= reach
-        fired = codes.fired()
-        beyond = torch.bincount(codes.latents[u > 1], minlength=n)
+        fired = kept.fired()
+        beyond = torch.bincount(kept.latents[u > 1], minlength=n)
         best = ranked(size, bend, min(top, int((fired > 0).sum())))
         best = best[fired[best] > 0]  # the rest has no curve to draw, and size 0
-        seen = [codes.values[codes.latents == j] for j in best.tolist()]
+        seen = [kept.values[kept.latents == j] for j in best.tolist()]
         points, density = densities(seen, start=0.0)
         made = [self.curve(j, at) for j, at in zip(best.tolist(), points, strict=True)]
         ends = torch.stack([z.quantile(0.99) for z in seen])
@@ -581,9 +586,9 @@ class MixingKAN(CurvedDecoder):
         """The mean Jacobian over a sample; NaN for a latent that does not fire there."""
         return self.mean_jacobian(codes(), torch.arange(self.d_sae, device=at.device))[0]
 
-    def learned_curves(self, codes: Codes, top: int) -> list[Curves]:
+    def learned_curves(self, codes: Callable[[], Codes], top: int) -> list[Curves]:
         """The edges."""
-        kept = codes.sparse()
+        kept = codes().sparse()
         pattern = Pattern(kept.rows * self.d_sae + kept.latents, kept.n_rows, self.d_sae)
         hidden = torch.relu(sparse_decode(kept.values, pattern, self.V) + self.c_out)
         return self.kan_out.curves(

@@ -8,11 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kanllama_lightning.functional.curves import densities, line_residual, pooled, ranked
 from kanllama_lightning.functional.sparse import Branch
 from kanllama_lightning.functional.spline_activation import spline_activation
 from kanllama_lightning.heads.base import LARGEST
-from kanllama_lightning.heads.hidden_units import HI, LO, HiddenUnits, out_of_grid
+from kanllama_lightning.heads.hidden_units import HI, LO, HiddenUnits, out_of_grid, spline_curves
 from kanllama_lightning.heads.kan_linear import KANLinear
 from kanllama_lightning.types import Curves, InputError
 
@@ -381,27 +380,8 @@ class BentInputEncoder(LinearEncoder):
                 compiled=False,
             )
 
-        z = self.standardised(x)
-        every = torch.arange(z.shape[1], device=z.device)
-        size, bend, _ = (a.float() for a in line_residual(z, bent(z, every)))
-        outside = ((z < LO) | (z > HI)).float().mean(0)
-        best = ranked(size, bend, top)
-        points, density = densities(z[:, best].unbind(1))
-        return [
-            Curves(
-                "input",
-                [f"input {i}" for i in best.tolist()],
-                ("input, in deviations of the start sample", "bent input, in the same units"),
-                points,
-                bent(points.T, best).T,
-                density,
-                bend[best],
-                size[best],
-                outside[best],
-                pooled(size, bend)[1].item(),
-                outside.mean().item(),
-            )
-        ]
+        axes = ("input, in deviations of the start sample", "bent input, in the same units")
+        return [spline_curves("input", "input", axes, self.standardised(x), bent, top)]
 
     @torch.no_grad()
     def diagnostics(self, x: Float[Tensor, "tok d_model"]) -> dict[str, Float[Tensor, ""]]:

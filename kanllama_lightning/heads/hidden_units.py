@@ -1,10 +1,11 @@
 """Hidden units of an encoder: a KAN layer, an MLP's, or splines, on equal terms."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from kanllama_lightning.functional.curves import densities, line_residual, pooled, ranked
@@ -182,32 +183,58 @@ class SplineUnits(HiddenUnits):
         self, x: Float[Tensor, "tok d_model"], top: int, gain: Float[Tensor, " hidden"]
     ) -> list[Curves]:
         """The units."""
-        seen = x @ self.V
-        size, bend, _ = (a.float() for a in line_residual(seen, self(x)))
-        size, outside = size * gain, ((seen < LO) | (seen > HI)).float().mean(0)
-        best = ranked(size, bend, top)
-        points, density = densities(seen[:, best].unbind(1))
-        values = self._spline(points.T, self.spline[:, best], compiled=False)
-        return [
-            Curves(
-                "hidden unit",
-                [f"hidden {i}" for i in best.tolist()],
-                ("input of the unit, in deviations", "unit times |U|, in units of pre-activations"),
-                points,
-                values.T * gain[best].unsqueeze(1),
-                density,
-                bend[best],
-                size[best],
-                outside[best],
-                pooled(size, bend)[1].item(),
-                outside.mean().item(),
-            )
-        ]
+
+        def bent(z: Tensor, which: Tensor) -> Tensor:
+            return self._spline(z, self.spline[:, which], compiled=False)
+
+        axes = ("input of the unit, in deviations", "unit times |U|, in units of pre-activations")
+        return [spline_curves("hidden unit", "hidden", axes, x @ self.V, bent, top, gain)]
 
     @torch.no_grad()
     def diagnostics(self, x: Float[Tensor, "tok d_model"]) -> dict[str, Float[Tensor, ""]]:
         """`out_of_grid`: share of the units' inputs beyond the grid."""
         return {"out_of_grid": out_of_grid(x @ self.V)}
+
+
+def spline_curves(
+    kind: str,
+    owner: str,
+    axes: tuple[str, str],
+    seen: Float[Tensor, "tok n"],
+    bent: Callable[[Float[Tensor, "rows some"], Int[Tensor, " some"]], Float[Tensor, "rows some"]],
+    top: int,
+    gain: Float[Tensor, " n"] | None = None,
+) -> Curves:
+    """Curves of columns that each have a spline on [LO, HI], over what they see.
+
+    Args:
+        kind: What such a curve is called.
+        owner: What it belongs to, before its number.
+        axes: What lies along the inputs and along the curves, with units.
+        seen: Inputs of the splines.
+        bent: Outputs of some of them.
+        top: How many, the most bent ones first.
+        gain: What one unit of each output is worth further on; left out, 1.
+    """
+    every = torch.arange(seen.shape[1], device=seen.device)
+    size, bend, _ = (a.float() for a in line_residual(seen, bent(seen, every)))
+    gain = torch.ones_like(size) if gain is None else gain
+    size, outside = size * gain, ((seen < LO) | (seen > HI)).float().mean(0)
+    best = ranked(size, bend, top)
+    points, density = densities(seen[:, best].unbind(1))
+    return Curves(
+        kind,
+        [f"{owner} {i}" for i in best.tolist()],
+        axes,
+        points,
+        bent(points.T, best).T * gain[best].unsqueeze(1),
+        density,
+        bend[best],
+        size[best],
+        outside[best],
+        pooled(size, bend)[1].item(),
+        outside.mean().item(),
+    )
 
 
 def out_of_grid(x: Float[Tensor, "tok n"]) -> Float[Tensor, ""]:

@@ -202,10 +202,9 @@ class SAE(SAEHead, shipped=False):
         """Those of the encoder, of the selection and of the decoder."""
         x_n = x.float() * self.scale
         found = self.encoder.learned_curves(x_n, top)
-        found += self.selection.learned_curves(self.sums(x_n), top)
-        if isinstance(self.decoder, CurvedDecoder):
-            found += self.decoder.learned_curves(self(x).codes, top)
-        return found
+        # most selections and decoders have none: what theirs are judged over is made if they do
+        found += self.selection.learned_curves(lambda: self.sums(x_n), top)
+        return found + self.decoder.learned_curves(lambda: self(x).codes, top)
 
     def diagnostics(self, x: Float[Tensor, "tok d_model"]) -> dict[str, Float[Tensor, ""]]:
         """Those of encoder and selection."""

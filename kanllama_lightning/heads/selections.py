@@ -142,8 +142,13 @@ class Selection(nn.Module, ABC):
     def project_(self, variance: Float[Tensor, ""]) -> None:  # noqa: B027
         """Bring the parameters back to where they belong, after a step."""
 
-    def learned_curves(self, sums: Sums, top: int) -> list[Curves]:
-        """Its curves over the latents of a sample, the most bent ones first."""
+    def learned_curves(self, sums: Callable[[], Sums], top: int) -> list[Curves]:
+        """Its curves over a sample, the most bent ones first.
+
+        Args:
+            sums: Makes the pre-activations of the sample.
+            top: Curves of each kind.
+        """
         return []
 
     def diagnostics(self) -> dict[str, Float[Tensor, ""]]:
@@ -440,9 +445,9 @@ class LatentSplines(Thresholded):
         )
         return (reach * z).relu()
 
-    def learned_curves(self, sums: Sums, top: int) -> list[Curves]:
+    def learned_curves(self, sums: Callable[[], Sums], top: int) -> list[Curves]:
         """Latents, each over the kept pre-activations of its own."""
-        kept, pattern = self.kept(sums)
+        kept, pattern = self.kept(sums())
         latents, n = pattern.latents, pattern.n_latents
         if not len(kept):
             return []

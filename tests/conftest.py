@@ -10,7 +10,7 @@ import shutil
 import signal
 import socket
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -217,6 +217,15 @@ def only_run(tmp_path: Path) -> Path:
     return folder
 
 
+def fit_for_many(given: Mapping[str, Any], *extra: str) -> None:
+    """Runs `fit` where no test has begun, and so nothing has turned W&B's network off."""
+    from train import main
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        assert main(["fit", *extra, *[f"--{k}={v}" for k, v in given.items()]]) == 0
+
+
 class Finished(NamedTuple):
     """A finished run that many tests look at."""
 
@@ -229,14 +238,11 @@ def finished(
     tiny_lm_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Finished:
     """A finished run on the tiny model, made once; not to be changed."""
-    from train import main
-
     runs = tmp_path_factory.mktemp("finished")
     given = SMALL | {"lm.name": tiny_lm_dir, "data.train": text_file, "runs_dir": runs}
     printed = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        patch.setenv("WANDB_MODE", "offline")
-        assert main(["fit", *[f"--{k}={v}" for k, v in given.items()]]) == 0
+    with contextlib.redirect_stdout(printed):
+        fit_for_many(given)
     (folder,) = runs.iterdir()
     return Finished(folder, printed.getvalue())
 

@@ -13,7 +13,7 @@ from kanllama_lightning.heads import SAEHead
 from kanllama_lightning.reports.cli import main as evaluate
 from kanllama_lightning.side_by_side import SideBySide
 from kanllama_lightning.types import InputError
-from tests.conftest import ALONE, SMALL, Fit, read_rows, side_by_side_config
+from tests.conftest import ALONE, SMALL, Fit, fit_for_many, read_rows, side_by_side_config
 from tests.shapes import unchecked
 from tests.wandb_file import history
 from train import main
@@ -32,10 +32,7 @@ def run(tiny_lm_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("side_by_side")
     given = {k: v for k, v in SMALL.items() if k not in ALONE}
     given |= {"lm.name": tiny_lm_dir, "data.train": text_file, "run": folder / "run"}
-    args = [side_by_side_config(folder, HEADS), *(f"--{k}={v}" for k, v in given.items())]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WANDB_MODE", "offline")
-        assert main(["fit", *args]) == 0
+    fit_for_many(given, side_by_side_config(folder, HEADS))
     return folder / "run"
 
 

@@ -4,14 +4,12 @@ import shutil
 
 import pytest
 
-from tests.conftest import SMALL
+from tests.conftest import SMALL, fit_for_many
 
 
 @pytest.fixture(scope="session")
 def trained(tiny_lm_dir, text_file, tmp_path_factory):
     """Two finished runs of different seeds; not to be changed."""
-    from train import main as train
-
     folder = tmp_path_factory.mktemp("trained")
     given = SMALL | {
         "model.head": "KANEncoder",
@@ -20,8 +18,7 @@ def trained(tiny_lm_dir, text_file, tmp_path_factory):
     }
     given |= {"data.val_tokens": "4096", "trainer.val_check_interval": "1000"}
     for seed in (0, 1):
-        args = given | {"seed_everything": seed, "run": folder / f"seed{seed}"}
-        assert train(["fit", *[f"--{k}={v}" for k, v in args.items()]]) == 0
+        fit_for_many(given | {"seed_everything": seed, "run": folder / f"seed{seed}"})
     return folder
 
 

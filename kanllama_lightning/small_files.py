@@ -196,6 +196,24 @@ def _unreadable(path: Path, error: Exception) -> InputError:
     return InputError(f"{str(path)!r}: cannot be read ({why}); {remedy}")
 
 
+def ordinary_size(path: Path, remedy: str = ANEW) -> int:
+    """Bytes of an ordinary file; of anything else, a pipe say, reading might wait for ever.
+
+    Raises:
+        InputError: There is none, it is no file, or one may not look.
+    """
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError) as e:
+        raise InputError(f"{path}: is missing; {remedy}") from e
+    except OSError as e:
+        raise _unreadable(path, e) from e
+    if not stat.S_ISREG(found.st_mode):
+        what = "a folder" if stat.S_ISDIR(found.st_mode) else "no ordinary file"
+        raise InputError(f"{path}: is {what} where a file should be; {remedy}")
+    return found.st_size
+
+
 def read_bytes(path: Path, remedy: str = ANEW, most: int = MOST_BYTES) -> bytes:
     """What is in a file.
 
@@ -207,19 +225,13 @@ def read_bytes(path: Path, remedy: str = ANEW, most: int = MOST_BYTES) -> bytes:
     Raises:
         InputError: There is none, it is no file, may not be read, or is too large.
     """
+    size = ordinary_size(path, remedy)
+    if size > most:
+        raise InputError(
+            f"{path}: has {size:,} bytes, {most:,} are the most that such a file holds; {remedy}"
+        )
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            what = "a folder" if stat.S_ISDIR(found.st_mode) else "no ordinary file"
-            raise InputError(f"{path}: is {what} where a file should be; {remedy}")
-        if found.st_size > most:
-            raise InputError(
-                f"{path}: has {found.st_size:,} bytes, {most:,} are the most that such a file "
-                f"holds; {remedy}"
-            )
         return path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError) as e:
-        raise InputError(f"{path}: is missing; {remedy}") from e
     except OSError as e:
         raise _unreadable(path, e) from e
 

@@ -26,7 +26,7 @@ from kanllama_lightning.named import (
     only,
     ship,
 )
-from kanllama_lightning.small_files import Count, read_json, there, write_json
+from kanllama_lightning.small_files import Count, ordinary_size, read_json, there, write_json
 from kanllama_lightning.types import Curves, InputError, SAEOutput, StepContext
 
 FORMAT = 3
@@ -402,6 +402,7 @@ def read_card(folder: Path) -> dict[str, Any]:
 def _check_shapes(path: Path, head: SAEHead) -> None:
     """Compare what a file says it holds with what a head has; raises InputError."""
     want = head.state_dict()
+    ordinary_size(path, AGAIN)
     try:
         with safe_open(path, "pt") as file:
             found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118

@@ -1197,6 +1197,14 @@ def test_weights_in_another_number_format_are_read(tmp_path):
         assert torch.equal(loaded.encoder.W_enc, state["encoder.W_enc"].float())
 
 
+def test_a_pipe_in_the_place_of_weights_is_refused_and_not_waited_for(tmp_path):
+    TopK(d_model=D, d_sae=M, target_l0=K).save(tmp_path)
+    (tmp_path / WEIGHTS).unlink()
+    os.mkfifo(tmp_path / WEIGHTS)
+    with pytest.raises(InputError, match="head.safetensors: is no ordinary file"):
+        SAEHead.load(tmp_path)
+
+
 @pytest.mark.parametrize("left", [0, 7, 8, 40, 400, -1])
 def test_weights_cut_short_are_refused(tmp_path, left):
     TopK(d_model=D, d_sae=M, target_l0=K).save(tmp_path)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from kanllama_lightning.small_files import Positive, Within, Wrong, check, read_text
+from kanllama_lightning.small_files import Positive, Within, Wrong, check, ordinary_size, read_text
 from kanllama_lightning.types import InputError
 
 CONFIG = "config.json"
@@ -46,10 +46,17 @@ COPY = "copy the model's own config.json again"
 def check_config_file(folder: Path) -> None:
     """Refuse a configuration that is not readable, or that no model can be built from.
 
+    Weights that are no ordinary files are refused too: reading a pipe would wait for ever.
+
     Raises:
         Wrong: Says what is wrong with which file or key.
     """
     check_config(_object(folder / CONFIG))
+    for weights in (*folder.glob("*.safetensors"), *folder.glob("*.bin")):
+        try:
+            ordinary_size(weights, COPY)
+        except InputError as e:
+            raise Wrong(str(e).removesuffix(f"; {COPY}")) from e
 
 
 def check_config(config: Mapping[str, Any]) -> None:

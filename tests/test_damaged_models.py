@@ -4,6 +4,7 @@ And runs whose numbers stop being finite: they end, say since when, and spoil no
 """
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -44,6 +45,14 @@ def damaged(tmp_path: Path) -> Damaged:
         return folder
 
     return make
+
+
+def test_a_pipe_in_the_place_of_weights_is_refused_and_not_waited_for(damaged: Damaged) -> None:
+    folder = damaged(nothing)
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+    with pytest.raises(InputError, match="model.safetensors: is no ordinary file"):
+        FrozenLM(str(folder), "model.layers.1.mlp")
 
 
 def train(folder: Path, tmp_path: Path, *extra: str) -> int:

@@ -20,6 +20,7 @@ from safetensors.torch import load, save
 from kanllama_lightning import comparison, prompts
 from kanllama_lightning.cache.shards import Cache, Place
 from kanllama_lightning.corpus import LocalCorpus
+from kanllama_lightning.drought import Drought
 from kanllama_lightning.heads import BatchTopK, JumpReLU, KANEncoder, SAEHead
 from kanllama_lightning.judge import cache as replies
 from kanllama_lightning.judge.client import _answer, _envelope, _judged
@@ -86,7 +87,8 @@ def heads(folder: Path) -> list[Area]:
                 state[name] = torch.full_like(old, values[change.what % len(values)])
             elif change.how < 7:
                 flat = old.clone().reshape(-1)
-                flat[change.much % len(flat)] = values[change.what % len(values)]
+                if len(flat):
+                    flat[change.much % len(flat)] = values[change.what % len(values)]
                 state[name] = flat.reshape(old.shape)
             elif change.how < 9:
                 state[name] = old.reshape(-1)[: max(1, old.numel() // 2)].clone()
@@ -439,9 +441,14 @@ def texts(folder: Path) -> list[Area]:
                 TOKENIZER(), str(path), None, val_fraction=0.3, val_tokens=64, ctx_len=16
             )
             data.setup("fit")
-            batch = next(iter(data.stream(0, 0, 1, torch.zeros(3, dtype=torch.int64))))
-            if not batch.keep.any():
-                raise Silent("no token in a batch")
+            # as a run reads it: a pass without any token ends with one line
+            drought = Drought()
+            for batch in data.stream(0, 0, 1, torch.zeros(3, dtype=torch.int64)):
+                kept = int(batch.keep.sum())
+                drought.check(kept, kept, batch.position)
+                if kept:
+                    return
+            raise Silent("no token in any batch")
 
         return one_
 

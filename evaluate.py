@@ -1,13 +1,13 @@
-"""Entry: `python evaluate.py report RUN`; the rest is in kanllama_lightning.reports.cli."""
+"""Entry: `python evaluate.py report RUN`; the rest is in `cli.evaluate_command`."""
 
 import sys
 
-from kanllama_lightning.stopping import answered
+from kanllama_lightning.console.stopping import answered
 
 
 def main() -> int:
     """Run the command line; returns the exit code."""
-    from kanllama_lightning.reports import cli
+    from kanllama_lightning.cli import evaluate_command as cli
 
     return cli.main()
 

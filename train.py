@@ -1,19 +1,19 @@
-"""Entry: `python train.py fit --config configs/kan.yaml`; the rest is in kanllama_lightning.cli."""
+"""Entry: `python train.py fit --config configs/kan.yaml`; the rest is in `cli.train_command`."""
 
 import sys
 from collections.abc import Sequence
 
-from kanllama_lightning.stopping import answered
+from kanllama_lightning.console.stopping import answered
 
 ESSENTIAL = (
-    "callbacks.progress.Progress",
-    "callbacks.sparsity.Sparsity",
-    "callbacks.reconstruction.Reconstruction",
-    "callbacks.spliced_loss.SplicedLoss",
-    "callbacks.baselines.Baselines",
-    "callbacks.save_head.SaveHead",
-    "callbacks.summary.Summary",
-    "callbacks.checkpoint.RunCheckpoint",
+    "kanllama_lightning.callbacks.progress.Progress",
+    "kanllama_lightning.callbacks.sparsity.Sparsity",
+    "kanllama_lightning.callbacks.reconstruction.Reconstruction",
+    "kanllama_lightning.callbacks.spliced_loss.SplicedLoss",
+    "kanllama_lightning.callbacks.baselines.Baselines",
+    "kanllama_lightning.callbacks.save_head.SaveHead",
+    "kanllama_lightning.callbacks.summary.Summary",
+    "kanllama_lightning.callbacks.checkpoint.RunCheckpoint",
 )
 """What makes a run a run, whatever a config lists; an entry of the same class gives settings."""
 
@@ -22,8 +22,8 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
 
     def run() -> int:
-        from callbacks.log_config import LogConfig
-        from kanllama_lightning import cli
+        from kanllama_lightning.callbacks.log_config import LogConfig
+        from kanllama_lightning.cli import train_command as cli
 
         return cli.main(args, save_config_callback=LogConfig, essential=ESSENTIAL)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers import Peers
-from kanllama_lightning.revision import commit
+from kanllama_lightning.runs.revision import commit
 
 
 def about(benchmark: str, measures: str, threads: int, peers: Peers) -> dict[str, Any]:

@@ -45,7 +45,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.table import grid  # noqa: E402
-from kanllama_lightning.revision import commit  # noqa: E402
+from kanllama_lightning.runs.revision import commit  # noqa: E402
 from kanllama_lightning.types import InputError  # noqa: E402
 
 SHARES = {"train": 0.80, "choose": 0.05, "report": 0.15}
@@ -327,7 +327,7 @@ def remember_activations(folder: Path | None) -> None:
     import numpy as np
     import torch
 
-    from kanllama_lightning.lm import FrozenLM
+    from kanllama_lightning.lm.frozen import FrozenLM
 
     folder.mkdir(parents=True, exist_ok=True)
     compute = FrozenLM.acts
@@ -471,9 +471,9 @@ def operations(folder: Path, x: Any) -> float:
 def real_activations(folder: Path, text: Path) -> tuple[Any, int]:
     """Activations of the reporting text as a cell sees it, and the tokens of its training text."""
     from kanllama_lightning.corpus import resolve
-    from kanllama_lightning.lm import FrozenLM
-    from kanllama_lightning.reports.subject import read_subject
-    from kanllama_lightning.view import regular
+    from kanllama_lightning.functional.sinks import regular
+    from kanllama_lightning.lm.frozen import FrozenLM
+    from kanllama_lightning.reports.saved_head import read_subject
 
     subject = read_subject(folder)
     lm = FrozenLM(**subject.lm_args()).load_()
@@ -506,10 +506,10 @@ def tables(comparison: Comparison) -> Tables:
         InputError: There are none.
     """
     from kanllama_lightning import comparison as compare
-    from kanllama_lightning.cli import quiet
-    from kanllama_lightning.reports.evaluation import How, report
-    from kanllama_lightning.reports.losses import Losses
-    from kanllama_lightning.reports.sparsity import Sparsity
+    from kanllama_lightning.console.quiet import quiet
+    from kanllama_lightning.reports.evaluation import EvalSettings, report
+    from kanllama_lightning.reports.losses_report import LossesReport
+    from kanllama_lightning.reports.sparsity_report import SparsityReport
 
     quiet()
     s, out = comparison.study, comparison.out
@@ -527,8 +527,8 @@ def tables(comparison: Comparison) -> Tables:
     if len(every) < 2:
         raise InputError(f"--out {out}: holds {len(every)} finished heads; train some first")
     folders = [out / cell.name for cell in every]
-    how = How(text=[str(out / TEXT / "report.jsonl")], wandb=False)
-    records = [run.out for run in report(folders, [Losses(), Sparsity()], how)]
+    how = EvalSettings(text=[str(out / TEXT / "report.jsonl")], wandb=False)
+    records = [run.out for run in report(folders, [LossesReport(), SparsityReport()], how)]
     read = compare.load(folders, [c.name for c in every], records)
     runs = dict(zip(every, read, strict=True))
     seeds = {

@@ -36,7 +36,7 @@ from benchmarks import peers  # noqa: E402
 from benchmarks.about import about  # noqa: E402
 from benchmarks.runners import our_arguments  # noqa: E402
 from kanllama_lightning import heads  # noqa: E402
-from kanllama_lightning.lm import FrozenLM  # noqa: E402
+from kanllama_lightning.lm.frozen import FrozenLM  # noqa: E402
 from kanllama_lightning.plan.costs import head_cost, lm_flops  # noqa: E402
 from train import main as train  # noqa: E402
 

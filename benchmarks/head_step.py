@@ -51,7 +51,7 @@ from kanllama_lightning.functional.sparse import Pattern, largest_positive
 from kanllama_lightning.heads.penalties import Penalised
 from kanllama_lightning.heads.sae import SAE
 from kanllama_lightning.heads.selections import Selecting, TokenTopK
-from kanllama_lightning.optim import Adam
+from kanllama_lightning.training.optim import Adam
 from kanllama_lightning.types import StepContext
 
 MIB = 1 << 20

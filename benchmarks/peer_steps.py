@@ -13,9 +13,9 @@ from torch import Tensor
 
 from kanllama_lightning import heads
 from kanllama_lightning.heads.penalties import Penalised
-from kanllama_lightning.optim import Adam
-from kanllama_lightning.schedule import Schedule
-from kanllama_lightning.trainee import Trainee
+from kanllama_lightning.training.head_trainer import HeadTrainer
+from kanllama_lightning.training.optim import Adam
+from kanllama_lightning.training.schedule import Schedule
 
 LR = 1e-7
 LATE = 10_000
@@ -33,7 +33,7 @@ class Ours:
         self.head.start_(x)
         self.x, self.parameters = x, list(self.head.parameters())
         schedule = Schedule(300_000_000, len(x))
-        self.trainee = Trainee("", self.head, schedule, clip_ratio=5.0)
+        self.trainee = HeadTrainer("", self.head, schedule, clip_ratio=5.0)
         self.optimizer = Adam(self.parameters, lr=LR, fused=True)
         self.biases = [self.head.encoder.b_enc]
         if kind == "Gated":

@@ -33,7 +33,7 @@ from benchmarks.about import about  # noqa: E402
 from benchmarks.head_step import HeadStep, spread  # noqa: E402
 from benchmarks.runners import our_arguments  # noqa: E402
 from kanllama_lightning import heads  # noqa: E402
-from kanllama_lightning.lm import FrozenLM  # noqa: E402
+from kanllama_lightning.lm.frozen import FrozenLM  # noqa: E402
 from train import main as train  # noqa: E402
 
 HEADS = {"topk": "TopK", "batch_topk": "BatchTopK", "kan": "KANEncoder", "matryoshka": "Matryoshka"}

@@ -10,9 +10,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from kanllama_lightning.heads import PCA, SAEHead
-from kanllama_lightning.metrics import Reconstruction, Sparsity, SplicedLoss
-from kanllama_lightning.run import head_folder
-from kanllama_lightning.splice import losses_by_head
+from kanllama_lightning.lm.splice import losses_by_head
+from kanllama_lightning.measures.metrics import (
+    ReconstructionMetric,
+    SparsityMetric,
+    SplicedLossMetric,
+)
+from kanllama_lightning.runs.folder import head_folder
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +39,7 @@ class Baselines(L.Callback):
         self.results: dict[str, dict[str, dict[str, float]]] = {}
         self._controls: dict[str, SAEHead] = {}
         self._of: dict[str, dict[str, str]] = {}
-        self._meters: dict[str, tuple[Sparsity, Reconstruction, SplicedLoss]] = {}
+        self._meters: dict[str, tuple[SparsityMetric, ReconstructionMetric, SplicedLossMetric]] = {}
 
     def on_head_started(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Keep the untrained heads: nothing else can bring them back after a restart."""
@@ -54,8 +58,8 @@ class Baselines(L.Callback):
             self._of[name] = self._add(trainer, name, head, x)
         for control, made in self._controls.items():
             made.eval().calibrate_(x)
-            loss = SplicedLoss(pl_module.lm.vocab_size, ("recon",))
-            meters = (Sparsity(made.d_sae), Reconstruction(made.d_model), loss)
+            loss = SplicedLossMetric(pl_module.lm.vocab_size, ("recon",))
+            meters = (SparsityMetric(made.d_sae), ReconstructionMetric(made.d_model), loss)
             self._meters[control] = tuple(m.to(pl_module.device) for m in meters)
 
     def _add(self, trainer: L.Trainer, name: str, head: SAEHead, x: Tensor) -> dict[str, str]:

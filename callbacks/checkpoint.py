@@ -13,13 +13,20 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kanllama_lightning import stopping
-from kanllama_lightning.entry import error_number
-from kanllama_lightning.files import replacing
+from kanllama_lightning.console import stopping
+from kanllama_lightning.console.entry import error_number
 from kanllama_lightning.functional import ranks
-from kanllama_lightning.lock import confirm_mine
-from kanllama_lightning.run import CHECKPOINTS
-from kanllama_lightning.saved import Written, buffer_file, outdated, remove, seal, written
+from kanllama_lightning.runs.checkpoints import (
+    Written,
+    buffer_file,
+    outdated,
+    remove,
+    seal,
+    written,
+)
+from kanllama_lightning.runs.folder import CHECKPOINTS
+from kanllama_lightning.storage.files import replacing
+from kanllama_lightning.storage.lock import confirm_mine
 from kanllama_lightning.types import InputError
 
 log = logging.getLogger(__name__)

@@ -4,12 +4,12 @@ from typing import Any
 
 import lightning as L
 
-from callbacks.looking import LookingCallback
-from kanllama_lightning.concepts import Stories, codes_of, read_stories, recover
-from kanllama_lightning.lm import EMBEDDED
-from kanllama_lightning.run import prefixed
+from kanllama_lightning.callbacks.looking import LookingCallback
+from kanllama_lightning.functional.sinks import regular
+from kanllama_lightning.lm.frozen import EMBEDDED
+from kanllama_lightning.measures.concept_matching import Stories, codes_of, read_stories, recover
+from kanllama_lightning.runs.folder import prefixed
 from kanllama_lightning.types import InputError
-from kanllama_lightning.view import regular
 
 FIGURES = {"recovered": "recovered_frac", "f1": "mean_f1", "auroc": "mean_auroc"}
 

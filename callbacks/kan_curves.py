@@ -9,12 +9,12 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from callbacks.looking import LookingCallback
-from kanllama_lightning.figures import curves_figure, page
-from kanllama_lightning.files import write_text
+from kanllama_lightning.callbacks.looking import LookingCallback
 from kanllama_lightning.functional import ranks
 from kanllama_lightning.functional.curves import reading
-from kanllama_lightning.run import Table, head_folder, prefixed
+from kanllama_lightning.pages.plots import curves_figure, page
+from kanllama_lightning.runs.folder import Table, head_folder, prefixed
+from kanllama_lightning.storage.files import write_text
 from kanllama_lightning.types import Curves, InputError
 
 log = logging.getLogger(__name__)

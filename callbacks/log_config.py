@@ -10,11 +10,11 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 
-from kanllama_lightning.files import write_text
-from kanllama_lightning.run import CONFIG, SESSIONS, head_folder
-from kanllama_lightning.secrets import known, scrubbed
-from kanllama_lightning.side_by_side import SideBySide, alone_config
-from kanllama_lightning.small_files import read_json, there, write_json
+from kanllama_lightning.console.secrets import known, scrubbed
+from kanllama_lightning.runs.folder import CONFIG, SESSIONS, head_folder
+from kanllama_lightning.storage.files import write_text
+from kanllama_lightning.storage.small_files import read_json, there, write_json
+from kanllama_lightning.training.side_by_side import SideBySide, alone_config
 
 
 class Sessions(TypedDict):

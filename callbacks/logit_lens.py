@@ -7,10 +7,10 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from callbacks.looking import LookingCallback
-from kanllama_lightning.lens import FIGURES, look
-from kanllama_lightning.metrics import Activations
-from kanllama_lightning.run import Table, head_folder, prefixed
+from kanllama_lightning.callbacks.looking import LookingCallback
+from kanllama_lightning.measures.directions import FIGURES, read_directions
+from kanllama_lightning.measures.metrics import Activations
+from kanllama_lightning.runs.folder import Table, head_folder, prefixed
 from kanllama_lightning.types import InputError
 
 TABLE = "lens.csv"
@@ -88,7 +88,7 @@ class LogitLens(LookingCallback):
         self, trainer: L.Trainer, pl_module: Any, name: str, meter: Activations, rows: Tensor
     ) -> None:
         head = pl_module.heads()[name]
-        found = look(
+        found = read_directions(
             head, pl_module.lm, meter, rows, top=0, block=self.block, judged=JUDGED
         ).figures
         logged = {f"val/lens_{k}": value for k, value in found.items() if math.isfinite(value)}

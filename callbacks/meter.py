@@ -8,7 +8,7 @@ import lightning as L
 from torchmetrics import Metric
 
 from kanllama_lightning.functional import ranks
-from kanllama_lightning.run import Table, head_folder, prefixed
+from kanllama_lightning.runs.folder import Table, head_folder, prefixed
 from kanllama_lightning.types import ValidationBatch
 
 

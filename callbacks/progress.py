@@ -8,10 +8,10 @@ from typing import Any
 import lightning as L
 from tqdm import tqdm
 
-from kanllama_lightning.clock import PARTS
-from kanllama_lightning.phase import Phase
-from kanllama_lightning.run import prefixed
-from kanllama_lightning.units import duration
+from kanllama_lightning.console.phase import Phase
+from kanllama_lightning.console.units import duration
+from kanllama_lightning.runs.folder import prefixed
+from kanllama_lightning.training.clock import PARTS
 
 log = logging.getLogger(__name__)
 

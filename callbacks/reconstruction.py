@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from callbacks.meter import ValidationMeter
-from kanllama_lightning.metrics import Reconstruction as ReconstructionMetric
+from kanllama_lightning.callbacks.meter import ValidationMeter
+from kanllama_lightning.measures.metrics import ReconstructionMetric
 from kanllama_lightning.types import ValidationBatch
 
 

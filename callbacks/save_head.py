@@ -6,8 +6,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 
-from kanllama_lightning.revision import commit
-from kanllama_lightning.run import HEAD, HEADS, head_folder
+from kanllama_lightning.runs.folder import HEAD, HEADS, head_folder
+from kanllama_lightning.runs.revision import commit
 
 
 class SaveHead(L.Callback):

@@ -8,9 +8,9 @@ import numpy as np
 import wandb
 from lightning.pytorch.loggers import WandbLogger
 
-from callbacks.meter import ValidationMeter
-from kanllama_lightning.metrics import Sparsity as SparsityMetric
-from kanllama_lightning.run import prefixed
+from kanllama_lightning.callbacks.meter import ValidationMeter
+from kanllama_lightning.measures.metrics import SparsityMetric
+from kanllama_lightning.runs.folder import prefixed
 from kanllama_lightning.types import ValidationBatch
 
 BINS = np.linspace(-7, 0, 71)

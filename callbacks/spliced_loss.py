@@ -4,10 +4,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from callbacks.meter import ValidationMeter
-from kanllama_lightning.metrics import SplicedLoss as SplicedLossMetric
-from kanllama_lightning.metrics import mean_losses, score
-from kanllama_lightning.splice import ablated, losses_by_head
+from kanllama_lightning.callbacks.meter import ValidationMeter
+from kanllama_lightning.lm.splice import ablated, losses_by_head
+from kanllama_lightning.measures.metrics import SplicedLossMetric, mean_losses, score
 from kanllama_lightning.types import ValidationBatch
 
 COLUMNS = (

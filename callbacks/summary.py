@@ -12,11 +12,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.table import Table
 
-from callbacks.baselines import Baselines
-from kanllama_lightning import cells
-from kanllama_lightning.metrics import score
-from kanllama_lightning.run import SUMMARY, head_folder
-from kanllama_lightning.small_files import plain, write_json
+from kanllama_lightning.callbacks.baselines import Baselines
+from kanllama_lightning.measures import cells
+from kanllama_lightning.measures.metrics import score
+from kanllama_lightning.runs.folder import SUMMARY, head_folder
+from kanllama_lightning.storage.small_files import plain, write_json
 
 DELTA_CE = "delta CE (95 % interval)"
 COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {

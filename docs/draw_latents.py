@@ -14,11 +14,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from kanllama_lightning.concepts import Stories, codes_of, read_stories, recover
 from kanllama_lightning.embedded import FACTS
 from kanllama_lightning.heads import SAEHead
-from kanllama_lightning.heads.base import read_card
-from kanllama_lightning.lm import FrozenLM
+from kanllama_lightning.heads.head import read_card
+from kanllama_lightning.lm.frozen import FrozenLM
+from kanllama_lightning.measures.concept_matching import Stories, codes_of, read_stories, recover
 
 STORIES = 600
 CANDIDATES, ROWS, COLUMNS = 30, 6, 104

@@ -23,8 +23,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import tests.shapes  # noqa: F401  # comes before what it is to check
-from kanllama_lightning.lm import FrozenLM
-from kanllama_lightning.packing import join, pack
+from kanllama_lightning.data.packing import join, pack
+from kanllama_lightning.lm.frozen import FrozenLM
 from kanllama_lightning.types import TokenBatch
 from tests.fuzz.harness import COUNTS
 
@@ -198,7 +198,7 @@ class IdleTrainer(L.Trainer):
 
 def terminate_at(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     """Let runs of this process get SIGTERM in these steps, one after the other."""
-    from kanllama_lightning.module import SAEModule
+    from kanllama_lightning.training.module import SAEModule
 
     original, stops = SAEModule.on_before_optimizer_step, list(steps)
 

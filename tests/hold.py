@@ -22,7 +22,7 @@ def wait_at(place: str, call: int) -> None:
     original, calls = getattr(owner, name), [0]
 
     def waiting(*args: Any, **kwargs: Any) -> Any:
-        from kanllama_lightning import stopping
+        from kanllama_lightning.console import stopping
 
         calls[0] += 1
         if calls[0] == call:

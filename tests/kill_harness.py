@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-import kanllama_lightning.reports.cli as evaluate
+import kanllama_lightning.cli.evaluate_command as evaluate
 import train
 from tests.conftest import ALONE, SMALL, side_by_side_config
 
@@ -149,9 +149,12 @@ class Harness:
     def __init__(self, folder: Path, lm: Path, text: Path) -> None:
         self.folder, self.lm, self.text = folder, lm, text
         folder.mkdir(parents=True, exist_ok=True)
-        often = {"class_path": "callbacks.checkpoint.RunCheckpoint"}
+        often = {"class_path": "kanllama_lightning.callbacks.checkpoint.RunCheckpoint"}
         often["init_args"] = {"every_n_steps": SAVED, "keep": 1}
-        curves = {"class_path": "callbacks.kan_curves.KANCurves", "init_args": {"top": 2}}
+        curves = {
+            "class_path": "kanllama_lightning.callbacks.kan_curves.KANCurves",
+            "init_args": {"top": 2},
+        }
         self.config = side_by_side_config(folder, HEADS, trainer={"callbacks": [often, curves]})
 
     def command(self, kind: str, where: Path) -> tuple[Callable[[list[str]], int], list[str]]:
@@ -270,7 +273,7 @@ def contents(where: Path, kind: str) -> dict[str, Any]:
 def main(folder: Path, lm: Path, text: Path, part: str) -> int:
     """Kill at every point whose name holds `part`; print a table; the exit code."""
     torch.set_num_threads(1)
-    for class_path in (*train.ESSENTIAL, "callbacks.kan_curves.KANCurves"):
+    for class_path in (*train.ESSENTIAL, "kanllama_lightning.callbacks.kan_curves.KANCurves"):
         pydoc.locate(class_path)  # so that no fork has to
     harness = Harness(folder, lm, text)
     began = time.perf_counter()

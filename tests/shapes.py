@@ -15,7 +15,7 @@ from typing import Any
 import jaxtyping
 import torch
 
-PACKAGES = ("kanllama_lightning", "callbacks", "train", "evaluate")
+PACKAGES = ("kanllama_lightning", "train", "evaluate")
 # ints are floats; of a list the first item is looked at, the same one in every run
 CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True, is_random=False))"
 

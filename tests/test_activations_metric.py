@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from kanllama_lightning.metrics import Activations
+from kanllama_lightning.measures.metrics import Activations
 from kanllama_lightning.types import DenseCodes, SparseCodes
 
 M, N = 6, 4000

@@ -19,10 +19,10 @@ import pytest
 import torch
 import yaml
 
-from kanllama_lightning import stream
 from kanllama_lightning.corpus import HubCorpus, LocalCorpus, Mixture, hub, local
-from kanllama_lightning.packing import Rows
-from kanllama_lightning.tokens import TokenData
+from kanllama_lightning.data import stream
+from kanllama_lightning.data.packing import Rows
+from kanllama_lightning.data.token_data import TokenData
 from kanllama_lightning.types import InputError
 from tests.conftest import Fit, only_run, word_tokenizer
 
@@ -531,7 +531,7 @@ def test_text_of_unknown_tokens_is_refused(tmp_path: Path) -> None:
 
 
 def test_bos_can_be_named(tiny_lm_dir: Path, text_file: Path) -> None:
-    from kanllama_lightning.lm import FrozenLM
+    from kanllama_lightning.lm.frozen import FrozenLM
 
     for named in ("<eos>", 1, "w5", 8):
         lm = FrozenLM(str(tiny_lm_dir), "model.layers.0.mlp", bos=named)
@@ -546,7 +546,7 @@ def test_bos_can_be_named(tiny_lm_dir: Path, text_file: Path) -> None:
 
 
 def test_a_named_bos_stays_with_the_head(fit: Fit, tmp_path: Path) -> None:
-    from kanllama_lightning.reports.subject import read_subject
+    from kanllama_lightning.reports.saved_head import read_subject
 
     assert fit("--lm.bos=<eos>", trainer__logger="false", model__tokens="256") == 0
     folder = only_run(tmp_path)

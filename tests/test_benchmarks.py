@@ -15,8 +15,8 @@ from benchmarks.head_step_peers import measure
 from benchmarks.job import Job, build, lm_folder, rows_file
 from benchmarks.peer_steps import Ours, is_penalised, settle
 from kanllama_lightning.corpus import LocalCorpus
-from kanllama_lightning.lm import FrozenLM
-from kanllama_lightning.tokens import TokenData
+from kanllama_lightning.data.token_data import TokenData
+from kanllama_lightning.lm.frozen import FrozenLM
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = Job(tokens=640, d_model=16, n_layers=2, vocab=64, ctx_len=16, batch_tokens=64)

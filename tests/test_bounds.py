@@ -11,10 +11,10 @@ import pytest
 import torch
 import yaml
 
-from callbacks.checkpoint import RunCheckpoint
-from kanllama_lightning import phase
-from kanllama_lightning.drought import Drought
-from kanllama_lightning.phase import Phase
+from kanllama_lightning.callbacks.checkpoint import RunCheckpoint
+from kanllama_lightning.console import phase
+from kanllama_lightning.console.phase import Phase
+from kanllama_lightning.training.drought import Drought
 from kanllama_lightning.types import InputError
 from tests.conftest import Fit, only_run
 
@@ -91,7 +91,10 @@ def test_a_drought_is_a_whole_pass() -> None:
 
 
 def with_checkpoints(path: Path, **args: Any) -> str:
-    callback = {"class_path": "callbacks.checkpoint.RunCheckpoint", "init_args": args}
+    callback = {
+        "class_path": "kanllama_lightning.callbacks.checkpoint.RunCheckpoint",
+        "init_args": args,
+    }
     path.write_text(yaml.safe_dump({"trainer": {"callbacks": [callback]}}))
     return f"--config={path}"
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kanllama_lightning.buffer import ShuffleBuffer, dealt
+from kanllama_lightning.data.buffer import ShuffleBuffer, dealt
 from kanllama_lightning.types import InputError
 
 D = 3

@@ -15,15 +15,15 @@ from typing import Any
 import pytest
 import torch
 
-from kanllama_lightning.cache import filling
-from kanllama_lightning.cache.filling import chunks, fill_
-from kanllama_lightning.cache.key import cache_key
-from kanllama_lightning.cache.reading import CachedStream
-from kanllama_lightning.cache.shards import MANIFEST, Cache, Place
 from kanllama_lightning.corpus import LocalCorpus, Mixture, StoryWorldCorpus
+from kanllama_lightning.data.cached_activations import CachedStream
+from kanllama_lightning.data.shards import MANIFEST, ActivationCache, ShardPlace
+from kanllama_lightning.data.token_data import TokenData
 from kanllama_lightning.heads import SAEHead
-from kanllama_lightning.lm import FrozenLM
-from kanllama_lightning.tokens import TokenData
+from kanllama_lightning.lm.frozen import FrozenLM
+from kanllama_lightning.training import fill_cache as filling
+from kanllama_lightning.training.cache_key import cache_key
+from kanllama_lightning.training.fill_cache import chunks, fill_
 from kanllama_lightning.types import ActivationBatch, InputError, TokenBatch
 from tests.conftest import SMALL, Fit, only_run, terminate_at
 
@@ -47,17 +47,19 @@ def test_both_kinds_of_batch_give_rows(tokens: TokenBatch, make_lm) -> None:
 
 
 @pytest.fixture
-def numbered(tmp_path: Path) -> Cache:
+def numbered(tmp_path: Path) -> ActivationCache:
     """Shards of 5, 5 and 3 rows; row i holds (i, 100 + i)."""
-    cache = Cache(tmp_path, KEY, [], True)
+    cache = ActivationCache(tmp_path, KEY, [], True)
     rows = torch.arange(13).bfloat16()
     rows = torch.stack([rows, rows + 100], 1)
     for at, part in enumerate(rows.split([5, 5, 3])):
-        cache.write_(part, Place(0, 0, at, 0), Place(0, 0, at + 1, 0), at)
-    return Cache.open(tmp_path, KEY)
+        cache.write_(part, ShardPlace(0, 0, at, 0), ShardPlace(0, 0, at + 1, 0), at)
+    return ActivationCache.open(tmp_path, KEY)
 
 
-def read(cache: Cache, n: int, size: int = 4, rank: int = 0, world: int = 1, at=START, seed=3):
+def read(
+    cache: ActivationCache, n: int, size: int = 4, rank: int = 0, world: int = 1, at=START, seed=3
+):
     return list(islice(CachedStream(cache, size, seed, rank, world, at), n))
 
 
@@ -65,7 +67,7 @@ def numbers(batches: list[ActivationBatch]) -> list[int]:
     return [int(row) for batch in batches for row in batch.rows[:, 0]]
 
 
-def test_every_row_once_per_epoch_shard_by_shard(numbered: Cache) -> None:
+def test_every_row_once_per_epoch_shard_by_shard(numbered: ActivationCache) -> None:
     seen = numbers(read(numbered, 39, size=1))
     epochs = [seen[:13], seen[13:26], seen[26:]]
     assert all(sorted(epoch) == list(range(13)) for epoch in epochs)
@@ -83,7 +85,7 @@ def test_every_row_once_per_epoch_shard_by_shard(numbered: Cache) -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("size", [1, 4, 40])
-def test_ranks_are_dealt_one_sequence(numbered: Cache, world: int, size: int) -> None:
+def test_ranks_are_dealt_one_sequence(numbered: ActivationCache, world: int, size: int) -> None:
     alone = numbers(read(numbered, 12 * world, size))
     ranks = [read(numbered, 12, size, rank, world) for rank in range(world)]
     for rank, batches in enumerate(ranks):
@@ -95,7 +97,7 @@ def test_ranks_are_dealt_one_sequence(numbered: Cache, world: int, size: int) ->
 
 
 @pytest.mark.parametrize("size", [1, 4, 5, 40])
-def test_goes_on_from_any_position(numbered: Cache, size: int) -> None:
+def test_goes_on_from_any_position(numbered: ActivationCache, size: int) -> None:
     whole = read(numbered, 30, size)
     for n in range(1, 28):
         again = read(numbered, 2, size, at=whole[n - 1].position)
@@ -104,18 +106,18 @@ def test_goes_on_from_any_position(numbered: Cache, size: int) -> None:
             assert torch.equal(a.position, b.position)
 
 
-def test_what_is_added_later_does_not_change_a_run(numbered: Cache) -> None:
+def test_what_is_added_later_does_not_change_a_run(numbered: ActivationCache) -> None:
     before = numbers(read(numbered.upto(10), 20))
     assert numbered.upto(10).rows == 10
     assert numbered.upto(6).rows == 10
     assert numbered.upto(99).rows == 13
     extra = torch.full((4, 2), 50.0).bfloat16()
-    numbered.write_(extra, Place(0, 0, 3, 0), Place(0, 0, 4, 0), 3)
-    assert Cache.open(numbered.folder, KEY).rows == 17
-    assert numbers(read(Cache.open(numbered.folder, KEY).upto(10), 20)) == before
+    numbered.write_(extra, ShardPlace(0, 0, 3, 0), ShardPlace(0, 0, 4, 0), 3)
+    assert ActivationCache.open(numbered.folder, KEY).rows == 17
+    assert numbers(read(ActivationCache.open(numbered.folder, KEY).upto(10), 20)) == before
 
 
-def test_a_damaged_shard_is_said(numbered: Cache) -> None:
+def test_a_damaged_shard_is_said(numbered: ActivationCache) -> None:
     file = numbered.folder / "000001.bf16"
     data = bytearray(file.read_bytes())
     data[7] ^= 1
@@ -129,11 +131,11 @@ def test_a_damaged_shard_is_said(numbered: Cache) -> None:
         read(numbered, 9)
 
 
-def test_a_torn_manifest_is_said(numbered: Cache) -> None:
+def test_a_torn_manifest_is_said(numbered: ActivationCache) -> None:
     file = numbered.folder / MANIFEST
     file.write_text(file.read_text()[:-9])
     with pytest.raises(InputError, match=r"manifest.json: is no valid JSON"):
-        Cache.open(numbered.folder, KEY)
+        ActivationCache.open(numbered.folder, KEY)
 
 
 # ------------------------------------------------------------------------------------- writing
@@ -156,13 +158,13 @@ def target(tiny_lm_dir: Path, text_file: Path, tmp_path: Path, monkeypatch):
     return make
 
 
-def fill(lm: FrozenLM, data: TokenData, rows: int = 1000) -> Cache:
+def fill(lm: FrozenLM, data: TokenData, rows: int = 1000) -> ActivationCache:
     fill_(lm, data, rows, torch.device("cpu"))
     assert data.cached is not None
     return data.cached
 
 
-def all_rows(cache: Cache) -> torch.Tensor:
+def all_rows(cache: ActivationCache) -> torch.Tensor:
     return torch.cat([cache.map(shard) for shard in cache.shards])
 
 
@@ -255,10 +257,10 @@ def test_chunks_of_any_size_are_the_same_rows(target) -> None:
     lm, data = target()
     lm.load_()
 
-    def batches(place: Place):
+    def batches(place: ShardPlace):
         return data.stream(0, 0, 1, torch.tensor(place[:3]))
 
-    start = Place(0, 0, 0, 0)
+    start = ShardPlace(0, 0, 0, 0)
     (whole,) = islice(chunks(batches, lm.acts, start, 700), 1)
     for size in (1, 33, 100, 350):
         some = list(islice(chunks(batches, lm.acts, start, size), 700 // size))
@@ -415,14 +417,14 @@ def test_interrupted_writing_ends_with_a_line(
 ) -> None:
     """Ctrl-C after two shards: they are kept, the run folder is not; the same command goes on."""
     given = f"--data.cache={tmp_path / 'cache'}"
-    original = Cache.write_
+    original = ActivationCache.write_
 
-    def interrupted(self: Cache, *args: Any) -> None:
+    def interrupted(self: ActivationCache, *args: Any) -> None:
         if len(self.shards) == 2:
             os.kill(os.getpid(), signal.SIGINT)
         original(self, *args)
 
-    monkeypatch.setattr(Cache, "write_", interrupted)
+    monkeypatch.setattr(ActivationCache, "write_", interrupted)
     assert fit(given) == 128 + signal.SIGINT == 130
     said = capsys.readouterr().err.splitlines()[-1]
     rows = json.loads((tmp_path / "cache" / MANIFEST).read_text())["rows"]
@@ -432,7 +434,7 @@ def test_interrupted_writing_ends_with_a_line(
         "from its last whole shard"
     )
     assert not list((tmp_path / "runs").iterdir())
-    monkeypatch.setattr(Cache, "write_", original)
+    monkeypatch.setattr(ActivationCache, "write_", original)
     assert fit(given) == 0
     assert summary(only_run(tmp_path))["finished"]
 

@@ -12,12 +12,12 @@ import torch
 import yaml
 from transformers import GPT2Config
 
+from kanllama_lightning.data.token_data import TokenData
 from kanllama_lightning.heads import BatchTopK, SAEHead
 from kanllama_lightning.heads.sae import flat_name
-from kanllama_lightning.lm import FrozenLM
-from kanllama_lightning.metrics import Reconstruction, Sparsity
-from kanllama_lightning.saved import buffer_file, seal, written
-from kanllama_lightning.tokens import TokenData
+from kanllama_lightning.lm.frozen import FrozenLM
+from kanllama_lightning.measures.metrics import ReconstructionMetric, SparsityMetric
+from kanllama_lightning.runs.checkpoints import buffer_file, seal, written
 from tests.conftest import Finished, Fit, only_run, terminate_at, word_tokenizer
 from tests.wandb_file import history
 from train import main
@@ -90,7 +90,7 @@ def test_saved_head_reproduces_the_reported_figures(
     lm = FrozenLM(str(tiny_lm_dir), "model.layers.1.mlp", untrained=True).load_()
     data = TokenData(lm.tokenizer, str(text_file), ctx_len=32, lm_batch_seqs=4, val_tokens=512)
     data.setup("validate")
-    sparsity, reconstruction = Sparsity(head.d_sae), Reconstruction(head.d_model)
+    sparsity, reconstruction = SparsityMetric(head.d_sae), ReconstructionMetric(head.d_model)
     for batch in data.val_dataloader()[0]:
         acts = lm.acts(batch.ids)
         x = acts[batch.keep & (acts.norm(dim=-1) <= head.norm_limit)]
@@ -143,13 +143,13 @@ def test_killed_run_goes_on_from_its_last_checkpoint(
 ) -> None:
     """A crash after a validation that the checkpoint does not know of: no repeat in the CSVs."""
     callbacks = str(tmp_path / "callbacks.yaml")
-    often = {"class_path": "callbacks.checkpoint.RunCheckpoint"}
+    often = {"class_path": "kanllama_lightning.callbacks.checkpoint.RunCheckpoint"}
     often["init_args"] = {"every_n_steps": 15}
     Path(callbacks).write_text(yaml.safe_dump({"trainer": {"callbacks": [often]}}))
     assert fit(f"--config={callbacks}", runs_dir=str(tmp_path / "undisturbed")) == 0
     (undisturbed,) = (tmp_path / "undisturbed").iterdir()
 
-    from kanllama_lightning.module import SAEModule
+    from kanllama_lightning.training.module import SAEModule
 
     original = SAEModule.on_before_optimizer_step
     crashes = [28]
@@ -316,7 +316,7 @@ def test_ended_in_the_final_validation_and_continued_is_the_same_run(
     calm, ended = tmp_path / "calm", tmp_path / "ended"
     assert fit(run=str(calm), trainer__logger="false", **given) == 0
 
-    from kanllama_lightning.cli import KanllamaCLI
+    from kanllama_lightning.cli.train_command import KanllamaCLI
 
     def end(_: KanllamaCLI) -> None:
         raise MemoryError("as if the machine had gone")
@@ -409,7 +409,7 @@ def test_left_by_a_kill_before_the_first_checkpoint(
 def test_a_folder_deleted_under_a_run(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    from kanllama_lightning.module import SAEModule
+    from kanllama_lightning.training.module import SAEModule
 
     original = SAEModule.on_train_batch_end
 

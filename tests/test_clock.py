@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kanllama_lightning.clock import PARTS, StepClock
+from kanllama_lightning.training.clock import PARTS, StepClock
 
 
 def spend(clock: StepClock, part: str, seconds: float) -> None:

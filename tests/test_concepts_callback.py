@@ -9,9 +9,9 @@ import torch
 import yaml
 from lightning.pytorch.trainer.states import TrainerFn
 
-from callbacks.concepts import Concepts
+from kanllama_lightning.callbacks.concepts import Concepts
 from kanllama_lightning.heads import SAEHead
-from kanllama_lightning.module import SAEModule
+from kanllama_lightning.training.module import SAEModule
 from kanllama_lightning.types import InputError
 from tests.conftest import Fit, IdleTrainer, only_run
 
@@ -32,7 +32,9 @@ def callbacks(tmp_path: Path, stories: int | None) -> str:
     assert len(kept) == len(base) - 1
     if stories:
         args = {"every_n_validations": 2, "stories": stories}
-        kept.insert(0, {"class_path": "callbacks.concepts.Concepts", "init_args": args})
+        kept.insert(
+            0, {"class_path": "kanllama_lightning.callbacks.concepts.Concepts", "init_args": args}
+        )
     path = tmp_path / f"callbacks{stories}.yaml"
     corpus = "kanllama_lightning.corpus.StoryWorldCorpus"
     data = {"train": {"class_path": corpus, "init_args": {"n_documents": 500}}}

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from kanllama_lightning import cli, heads
+from kanllama_lightning import heads
+from kanllama_lightning.cli import train_command as cli
 from kanllama_lightning.heads import SAEHead
 from tests.conftest import rest_slow
 from train import main

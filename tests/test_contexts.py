@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kanllama_lightning import contexts
-from kanllama_lightning.contexts import Contexts
+from kanllama_lightning.measures import contexts
+from kanllama_lightning.measures.contexts import Contexts
 from kanllama_lightning.types import DenseCodes, SAEOutput, SparseCodes, TokenBatch, ValidationBatch
 
 ROWS, POS, D_SAE, WIDTH = 24, 40, 20, 12

@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 
 from kanllama_lightning.embedded import MODEL_DIR
 from kanllama_lightning.heads import BatchTopK
-from kanllama_lightning.lm import FrozenLM
-from kanllama_lightning.module import SAEModule
-from kanllama_lightning.saved import checkpoints, damage
-from kanllama_lightning.small_files import plain, write_json
+from kanllama_lightning.lm.frozen import FrozenLM
+from kanllama_lightning.measures.head_batch import run_head
+from kanllama_lightning.runs.checkpoints import checkpoints, damage
+from kanllama_lightning.storage.small_files import plain, write_json
+from kanllama_lightning.training.module import SAEModule
 from kanllama_lightning.types import InputError, Prefix, TokenBatch
-from kanllama_lightning.view import view
 from tests.conftest import Fit, only_run
 from train import main
 
@@ -302,12 +302,12 @@ def test_sinks_are_dropped_and_nan_is_not() -> None:
     head = BatchTopK(d_model=3, d_sae=4, target_l0=2).eval()
     head.norm_limit.fill_(10.0)
     with pytest.raises(InputError, match=r"text 'some': on 1 of 3 tokens .* NaN or infinite"):
-        view(Prefix(acts, None), tokens, "some", head)
+        run_head(Prefix(acts, None), tokens, "some", head)
     acts[0, 2, 0] = torch.inf
     with pytest.raises(InputError, match="on 1 of 3 tokens"):
-        view(Prefix(acts, None), tokens, "some", head)
+        run_head(Prefix(acts, None), tokens, "some", head)
     acts[0, 2, 0] = 0.5
-    assert view(Prefix(acts, None), tokens, "some", head).mask.tolist() == [
+    assert run_head(Prefix(acts, None), tokens, "some", head).mask.tolist() == [
         [True, False, True, True]
     ]
 
@@ -336,7 +336,7 @@ def at_step(
     monkeypatch.setattr(SAEModule, "on_train_batch_end", spoiled)
 
 
-SAVER = "class_path: callbacks.checkpoint.RunCheckpoint, init_args: {every_n_steps: 6}"
+SAVER = "class_path: RunCheckpoint, init_args: {every_n_steps: 6}"
 SAVING = f"--trainer.callbacks+={{{SAVER}}}"
 
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 import wandb
 
-from kanllama_lightning.entry import disk_trouble
+from kanllama_lightning.console.entry import disk_trouble
 from kanllama_lightning.heads import SAEHead
-from kanllama_lightning.run import Table
-from kanllama_lightning.saved import newest_whole
-from kanllama_lightning.trainee import Trainee
+from kanllama_lightning.runs.checkpoints import newest_whole
+from kanllama_lightning.runs.folder import Table
+from kanllama_lightning.training.head_trainer import HeadTrainer
 from tests.conftest import Fit, read_rows
 
 MIB = 1 << 20
@@ -76,8 +76,8 @@ def one_line(capsys: pytest.CaptureFixture, code: int, *words: str) -> str:
 @pytest.mark.parametrize(
     ("place", "call", "goes_on"),
     [
-        ((Trainee, "step"), 2, False),
-        ((Trainee, "step"), 15, False),
+        ((HeadTrainer, "step"), 2, False),
+        ((HeadTrainer, "step"), 15, False),
         ((SAEHead, "save"), 1, False),  # the untrained head
         ((SAEHead, "save"), 2, True),  # the trained one, behind the last checkpoint
     ],
@@ -120,7 +120,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before_it(
     config = with_checkpoints(tmp_path / "often.yaml", every_n_steps=5)
     given: dict[str, Any] = {"trainer__logger": "false", "model__tokens": "1280"}
     with monkeypatch.context() as patch:
-        filling_at(patch, disk, Trainee, "step", 8)
+        filling_at(patch, disk, HeadTrainer, "step", 8)
         # rows still go into the page that the file has
         patch.setattr(Table, "put", lambda *_: None)
         code = fit(config, run=str(run), **given)
@@ -148,8 +148,8 @@ def test_too_small_from_the_beginning(fit: Fit, disk: Path, capsys: pytest.Captu
 def test_filled_in_a_record(
     fit: Fit, disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    from kanllama_lightning.reports.cli import main
-    from kanllama_lightning.reports.losses import Losses
+    from kanllama_lightning.cli.evaluate_command import main
+    from kanllama_lightning.reports.losses_report import LossesReport
 
     run = disk / "run"
     assert fit(run=str(run), model__tokens="640") == 0
@@ -157,7 +157,7 @@ def test_filled_in_a_record(
     args = ["report", str(run), "--documents", "19", "--reports", "sparsity", "losses"]
     args += ["--losses.resamples", "50", "--lm.untrained", "true"]
     with monkeypatch.context() as patch:
-        filling_at(patch, disk, Losses, "finish", 1)
+        filling_at(patch, disk, LossesReport, "finish", 1)
         code = main(args)
     one_line(capsys, code, str(run), "the disk is full", "finished reports are kept")
     assert not list(run.rglob("*.tmp"))

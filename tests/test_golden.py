@@ -52,7 +52,7 @@ def test_same_numbers_as_ever(
 
 def run(head: str, lm: Path, text: Path, folder: Path, losses: list[float]) -> dict[str, float]:
     """Trains through the command line; `losses` receives the loss of each step."""
-    from kanllama_lightning.module import SAEModule
+    from kanllama_lightning.training.module import SAEModule
 
     original = SAEModule.training_step
 

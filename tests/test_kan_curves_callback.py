@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from plotly.offline import get_plotlyjs
 
-from callbacks.kan_curves import COLUMNS, KANCurves
-from kanllama_lightning.figures import curves_figure, page
+from kanllama_lightning.callbacks.kan_curves import COLUMNS, KANCurves
+from kanllama_lightning.pages.plots import curves_figure, page
 from kanllama_lightning.types import Curves, InputError
 from tests.conftest import SMALL, Fit, IdleTrainer, only_run
 from tests.wandb_file import history
@@ -98,7 +98,7 @@ def test_stopped_and_continued_leaves_the_same_table(
     assert fit(runs_dir=str(tmp_path / "undisturbed")) == 0
     (undisturbed,) = (tmp_path / "undisturbed").iterdir()
 
-    from kanllama_lightning.module import SAEModule
+    from kanllama_lightning.training.module import SAEModule
 
     original = SAEModule.on_before_optimizer_step
     stops = [23]

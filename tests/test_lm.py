@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, GPTNeoXForCausalLM
 
-from kanllama_lightning.lm import FrozenLM
+from kanllama_lightning.lm.frozen import FrozenLM
 from kanllama_lightning.types import InputError
 from tests.shapes import unchecked
 
@@ -96,7 +96,7 @@ def test_bfloat16(make_lm, tiny_lm_dir, tokens, name):
 @pytest.mark.parametrize("at_once", [10, 64, 1 << 14])
 def test_logits_are_not_rounded(make_lm, tokens, monkeypatch, dtype, at_once):
     """They are those of fp64, from the hidden states and weights as they are."""
-    monkeypatch.setattr("kanllama_lightning.lm.UNEMBEDDED_AT_ONCE", at_once)
+    monkeypatch.setattr("kanllama_lightning.lm.frozen.UNEMBEDDED_AT_ONCE", at_once)
     lm = make_lm(dtype=str(dtype).removeprefix("torch."))
     prefix = lm.prefix(tokens.ids)
     hidden = lm.resume(prefix, prefix.acts)
@@ -393,7 +393,7 @@ def test_a_hub_model_without_a_network():
 
 @pytest.mark.parametrize("able", [True, False])
 def test_slow_number_formats_are_named(make_lm, monkeypatch, caplog, able):
-    monkeypatch.setattr("kanllama_lightning.lm._cpu_has_bf16", lambda: able)
+    monkeypatch.setattr("kanllama_lightning.lm.frozen._cpu_has_bf16", lambda: able)
     make_lm(dtype="float32")
     assert not caplog.text
     make_lm(dtype="bfloat16")

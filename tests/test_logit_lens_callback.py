@@ -11,9 +11,9 @@ import pandas as pd
 import pytest
 import torch
 
-from callbacks.logit_lens import LogitLens
+from kanllama_lightning.callbacks.logit_lens import LogitLens
 from kanllama_lightning.heads import SAEHead
-from kanllama_lightning.lens import FIGURES
+from kanllama_lightning.measures.directions import FIGURES
 from kanllama_lightning.types import InputError
 from tests.conftest import Fit, only_run, rest_slow
 
@@ -82,7 +82,7 @@ def test_stopped_and_continued_leaves_the_same_table(
     assert fit(**OFTEN, runs_dir=str(tmp_path / "undisturbed")) == 0
     (undisturbed,) = (tmp_path / "undisturbed").iterdir()
 
-    from kanllama_lightning.module import SAEModule
+    from kanllama_lightning.training.module import SAEModule
 
     original = SAEModule.on_before_optimizer_step
     stops = [18]

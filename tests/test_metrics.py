@@ -8,13 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kanllama_lightning import cells
 from kanllama_lightning.functional.bootstrap import interval
-from kanllama_lightning.metrics import (
+from kanllama_lightning.measures import cells
+from kanllama_lightning.measures.metrics import (
     NOT_MEANINGFUL,
-    Reconstruction,
-    Sparsity,
-    SplicedLoss,
+    ReconstructionMetric,
+    SparsityMetric,
+    SplicedLossMetric,
     meaningful,
     score,
 )
@@ -67,7 +67,7 @@ def reconstruction_by_numpy(x, x_hat):
 
 
 def reconstruction(x, x_hat, at=None):
-    metric = Reconstruction(x.shape[1])
+    metric = ReconstructionMetric(x.shape[1])
     for a, b in zip(at or [0], (at or [0, len(x)])[1:], strict=False):
         metric.update(x[a:b], x_hat[a:b])
     return metric.compute()
@@ -155,7 +155,7 @@ def test_sparsity_is_numpys_however_the_set_is_cut(seed, n, sparse, data):
     dense = random(seed, n, 9)
     dense = torch.where(dense > sparse + torch.linspace(-1, 2, 9), dense.abs(), 0)
     at = data.draw(cuts(n))
-    metric = Sparsity(9)
+    metric = SparsityMetric(9)
     for a, b in zip(at, at[1:], strict=False):
         metric.update(codes_of(dense[a:b]))
     assert metric.compute() == pytest.approx(sparsity_by_numpy(dense))
@@ -165,7 +165,7 @@ def test_sparsity_is_numpys_however_the_set_is_cut(seed, n, sparse, data):
 def test_percentile_that_falls_on_a_token():
     """Of 20 tokens with L0 0 to 19, one (5 %) does not exceed 0."""
     dense = (torch.arange(20)[None] < torch.arange(20)[:, None]).float()
-    metric = Sparsity(20)
+    metric = SparsityMetric(20)
     metric.update(codes_of(dense))
     assert sparsity_by_numpy(dense)["l0_p5"] == 0
     assert metric.compute() == pytest.approx(sparsity_by_numpy(dense))
@@ -173,7 +173,7 @@ def test_percentile_that_falls_on_a_token():
 
 def test_sparsity_by_hand():
     """Latents on 2, 1, 0 and 1 of 4 tokens; L0 is 3, 1, 0, 0."""
-    metric = Sparsity(4)
+    metric = SparsityMetric(4)
     metric.update(codes_of(torch.tensor([[5.0, 1, 0, 2], [1, 0, 0, 0], [0] * 4, [0] * 4])))
     assert metric.compute() == {
         "l0": 1.0,
@@ -189,7 +189,7 @@ def test_sparsity_by_hand():
 
 def test_negative_codes_count_and_stored_zeros_do_not():
     index = torch.tensor([0, 1])
-    metric = Sparsity(2)
+    metric = SparsityMetric(2)
     metric.update(SparseCodes(torch.tensor([-1.0, 0.0]), index, index, 2, 2))
     assert metric.compute()["l0"] == 0.5
     assert metric.compute()["dead_frac"] == 0.5
@@ -220,7 +220,7 @@ def add(metric, ce, kl, doc, part=slice(None)):
 @given(SEEDS, cuts(30))
 def test_spliced_loss_is_numpys_however_the_set_is_cut(seed, at):
     ce, kl, doc = per_token(seed, 30)
-    metric = SplicedLoss(50)
+    metric = SplicedLossMetric(50)
     for a, b in zip(at, at[1:], strict=False):
         add(metric, ce, kl, doc, slice(a, b))
     means = {f"ce_{run}": value.double().numpy().mean() for run, value in ce.items()}
@@ -255,7 +255,7 @@ def test_spliced_loss_is_numpys_however_the_set_is_cut(seed, at):
 
 def test_one_document_has_no_interval():
     ce, kl, _ = per_token(0, 12)
-    metric = SplicedLoss(50)
+    metric = SplicedLossMetric(50)
     metric.update(ce, kl, torch.full((12,), 7))
     found = metric.compute()
     assert math.isnan(found["delta_ce_low"])
@@ -268,7 +268,7 @@ def test_the_interval_is_of_documents_and_not_of_tokens():
     recon = of_document.repeat_interleave(25) + 5
     doc = torch.arange(40).repeat_interleave(25)
     ce = {"clean": torch.full((1000,), 4.0), "recon": recon}
-    metric = SplicedLoss(50, ("recon",))
+    metric = SplicedLossMetric(50, ("recon",))
     metric.update(ce, {"recon": recon}, doc)
     found = metric.compute()
     error = float(of_document.double().std() / 40**0.5)
@@ -338,7 +338,7 @@ def test_when_a_share_means_something(share, fvu, says):
 
 def test_ratios_are_pooled_and_not_averaged():
     """Two batches of unlike size and unlike gap."""
-    metric = SplicedLoss(50)
+    metric = SplicedLossMetric(50)
     for n, zero in ((1, 6.0), (9, 2.6)):
         values = {k: torch.full((n,), v) for k, v in losses(zero=zero).items()}
         ce = {k.removeprefix("ce_"): v for k, v in values.items() if k.startswith("ce_")}
@@ -352,20 +352,23 @@ def test_ratios_are_pooled_and_not_averaged():
 
 
 def updated(kind, seed, n=15):
-    if kind is Sparsity:
-        metric = Sparsity(6)
+    if kind is SparsityMetric:
+        metric = SparsityMetric(6)
         metric.update(codes_of(random(seed, n, 6).relu()))
-    elif kind is Reconstruction:
-        metric = Reconstruction(6)
+    elif kind is ReconstructionMetric:
+        metric = ReconstructionMetric(6)
         metric.update(random(seed, n, 6) + 1, random(seed + 100, n, 6))
     else:
-        metric = SplicedLoss(50)
+        metric = SplicedLossMetric(50)
         add(metric, *per_token(seed, n))
     return metric
 
 
-EMPTY = {Sparsity: lambda: Sparsity(6), Reconstruction: lambda: Reconstruction(6)}
-EMPTY[SplicedLoss] = lambda: SplicedLoss(50)
+EMPTY = {
+    SparsityMetric: lambda: SparsityMetric(6),
+    ReconstructionMetric: lambda: ReconstructionMetric(6),
+}
+EMPTY[SplicedLossMetric] = lambda: SplicedLossMetric(50)
 every_metric = pytest.mark.parametrize("kind", EMPTY)
 
 
@@ -375,10 +378,10 @@ def test_ranks_are_merged_by_summing_states(kind):
     assert all(fx.__name__ == "dim_zero_sum" for fx in a._reductions.values())
     both = merged(EMPTY[kind], [a, b]).compute()
     one = EMPTY[kind]()
-    if kind is Sparsity:
+    if kind is SparsityMetric:
         one.update(codes_of(random(0, 15, 6).relu()))
         one.update(codes_of(random(1, 4, 6).relu()))
-    elif kind is Reconstruction:
+    elif kind is ReconstructionMetric:
         one.update(random(0, 15, 6) + 1, random(100, 15, 6))
         one.update(random(1, 4, 6) + 1, random(101, 4, 6))
     else:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kanllama_lightning.optim import Adam
+from kanllama_lightning.training.optim import Adam
 
 
 @pytest.mark.parametrize("fused", [True, False])

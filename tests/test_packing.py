@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kanllama_lightning.packing import Rows, join, pack
+from kanllama_lightning.data.packing import Rows, join, pack
 
 BOS, EOS = 1, 2
 SPECIAL = [0, BOS, EOS]

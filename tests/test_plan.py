@@ -11,18 +11,18 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from kanllama_lightning.cli.plan_command import PlanCLI
+from kanllama_lightning.console.units import duration, size
 from kanllama_lightning.heads import BatchTopK, SAEHead, Standard, TopK
-from kanllama_lightning.lm import FrozenLM
+from kanllama_lightning.lm.frozen import FrozenLM
 from kanllama_lightning.plan import timing
-from kanllama_lightning.plan.cli import PlanCLI
 from kanllama_lightning.plan.costs import HeadCost, _Counter, head_cost, lm_flops
-from kanllama_lightning.plan.estimate import Estimate
-from kanllama_lightning.plan.page import verdict
+from kanllama_lightning.plan.estimate import RunEstimate
+from kanllama_lightning.plan.plan_page import verdict
 from kanllama_lightning.plan.timing import HeadTime, head_time, lm_rest_seconds, lm_seconds
-from kanllama_lightning.schedule import Schedule
-from kanllama_lightning.trainee import Trainee
+from kanllama_lightning.training.head_trainer import HeadTrainer
+from kanllama_lightning.training.schedule import Schedule
 from kanllama_lightning.types import SAEOutput
-from kanllama_lightning.units import duration, size
 from tests.conftest import SMALL, rest_slow
 from tests.test_configs import HEAD_CONFIGS, ROOT, SOME
 from train import main
@@ -86,7 +86,7 @@ def test_lm_parameters(make_lm: Callable[..., FrozenLM]) -> None:
 
 def test_a_slower_head_takes_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "BUDGET_S", 0.2)
-    trainee = Trainee(
+    trainee = HeadTrainer(
         "", Standard(d_model=64, d_sae=512, target_l0=8), Schedule.of(10**6, 256), 5.0
     )
     assert min(head_time(trainee, torch.optim.Adam, CPU, autocast=False)) >= 0
@@ -131,7 +131,7 @@ def test_blocks_before_the_hook_count(
 # ------------------------------------------------------------------------ estimates by hand
 
 
-def made(**changed: Any) -> Estimate:
+def made(**changed: Any) -> RunEstimate:
     given: dict[str, Any] = {
         "costs": {"A": HeadCost(100, 1000.0, 500.0, 16.0), "B": HeadCost(50, 500.0, 0.0, 0.0)},
         "lm_flops": 4000.0,
@@ -148,7 +148,7 @@ def made(**changed: Any) -> Estimate:
         "cached": False,
         "cache_rows": 1200,
     }
-    return Estimate(**given | changed)
+    return RunEstimate(**given | changed)
 
 
 def test_memory_and_disk_by_hand() -> None:

@@ -8,8 +8,8 @@ from torch import nn
 
 from kanllama_lightning.functional.losses import next_token_targets
 from kanllama_lightning.heads import BatchTopK
-from kanllama_lightning.lm import FrozenLM
-from kanllama_lightning.preflight import check_room, preflight
+from kanllama_lightning.lm.frozen import FrozenLM
+from kanllama_lightning.lm.preflight import check_room, preflight
 from kanllama_lightning.types import InputError
 
 HOOKS = ["blocks.1.hook_resid_pre", "model.layers.1.self_attn", "blocks.1.hook_resid_mid"]

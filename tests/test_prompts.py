@@ -13,17 +13,10 @@ from transformers import PreTrainedTokenizerFast
 
 from kanllama_lightning.embedded.lessons import tell_lessons
 from kanllama_lightning.embedded.narrator import Narrator
-from kanllama_lightning.lm import FrozenLM
+from kanllama_lightning.lm.frozen import FrozenLM
+from kanllama_lightning.lm.token_text import pieces, quoted, token_text, visible
 from kanllama_lightning.prompts import LLAMA, Prompt, load, world_prompts
-from kanllama_lightning.prompts.reading import (
-    bos,
-    pieces,
-    quoted,
-    seen_by,
-    text_ids,
-    token_text,
-    visible,
-)
+from kanllama_lightning.prompts.text_ids import bos, seen_by, text_ids
 from kanllama_lightning.types import InputError
 from tests.reports.test_capability import started_head
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from kanllama_lightning import cli
-from kanllama_lightning.plan.cli import PlanCLI
-from kanllama_lightning.reports import cli as evaluate
+from kanllama_lightning.cli import evaluate_command as evaluate
+from kanllama_lightning.cli import train_command as cli
+from kanllama_lightning.cli.plan_command import PlanCLI
 from train import main
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from kanllama_lightning.embedded import MODEL_DIR
 from kanllama_lightning.heads import SAEHead
-from kanllama_lightning.lm import FrozenLM
+from kanllama_lightning.lm.frozen import FrozenLM
 from tests.conftest import SHARED
 
 pytestmark = pytest.mark.slow

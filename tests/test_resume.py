@@ -9,8 +9,8 @@ import pytest
 import torch
 import yaml
 
-from kanllama_lightning.resume import compare, find_checkpoint
-from kanllama_lightning.saved import remove, seal, written
+from kanllama_lightning.cli.resume import compare, find_checkpoint
+from kanllama_lightning.runs.checkpoints import remove, seal, written
 from kanllama_lightning.types import InputError
 from tests.fuzz.areas import CHECKPOINT, run_folder
 from tests.fuzz.areas import CONFIG as OWN
@@ -287,7 +287,7 @@ def test_the_config_in_a_run_folder_imports_nothing(tmp_path, monkeypatch, capsy
 
 def test_the_config_of_a_run_names_what_runs_name(tmp_path):
     """All that this project's own configurations name is allowed; one's own where it is said."""
-    from kanllama_lightning.cli import _allowed, _refuse_foreign
+    from kanllama_lightning.cli.train_command import _allowed, _refuse_foreign
 
     for path in sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml")):
         _refuse_foreign(path, yaml.safe_load(path.read_text()) or {}, [])
@@ -318,7 +318,7 @@ def test_a_damaged_neighbour_is_named_and_left_out(tmp_path, caplog, name, what)
 
 
 def test_a_pickle_in_place_of_a_checkpoint_is_not_opened(tmp_path):
-    from kanllama_lightning.saved import damage, seal, written
+    from kanllama_lightning.runs.checkpoints import damage, seal, written
 
     folder = run_folder(tmp_path / "run")
     path = folder / "checkpoints" / "step=000000020.ckpt"

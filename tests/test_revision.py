@@ -3,7 +3,7 @@
 import subprocess
 from pathlib import Path
 
-from kanllama_lightning.revision import commit
+from kanllama_lightning.runs.revision import commit
 
 
 def git(folder: Path, *args: str) -> str:

@@ -5,9 +5,9 @@ import math
 
 import pytest
 
-from kanllama_lightning.run import Table, make_folder
-from kanllama_lightning.saved import checkpoints
-from kanllama_lightning.small_files import write_json
+from kanllama_lightning.runs.checkpoints import checkpoints
+from kanllama_lightning.runs.folder import Table, make_folder
+from kanllama_lightning.storage.small_files import write_json
 from kanllama_lightning.types import InputError
 from tests.conftest import read_rows
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kanllama_lightning.files import replacing, write_text
-from kanllama_lightning.lock import LOCK, RunLock, confirm_mine, holder_of
-from kanllama_lightning.run_state import Kind, clear, look, states
-from kanllama_lightning.saved import outdated, seal, written
+from kanllama_lightning.runs.checkpoints import outdated, seal, written
+from kanllama_lightning.runs.state import Kind, clear, look, states
+from kanllama_lightning.storage.files import replacing, write_text
+from kanllama_lightning.storage.lock import LOCK, RunLock, confirm_mine, holder_of
 from kanllama_lightning.types import InputError
 
 HOLD = """

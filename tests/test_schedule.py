@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kanllama_lightning.schedule import Schedule
+from kanllama_lightning.training.schedule import Schedule
 
 BUDGETS = st.builds(Schedule, st.integers(1, 10**9), st.integers(1, 10_000))
 

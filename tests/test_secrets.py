@@ -14,8 +14,8 @@ from urllib.parse import quote, quote_plus
 import pytest
 from markupsafe import escape
 
+from kanllama_lightning.console.secrets import Discreet, Secrets, known, learn
 from kanllama_lightning.judge.endpoint import Endpoint
-from kanllama_lightning.secrets import Discreet, Secrets, known, learn
 from tests.conftest import SMALL
 from tests.judge_server import Body, JudgeServer, Reply, completion, plain_judge
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 import yaml
 
+from kanllama_lightning.cli.evaluate_command import main as evaluate
 from kanllama_lightning.heads import SAEHead
-from kanllama_lightning.reports.cli import main as evaluate
-from kanllama_lightning.side_by_side import SideBySide
+from kanllama_lightning.training.side_by_side import SideBySide
 from kanllama_lightning.types import InputError
 from tests.conftest import ALONE, SMALL, Fit, fit_for_many, read_rows, side_by_side_config
 from tests.shapes import unchecked

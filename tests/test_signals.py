@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from kanllama_lightning import stopping
+from kanllama_lightning.console import stopping
 from kanllama_lightning.heads import SAEHead
 from tests.conftest import SMALL, Fit, only_run, read_rows
 from tests.hold import HERE
@@ -94,7 +94,7 @@ def test_stopped_in_a_validation_and_gone_on(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """In the second batch of the second validation: it is made again, and all is as without."""
-    from kanllama_lightning.module import SAEModule
+    from kanllama_lightning.training.module import SAEModule
 
     given: dict[str, Any] = {"model__tokens": "1920", "trainer__logger": "false"}
     assert fit(**given, runs_dir=str(tmp_path / "undisturbed")) == 0
@@ -125,21 +125,25 @@ class At(NamedTuple):
     more: tuple[str, ...] = ()
 
 
-MODULE = "kanllama_lightning.module:SAEModule"
+MODULE = "kanllama_lightning.training.module:SAEModule"
 PLACES = {
     "imports": At("", 0, NOTHING, False),
-    "model": At("kanllama_lightning.lm:FrozenLM.load_", 1, NOTHING, False),
-    "text": At("kanllama_lightning.vocabulary:Encoder.first_rows", 1, NOTHING, False),
-    "pre-flight": At("kanllama_lightning.module:preflight", 1, NOTHING, False),
-    "start statistics": At("kanllama_lightning.lm:FrozenLM.acts", 2, NOTHING, False),
-    "filling the buffer": At("kanllama_lightning.buffer:ShuffleBuffer.push_", 2, NOTHING, False),
-    "cache": At(
-        "kanllama_lightning.cache.shards:Cache.write_", 2, "holds 1,024", False, ("cache",)
+    "model": At("kanllama_lightning.lm.frozen:FrozenLM.load_", 1, NOTHING, False),
+    "text": At("kanllama_lightning.data.vocabulary:TextEncoder.first_rows", 1, NOTHING, False),
+    "pre-flight": At("kanllama_lightning.training.module:preflight", 1, NOTHING, False),
+    "start statistics": At("kanllama_lightning.lm.frozen:FrozenLM.acts", 2, NOTHING, False),
+    "filling the buffer": At(
+        "kanllama_lightning.data.buffer:ShuffleBuffer.push_", 2, NOTHING, False
     ),
-    "training": At("kanllama_lightning.trainee:Trainee.step", 5, f"step 5, {GONE_ON}", True),
+    "cache": At(
+        "kanllama_lightning.data.shards:ActivationCache.write_", 2, "holds 1,024", False, ("cache",)
+    ),
+    "training": At(
+        "kanllama_lightning.training.head_trainer:HeadTrainer.step", 5, f"step 5, {GONE_ON}", True
+    ),
     "calibration": At(f"{MODULE}.sample", 1, f"step 10, {GONE_ON}", True),
     "validation": At(f"{MODULE}.validation_step", 2, f"step 10, {GONE_ON}", True),
-    "a CSV row": At("kanllama_lightning.run:Table.put", 2, f"step 10, {GONE_ON}", True),
+    "a CSV row": At("kanllama_lightning.runs.folder:Table.put", 2, f"step 10, {GONE_ON}", True),
     "final validation": At(f"{MODULE}.validation_step", 6, f"step 20, {GONE_ON}", True),
     "controls": At("callbacks.baselines:Baselines._add", 1, f"step 20, {GONE_ON}", True),
     "saving the head": At("callbacks.save_head:SaveHead._provenance", 1, "step 20", True),
@@ -246,9 +250,9 @@ def test_a_second_signal_leaves_at_once(command: Callable[..., list[str]], tmp_p
 @pytest.mark.parametrize(
     "place",
     [
-        "kanllama_lightning.reports.record:preflight",
-        "kanllama_lightning.reports.losses:Losses.observe",
-        "kanllama_lightning.reports.losses:Losses.finish",
+        "kanllama_lightning.reports.one_pass:preflight",
+        "kanllama_lightning.reports.losses_report:LossesReport.observe",
+        "kanllama_lightning.reports.losses_report:LossesReport.finish",
     ],
 )
 def test_every_phase_of_a_record(place: str, run_folder: Path) -> None:

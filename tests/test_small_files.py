@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 import pytest
 
-from kanllama_lightning.small_files import (
+from kanllama_lightning.storage.small_files import (
     Count,
     Digest,
     FileName,

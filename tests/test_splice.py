@@ -9,9 +9,9 @@ from scipy.stats import entropy
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from kanllama_lightning import splice
 from kanllama_lightning.functional.losses import next_token_targets
-from kanllama_lightning.splice import put, spliced_losses
+from kanllama_lightning.lm import splice
+from kanllama_lightning.lm.splice import put, spliced_losses
 
 HOOKS = ["blocks.1.hook_resid_pre", "model.layers.0.self_attn", "model.layers.1.mlp"]
 HOOKS += ["blocks.0.hook_resid_mid", "model.layers.2"]

@@ -10,11 +10,11 @@ from jsonargparse import ArgumentParser
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from kanllama_lightning import stream
 from kanllama_lightning.corpus import LocalCorpus, Mixture, StoryWorldCorpus
-from kanllama_lightning.tokens import TokenData
+from kanllama_lightning.data import stream
+from kanllama_lightning.data.token_data import TokenData
+from kanllama_lightning.data.vocabulary import vocab_hash
 from kanllama_lightning.types import InputError, TokenBatch
-from kanllama_lightning.vocabulary import vocab_hash
 
 WORDS = [f"w{i}" for i in range(200)]
 

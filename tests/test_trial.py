@@ -9,9 +9,9 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from kanllama_lightning.lm import FrozenLM
-from kanllama_lightning.trial import show, try_text
-from kanllama_lightning.trial_page import trial_page
+from kanllama_lightning.lm.frozen import FrozenLM
+from kanllama_lightning.prompts.try_page import trial_page
+from kanllama_lightning.prompts.try_text import show, try_text
 from kanllama_lightning.types import InputError
 from tests.reports.test_capability import Perfect, by_hook, started_head
 

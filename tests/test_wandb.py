@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from kanllama_lightning.runs.wandb_logger import check_mode
 from kanllama_lightning.types import InputError
-from kanllama_lightning.wandb_logger import check_mode
 from tests.conftest import Fit, only_run, terminate_at
 from tests.wandb_file import history
 

@@ -5,9 +5,9 @@ losses and their intervals come from the sums per document, so that they belong 
 """
 
 from kanllama_lightning.comparison.alike import conflicts
-from kanllama_lightning.comparison.page import render, write
-from kanllama_lightning.comparison.plots import figures
-from kanllama_lightning.comparison.reading import Evaluated, labelled, load
+from kanllama_lightning.comparison.charts import figures
+from kanllama_lightning.comparison.comparison_page import render, write
+from kanllama_lightning.comparison.loading import Evaluated, labelled, load
 from kanllama_lightning.comparison.tables import (
     MATCHED,
     PAIR,

@@ -5,7 +5,7 @@ from functools import partial
 from itertools import combinations
 from typing import Any
 
-from kanllama_lightning.comparison.reading import Evaluated, as_json, kind_of, ratio, text_of
+from kanllama_lightning.comparison.loading import Evaluated, as_json, kind_of, ratio, text_of
 from kanllama_lightning.types import InputError
 
 SAME_CE, SAME_CE_BF16 = 1e-4, 2e-2

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kanllama_lightning.comparison.reading import (
+from kanllama_lightning.comparison.loading import (
     LOSSES,
     Evaluated,
     family_of,
@@ -20,7 +20,7 @@ from kanllama_lightning.comparison.reading import (
     text_of,
 )
 from kanllama_lightning.functional.bootstrap import centre, contrast, middle, ratios
-from kanllama_lightning.metrics import score
+from kanllama_lightning.measures.metrics import score
 
 PAIR = (
     *("level", "a", "b", "l0_a", "l0_b", "matching", "seeds_a", "seeds_b", "quantity"),

@@ -11,7 +11,7 @@ import numpy as np
 from datasets import load_dataset
 from huggingface_hub import HfApi
 
-from kanllama_lightning.corpus.base import (
+from kanllama_lightning.corpus.source import (
     Corpus,
     Document,
     Skipped,
@@ -43,7 +43,7 @@ class HubCorpus(Corpus):
         tokenizer: Only for a column of token ids: the name of the tokenizer that made them. It
             must be the model's own.
         vocab_hash: Only for a column of token ids, and stronger than the name: the hash of the
-            vocabulary they come from, as `kanllama_lightning.vocabulary.vocab_hash` gives it.
+            vocabulary they come from, as `kanllama_lightning.data.vocabulary.vocab_hash` gives it.
     """
 
     def __init__(

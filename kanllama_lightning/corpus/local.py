@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import pyarrow
 import pyarrow.parquet
 
-from kanllama_lightning.corpus.base import (
+from kanllama_lightning.corpus.source import (
     Corpus,
     Document,
     Skipped,
@@ -20,7 +20,7 @@ from kanllama_lightning.corpus.base import (
     document,
     require_vocabulary,
 )
-from kanllama_lightning.fingerprint import fingerprint
+from kanllama_lightning.storage.fingerprint import fingerprint
 from kanllama_lightning.types import InputError
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class LocalCorpus(Corpus):
         tokenizer: Only for a column of token ids: the name of the tokenizer that made them. It
             must be the model's own.
         vocab_hash: Only for a column of token ids, and stronger than the name: the hash of the
-            vocabulary they come from, as `kanllama_lightning.vocabulary.vocab_hash` gives it.
+            vocabulary they come from, as `kanllama_lightning.data.vocabulary.vocab_hash` gives it.
     """
 
     def __init__(

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from kanllama_lightning.corpus.base import Corpus, Document
 from kanllama_lightning.corpus.naming import resolve
+from kanllama_lightning.corpus.source import Corpus, Document
 from kanllama_lightning.types import InputError
 
 DRAWN_AT_ONCE = 4096

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from kanllama_lightning.corpus.base import Corpus
 from kanllama_lightning.corpus.hub import HubCorpus
 from kanllama_lightning.corpus.local import DECOMPRESSED, SUFFIXES, TABLES, LocalCorpus
+from kanllama_lightning.corpus.source import Corpus
 from kanllama_lightning.types import InputError
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from kanllama_lightning.corpus.base import Corpus, Document
+from kanllama_lightning.corpus.source import Corpus, Document
 from kanllama_lightning.embedded import story
 from kanllama_lightning.types import InputError
 

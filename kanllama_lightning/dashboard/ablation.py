@@ -7,17 +7,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kanllama_lightning.dashboard.data import Ablation
+from kanllama_lightning.dashboard.contents import Ablation
 from kanllama_lightning.functional.losses import kl_divergence
-from kanllama_lightning.heads.base import SAEHead
-from kanllama_lightning.lm import FrozenLM
-from kanllama_lightning.prompts.reading import token_text
+from kanllama_lightning.heads.head import SAEHead
+from kanllama_lightning.lm.frozen import FrozenLM
+from kanllama_lightning.lm.token_text import token_text
 
 LISTED = 5
 """Tokens named at either end."""
 
 
-class Place(NamedTuple):
+class AblatedPlace(NamedTuple):
     """A token on which a latent fires."""
 
     latent: int
@@ -29,7 +29,7 @@ class Place(NamedTuple):
 
 @torch.no_grad()
 def ablate(
-    head: SAEHead, lm: FrozenLM, places: Sequence[Place], batch_seqs: int = 16
+    head: SAEHead, lm: FrozenLM, places: Sequence[AblatedPlace], batch_seqs: int = 16
 ) -> dict[int, Ablation]:
     """The effect of each latent on the prediction at its places.
 
@@ -53,7 +53,7 @@ def ablate(
 
 
 def _changes(
-    head: SAEHead, lm: FrozenLM, places: Sequence[Place]
+    head: SAEHead, lm: FrozenLM, places: Sequence[AblatedPlace]
 ) -> tuple[Float[Tensor, "n vocab"], Float[Tensor, " n"]]:
     """Change of every log-probability at the last token of each row, and its KL; fp64."""
     lengths = torch.tensor([len(p.ids) for p in places])

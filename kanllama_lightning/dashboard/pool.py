@@ -3,8 +3,8 @@
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from kanllama_lightning.contexts import Contexts
-from kanllama_lightning.prompts.reading import pieces
+from kanllama_lightning.lm.token_text import pieces
+from kanllama_lightning.measures.contexts import Contexts
 
 LEAD = 4
 """Tokens read before a stretch, so that a character it begins inside of is told as one."""

@@ -216,7 +216,7 @@ def optimizers_for(model: LlamaForCausalLM, args: argparse.Namespace) -> list[Op
     ]
 
 
-class Trained(NamedTuple):
+class TrainedLM(NamedTuple):
     """How a model was trained, over all the sessions of its run."""
 
     sessions: list[dict[str, str | int]]
@@ -229,7 +229,7 @@ class Trained(NamedTuple):
 
 def train(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace
-) -> Trained:
+) -> TrainedLM:
     """Train in place, going on from the last checkpoint if there is one."""
     optimizers = optimizers_for(model, args)
     peaks = [o.param_groups[0]["lr"] for o in optimizers]
@@ -274,7 +274,7 @@ def train(
             torch.save(state, checkpoint.with_suffix(".new"))
             checkpoint.with_suffix(".new").replace(checkpoint)
     model.eval()
-    return Trained(sessions, tokens, round(spent + time.monotonic() - begun))
+    return TrainedLM(sessions, tokens, round(spent + time.monotonic() - begun))
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

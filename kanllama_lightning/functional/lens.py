@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
-class LogitLens(NamedTuple):
+class LensStatistics(NamedTuple):
     """Over the vocabulary, per direction; NaN where a direction is undefined (zero or NaN)."""
 
     mean: Float[Tensor, " n"]
@@ -46,7 +46,7 @@ def logit_lens(
     top: int = 10,
     block: int = 256,
     bins: int = 0,
-) -> LogitLens:
+) -> LensStatistics:
     """Moments and extreme tokens of T = (w g) W_U.
 
     [n, vocab] never exists whole: three blocks of [block, vocab] in fp32 do, and W_U in fp32; for
@@ -67,7 +67,7 @@ def logit_lens(
     k = min(top, weights.shape[1])
     # one block even where there is no direction: its empty tensors have the right shapes
     found = [_block(w.float() * gain, weights, k, bins) for w in directions.split(block)]
-    return LogitLens(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+    return LensStatistics(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
 def _block(
@@ -75,7 +75,7 @@ def _block(
     weights: Float[Tensor, "d_model vocab"],
     top: int,
     bins: int,
-) -> LogitLens:
+) -> LensStatistics:
     logits = folded @ weights
     ends = logits.aminmax(dim=1)
     counts = _histogram(logits, ends.min, ends.max, bins)
@@ -93,7 +93,7 @@ def _block(
     )
     above, below = (torch.where(defined, a.values, torch.nan) for a in (high, low))
     extremes = (high.indices, above, low.indices, below)
-    return LogitLens(mean, std, skewness, kurtosis, *extremes, ends.min, ends.max, counts)
+    return LensStatistics(mean, std, skewness, kurtosis, *extremes, ends.min, ends.max, counts)
 
 
 def _histogram(
@@ -114,7 +114,7 @@ def random_unit(
     n: int = 1024,
     seed: int = 0,
     block: int = 256,
-) -> LogitLens:
+) -> LensStatistics:
     """The baseline: the moments of n random unit directions, from a generator of their own.
 
     Args:

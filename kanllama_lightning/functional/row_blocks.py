@@ -45,7 +45,7 @@ def few_above(
     return Pattern(above.reshape(-1).nonzero().squeeze(1), *pre_acts.shape)
 
 
-class Kept(NamedTuple):
+class KeptEntries(NamedTuple):
     """The few entries in which what is decoded is not zero."""
 
     pattern: Pattern
@@ -60,7 +60,7 @@ def decode_in_blocks(
     branches: Sequence[tuple[Float[Tensor, "tok n"], Float[Tensor, "n d_sae"]]],
     dictionary: Float[Tensor, "d_sae d_model"],
     vectors: Sequence[Float[Tensor, " d_sae"]],
-    kept: Kept | None = None,
+    kept: KeptEntries | None = None,
 ) -> tuple[Float[Tensor, "tok d_sae"], Float[Tensor, ""], list[Float[Tensor, "tok d_model"]]]:
     """Pre-activations tied to what they came from, the penalty of `make`, and what it decodes.
 
@@ -103,7 +103,7 @@ class _InBlocks(torch.autograd.Function):
         ctx: Any,
         make: Make,
         dtype: torch.dtype,
-        kept: Kept | None,
+        kept: KeptEntries | None,
         n_vectors: int,
         pre_acts: Float[Tensor, "tok d_sae"],
         bias: Float[Tensor, " d_sae"],

@@ -3,7 +3,6 @@
 import importlib
 import pkgutil
 
-from kanllama_lightning.heads.base import SAEHead
 from kanllama_lightning.heads.batch_topk import BatchTopK
 from kanllama_lightning.heads.controls import (
     FrozenDecoder,
@@ -14,6 +13,7 @@ from kanllama_lightning.heads.controls import (
 from kanllama_lightning.heads.curved_dictionary import CurvedDictionary
 from kanllama_lightning.heads.dense_kan import DenseKANReLU, DenseOnlyKAN
 from kanllama_lightning.heads.gated import Gated
+from kanllama_lightning.heads.head import SAEHead
 from kanllama_lightning.heads.jump_relu import JumpReLU
 from kanllama_lightning.heads.kan import KANEncoder
 from kanllama_lightning.heads.kan_direct import KANDirect

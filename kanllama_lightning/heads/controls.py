@@ -11,7 +11,7 @@ from kanllama_lightning.heads.encoders import FrozenLinearEncoder, LinearEncoder
 from kanllama_lightning.heads.hidden_units import kan_size
 from kanllama_lightning.heads.sae import SAE
 from kanllama_lightning.heads.selections import Thresholded
-from kanllama_lightning.named import ship
+from kanllama_lightning.storage.named import ship
 from kanllama_lightning.types import InputError
 
 

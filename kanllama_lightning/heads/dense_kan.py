@@ -7,8 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from kanllama_lightning.functional.curves import straightness
-from kanllama_lightning.heads.base import SAEHead
 from kanllama_lightning.heads.decoders import STRAIGHT_POINTS
+from kanllama_lightning.heads.head import SAEHead
 from kanllama_lightning.heads.hidden_units import own_stream
 from kanllama_lightning.heads.kan_linear import KANLinear
 from kanllama_lightning.types import DenseCodes, SAEOutput, StepContext

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kanllama_lightning.functional.sparse import Branch
 from kanllama_lightning.functional.spline_activation import spline_activation
-from kanllama_lightning.heads.base import LARGEST
+from kanllama_lightning.heads.head import LARGEST
 from kanllama_lightning.heads.hidden_units import HI, LO, HiddenUnits, out_of_grid, spline_curves
 from kanllama_lightning.heads.kan_linear import KANLinear
 from kanllama_lightning.types import Curves, InputError

@@ -12,7 +12,7 @@ from kanllama_lightning.functional.curves import densities, line_residual, poole
 from kanllama_lightning.functional.spline_activation import spline_activation
 from kanllama_lightning.functional.splines import greville
 from kanllama_lightning.heads.kan_linear import KANLinear
-from kanllama_lightning.named import checked_args, named_class
+from kanllama_lightning.storage.named import checked_args, named_class
 from kanllama_lightning.types import Curves, InputError
 
 LO, HI = -3.0, 3.0

@@ -9,7 +9,7 @@ from kanllama_lightning.heads.encoders import HiddenEncoder
 from kanllama_lightning.heads.hidden_units import KANUnits
 from kanllama_lightning.heads.sae import SAE
 from kanllama_lightning.heads.selections import Thresholded
-from kanllama_lightning.named import name_of, named_class, shipped
+from kanllama_lightning.storage.named import name_of, named_class, shipped
 
 
 class KANEncoder(SAE):

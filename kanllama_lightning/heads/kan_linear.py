@@ -16,7 +16,7 @@ from kanllama_lightning.functional.curves import (
     ranked,
 )
 from kanllama_lightning.functional.splines import greville, kan_linear, kan_planes, spline_knots
-from kanllama_lightning.named import ship
+from kanllama_lightning.storage.named import ship
 from kanllama_lightning.types import Curves, InputError
 
 log = logging.getLogger(__name__)

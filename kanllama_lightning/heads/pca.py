@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kanllama_lightning.heads.base import SAEHead
+from kanllama_lightning.heads.head import SAEHead
 from kanllama_lightning.types import InputError, SAEOutput, SparseCodes, StepContext
 
 

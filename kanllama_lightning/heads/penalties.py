@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kanllama_lightning.functional import ranks
 from kanllama_lightning.functional.jump import jump_relu
 from kanllama_lightning.functional.losses import reconstruction
-from kanllama_lightning.functional.row_blocks import Kept, decode_in_blocks, few_above
+from kanllama_lightning.functional.row_blocks import KeptEntries, decode_in_blocks, few_above
 from kanllama_lightning.functional.sparse import Pattern, Sums, sparse_decode
 from kanllama_lightning.heads.controller import SparsityController
 from kanllama_lightning.heads.decoders import Decoder, FreeDirections, UnitDirections
@@ -206,13 +206,13 @@ class Penalised(Selection):
         return LazyCodes(pre, reported), penalty, decoded
 
     @torch.no_grad()
-    def _fired(self, pre: Float[Tensor, "tok d_sae"], source: Source) -> Kept | None:
+    def _fired(self, pre: Float[Tensor, "tok d_sae"], source: Source) -> KeptEntries | None:
         pattern = few_above(pre, self.levels(source.variance)[-1])
         if pattern is None:
             return None
         values = pre.reshape(-1).index_select(0, pattern.flat)
         (z,), penalty = self.made(source.variance, values, *pattern.of_latents(source.vectors))
-        return Kept(pattern, z, penalty)
+        return KeptEntries(pattern, z, penalty)
 
     def dead_acts(self, pre_acts: Float[Tensor, "tok n_dead"]) -> Float[Tensor, "tok n_dead"]:
         """p itself: a dead latent has p <= 0 on every token, where a ReLU has no gradient."""

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from kanllama_lightning.functional.losses import auxk, geometric_median
 from kanllama_lightning.functional.sparse import Sums
-from kanllama_lightning.heads.base import SAEHead
 from kanllama_lightning.heads.decoders import CurvedDecoder, Decoder, first_directions
 from kanllama_lightning.heads.encoders import Encoder
+from kanllama_lightning.heads.head import SAEHead
 from kanllama_lightning.heads.selections import LossBatch, Selection
 from kanllama_lightning.types import Curves, InputError, SAEOutput, StepContext
 

@@ -19,12 +19,7 @@ from kanllama_lightning.functional.curves import (
     pooled,
     ranked,
 )
-from kanllama_lightning.functional.sparse import (
-    Pattern,
-    Sums,
-    largest_positive,
-    sparse_decode,
-)
+from kanllama_lightning.functional.sparse import Pattern, Sums, largest_positive, sparse_decode
 from kanllama_lightning.functional.spline_activation import spline_values
 from kanllama_lightning.functional.splines import greville, spline_bases
 from kanllama_lightning.heads.decoders import Decoder, UnitDirections

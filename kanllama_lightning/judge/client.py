@@ -12,9 +12,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import openai
 
 from kanllama_lightning.judge.budget import Budget, Prices, estimate_tokens
-from kanllama_lightning.judge.cache import Cache
 from kanllama_lightning.judge.endpoint import Endpoint
-from kanllama_lightning.small_files import from_json
+from kanllama_lightning.judge.replies import ReplyCache
+from kanllama_lightning.storage.small_files import from_json
 from kanllama_lightning.types import InputError
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ FILTERS = ("content_filter", "content_policy_violation")
 """What a server calls it that a question is not let through."""
 
 
-class Question(NamedTuple):
+class JudgeQuestion(NamedTuple):
     """One call."""
 
     messages: Sequence[Mapping[str, str]]
@@ -57,7 +57,7 @@ class Answer(NamedTuple, Generic[T]):
     output_tokens: int | None
 
 
-class Manner(NamedTuple):
+class JudgeSettings(NamedTuple):
     """How a judge is asked."""
 
     model: str
@@ -101,10 +101,15 @@ class Judge:
     """
 
     def __init__(
-        self, endpoint: Endpoint, manner: Manner, cache: Path, prices: Prices, max_cost: float
+        self,
+        endpoint: Endpoint,
+        manner: JudgeSettings,
+        cache: Path,
+        prices: Prices,
+        max_cost: float,
     ) -> None:
         self.endpoint, self.manner, self.prices = endpoint, manner, prices
-        self.cache = Cache(cache)
+        self.cache = ReplyCache(cache)
         self.budget = Budget(max_cost)
         self.refused = self.cache.refused(endpoint.shown, manner.model)
         """Parameters that the server does not take."""
@@ -133,7 +138,7 @@ class Judge:
     ) -> None:
         await self._client.close()
 
-    def recall(self, question: Question, parse: Callable[[str], T]) -> Answer[T] | None:
+    def recall(self, question: JudgeQuestion, parse: Callable[[str], T]) -> Answer[T] | None:
         """The answer, if it is on the disk."""
         replies = []
         for attempt in range(ATTEMPTS):
@@ -146,7 +151,7 @@ class Judge:
                 break
         return _answer(value, failure, replies)
 
-    async def ask(self, question: Question, parse: Callable[[str], T]) -> Answer[T]:
+    async def ask(self, question: JudgeQuestion, parse: Callable[[str], T]) -> Answer[T]:
         """Ask, and once more if the answer cannot be used.
 
         Args:
@@ -166,12 +171,12 @@ class Judge:
                 break
         return _answer(value, failure, replies)
 
-    def most(self, question: Question) -> float:
+    def most(self, question: JudgeQuestion) -> float:
         """The most that one call may cost, in USD."""
         tokens = estimate_tokens(question.messages, question.schema)
         return self.prices.cost(tokens, self.manner.max_tokens)
 
-    def _wanted(self, question: Question, attempt: int) -> dict[str, Any]:
+    def _wanted(self, question: JudgeQuestion, attempt: int) -> dict[str, Any]:
         """The parameters, before the server has said which it does not take."""
         schema = {"name": question.name, "strict": True, "schema": question.schema}
         return {
@@ -181,9 +186,9 @@ class Judge:
             "response_format": {"type": "json_schema", "json_schema": schema},
         }
 
-    def _key(self, question: Question, attempt: int) -> str:
+    def _key(self, question: JudgeQuestion, attempt: int) -> str:
         # the address is left out: the same model answers alike wherever it is asked
-        return Cache.key(
+        return ReplyCache.key(
             {
                 "model": self.manner.model,
                 "params": self._wanted(question, attempt),
@@ -192,7 +197,7 @@ class Judge:
             }
         )
 
-    def _params(self, question: Question, attempt: int) -> dict[str, Any]:
+    def _params(self, question: JudgeQuestion, attempt: int) -> dict[str, Any]:
         """The parameters that the server takes."""
         params = self._wanted(question, attempt)
         if "max_tokens" in self.refused:
@@ -201,7 +206,7 @@ class Judge:
             params["response_format"] = _without_lengths(params["response_format"])
         return {name: value for name, value in params.items() if name not in self.refused}
 
-    async def _wait_and_send(self, question: Question, attempt: int) -> dict[str, Any] | str:
+    async def _wait_and_send(self, question: JudgeQuestion, attempt: int) -> dict[str, Any] | str:
         """A reply, or why there is none; the first call goes alone, as it may find nobody in."""
         async with self._places:
             if not self._met:
@@ -213,7 +218,7 @@ class Judge:
                             self._met = True
             return await self._send(question, attempt)
 
-    async def _send(self, question: Question, attempt: int) -> dict[str, Any] | str:
+    async def _send(self, question: JudgeQuestion, attempt: int) -> dict[str, Any] | str:
         call = _Call(self.most(question))
         CALL.set(call)
         create: Any = self._client.chat.completions.with_raw_response.create
@@ -342,7 +347,7 @@ class Judge:
         return f"no answer ({reason})"
 
 
-def _record(judge: Judge, question: Question, params: Mapping[str, Any]) -> dict[str, Any]:
+def _record(judge: Judge, question: JudgeQuestion, params: Mapping[str, Any]) -> dict[str, Any]:
     """What was asked, for people."""
     about = {"url": judge.endpoint.shown, "model": judge.manner.model}
     return about | dict(params) | {"messages": list(question.messages)}

@@ -10,7 +10,7 @@ from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit, urlunsplit
 
 import openai
 
-from kanllama_lightning.secrets import Secrets, known
+from kanllama_lightning.console.secrets import Secrets, known
 from kanllama_lightning.types import InputError
 
 OFFICIAL = "https://api.openai.com/v1"

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kanllama_lightning.judge.budget import Prices, estimate_tokens
-from kanllama_lightning.judge.client import Answer, Judge, Question
+from kanllama_lightning.judge.client import Answer, Judge, JudgeQuestion
 from kanllama_lightning.judge.protocol import (
     PLACEHOLDER,
     Case,
@@ -46,7 +46,7 @@ class Verdict(NamedTuple):
     """"ok", or what failed and why."""
 
 
-class Estimate(NamedTuple):
+class CallEstimate(NamedTuple):
     """What is still to be asked."""
 
     calls: int
@@ -72,7 +72,7 @@ def estimate(
     max_tokens: int,
     cases: dict[str, Sequence[Case]],
     n_shuffled: int,
-) -> Estimate:
+) -> CallEstimate:
     """What asking all of it may cost; rather too much.
 
     Args:
@@ -82,7 +82,7 @@ def estimate(
         cases: Of the head and the random directions.
         n_shuffled: Latents of the head that get another's explanation.
     """
-    questions: list[Question] = []
+    questions: list[JudgeQuestion] = []
     known = 0
     explained: dict[int, str] = {}
     for subject, some in cases.items():
@@ -111,12 +111,12 @@ def estimate(
         known += there
     tokens = sum(estimate_tokens(q.messages, q.schema) for q in questions)
     most = max_tokens * len(questions)
-    return Estimate(len(questions), known, tokens, most, prices.cost(tokens, most))
+    return CallEstimate(len(questions), known, tokens, most, prices.cost(tokens, most))
 
 
 def _detection_left(
     judge: Judge | None, case: Case, text: str, final: bool
-) -> tuple[list[Question], int]:
+) -> tuple[list[JudgeQuestion], int]:
     """What is to be asked of a detection, and how much is known."""
     questions = detect_questions(case, text)
     if judge is None or not final:
@@ -213,13 +213,13 @@ class _Hearing:
         said = [label for a in answers for label in a.value or []]
         return _verdict(subject, case, every, text, balanced_accuracy(said, case.truth), "ok")
 
-    async def _labels(self, question: Question) -> Answer[list[bool]]:
+    async def _labels(self, question: JudgeQuestion) -> Answer[list[bool]]:
         answer = await self.judge.ask(question, parse_labels(_size(question)))
         self.progress.advance(self.bar)
         return answer
 
 
-def _size(question: Question) -> int:
+def _size(question: JudgeQuestion) -> int:
     """How many windows it is about."""
     size: int = question.schema["properties"]["labels"]["minItems"]
     return size

@@ -18,10 +18,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from kanllama_lightning.contexts import Contexts, Windows
-from kanllama_lightning.judge.client import Question
-from kanllama_lightning.prompts.reading import quoted, visible
-from kanllama_lightning.small_files import from_json
+from kanllama_lightning.judge.client import JudgeQuestion
+from kanllama_lightning.lm.token_text import quoted, visible
+from kanllama_lightning.measures.contexts import Contexts, Windows
+from kanllama_lightning.storage.small_files import from_json
 
 T = TypeVar("T")
 
@@ -156,7 +156,7 @@ def marked(pieces: Sequence[str], marks: Sequence[bool]) -> str:
     return f'"{out}>>"' if inside else f'"{out}"'
 
 
-def explain_question(case: Case) -> Question:
+def explain_question(case: Case) -> JudgeQuestion:
     """Ask for category, score and explanation."""
     properties = {
         "category": {"type": "string", "enum": list(CATEGORIES)},
@@ -168,7 +168,7 @@ def explain_question(case: Case) -> Question:
     return _question("explanation", properties, _prompt("explain"), text)
 
 
-def detect_questions(case: Case, explanation: str) -> list[Question]:
+def detect_questions(case: Case, explanation: str) -> list[JudgeQuestion]:
     """Ask in which windows it fires, a few at a time."""
     found = []
     for first in range(0, len(case.detect), PER_CALL):
@@ -258,7 +258,7 @@ def _prompt(name: str) -> str:
     return (files("kanllama_lightning.judge") / f"{name}.txt").read_text(encoding="utf-8")
 
 
-def _question(name: str, properties: dict[str, Any], system: str, text: str) -> Question:
+def _question(name: str, properties: dict[str, Any], system: str, text: str) -> JudgeQuestion:
     schema = {
         "type": "object",
         "properties": properties,
@@ -266,7 +266,7 @@ def _question(name: str, properties: dict[str, Any], system: str, text: str) -> 
         "additionalProperties": False,
     }
     messages = [{"role": "system", "content": system}, {"role": "user", "content": text}]
-    return Question(messages, name, schema)
+    return JudgeQuestion(messages, name, schema)
 
 
 def _object(content: str, keys: Sequence[str]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from kanllama_lightning.heads import SAEHead
-from kanllama_lightning.lm import FrozenLM
+from kanllama_lightning.lm.frozen import FrozenLM
 from kanllama_lightning.types import StepContext
 
 TOKENS = (32, 64)

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 
 import torch
 
-from kanllama_lightning.cache.shards import ROW_DTYPE
-from kanllama_lightning.lm import FrozenLM
-from kanllama_lightning.module import SAEModule
+from kanllama_lightning.data.shards import ROW_DTYPE
+from kanllama_lightning.data.token_data import TokenData
+from kanllama_lightning.lm.frozen import FrozenLM
+from kanllama_lightning.lm.preflight import disk_bytes
 from kanllama_lightning.plan.costs import HeadCost, head_cost, lm_flops
 from kanllama_lightning.plan.timing import HeadTime, head_time, lm_rest_seconds, lm_seconds
-from kanllama_lightning.preflight import disk_bytes
-from kanllama_lightning.tokens import TokenData
-from kanllama_lightning.trainee import Trainee
+from kanllama_lightning.training.head_trainer import HeadTrainer
+from kanllama_lightning.training.module import SAEModule
 
 DISK_RATE = 1e9
 """Bytes per second of reading or writing a disk, taken for granted: an ordinary SSD."""
@@ -25,7 +25,7 @@ FEW_PERCENT = 0.1
 
 
 @dataclass(frozen=True)
-class Estimate:
+class RunEstimate:
     """What a run takes. Bytes, seconds, and operations (one multiply-add is 2).
 
     Args:
@@ -77,7 +77,7 @@ class Estimate:
         device: torch.device,
         autocast: bool,
         val_check_interval: int | None = None,
-    ) -> "Estimate":
+    ) -> "RunEstimate":
         """Estimate a run whose parts are built, but neither loaded nor set up.
 
         Args:
@@ -90,7 +90,7 @@ class Estimate:
         """
         schedule, buffer = module.schedule, module.buffer
         lm_rows = data.lm_batch_seqs * data.ctx_len
-        given: list[Trainee] = list(module.trainees)  # type: ignore[arg-type]
+        given: list[HeadTrainer] = list(module.trainees)  # type: ignore[arg-type]
         trainees = {t.name or type(t.head).__name__: t for t in given}
         parameters = list(module.trainees.parameters())
         upto = lm_seconds(lm, data.lm_batch_seqs, data.ctx_len, device)

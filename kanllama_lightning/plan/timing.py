@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 
-from kanllama_lightning.hook_points import HookPoint
-from kanllama_lightning.lm import FrozenLM
-from kanllama_lightning.trainee import Trainee
+from kanllama_lightning.lm.frozen import FrozenLM
+from kanllama_lightning.lm.hook_points import HookPoint
+from kanllama_lightning.training.head_trainer import HeadTrainer
 
 BUDGET_S = 2.0
 """For each head, and for the LM; what is slow is measured on fewer rows, and three times still."""
@@ -36,7 +36,7 @@ class HeadTime(NamedTuple):
 
 
 def head_time(
-    trainee: Trainee, optimizer: OptimizerCallable, device: torch.device, autocast: bool
+    trainee: HeadTrainer, optimizer: OptimizerCallable, device: torch.device, autocast: bool
 ) -> HeadTime:
     """Time real steps on random rows, from which the head starts: none of its latents is dead.
 

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from kanllama_lightning.prompts.prompt import Prompt
-from kanllama_lightning.prompts.world import world_prompts
-from kanllama_lightning.small_files import Like, Wrong, check, from_json, read_bytes
+from kanllama_lightning.prompts.world_prompts import world_prompts
+from kanllama_lightning.storage.small_files import Like, Wrong, check, from_json, read_bytes
 from kanllama_lightning.types import InputError
 
 __all__ = ["LLAMA", "Prompt", "load", "world_prompts"]

@@ -10,17 +10,17 @@ from typing import NamedTuple
 import torch
 
 from kanllama_lightning.functional.losses import kl_divergence
-from kanllama_lightning.heads.base import SAEHead
-from kanllama_lightning.lm import FrozenLM
+from kanllama_lightning.heads.head import SAEHead
+from kanllama_lightning.lm.frozen import FrozenLM
+from kanllama_lightning.lm.splice import ablated, put
 from kanllama_lightning.prompts.prompt import Prompt
-from kanllama_lightning.prompts.reading import bos, check_length, log_probs, seen_by, text_ids
-from kanllama_lightning.splice import ablated, put
+from kanllama_lightning.prompts.text_ids import bos, check_length, log_probs, seen_by, text_ids
 
 RUNS = ("original", "sae", "zero", "mean")
 """Activations as they are, reconstructed, 0, and the mean of the head's start sample."""
 
 
-class Question(NamedTuple):
+class AskedPrompt(NamedTuple):
     """A prompt in the LM's tokens."""
 
     prompt: Prompt
@@ -63,7 +63,7 @@ class Answers(NamedTuple):
     """Latents per replaced token; NaN without any."""
 
 
-def question(lm: FrozenLM, prompt: Prompt) -> Question:
+def question(lm: FrozenLM, prompt: Prompt) -> AskedPrompt:
     """Tokenise a prompt with its answer.
 
     Raises:
@@ -75,11 +75,11 @@ def question(lm: FrozenLM, prompt: Prompt) -> Question:
     together = len(joint) > len(ids) and joint[: len(ids)] == ids
     answer = joint[len(ids) :] if together else alone_ids
     check_length(lm, prompt.prompt, len(ids) + len(answer), "prompt")
-    return Question(prompt, ids, answer, not together)
+    return AskedPrompt(prompt, ids, answer, not together)
 
 
 @torch.no_grad()
-def ask(head: SAEHead, lm: FrozenLM, asked: Question, top: int) -> Answers:
+def ask(head: SAEHead, lm: FrozenLM, asked: AskedPrompt, top: int) -> Answers:
     """Put a question to all runs.
 
     Args:

@@ -5,7 +5,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kanllama_lightning.reports.base import Seen
+from kanllama_lightning.reports.report import Seen
 
 RUNS = ("clean", "recon", "zero", "mean")
 LOSSES = (*(f"ce_{run}" for run in RUNS), *(f"kl_{run}" for run in RUNS[1:]))

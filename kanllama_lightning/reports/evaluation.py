@@ -11,14 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kanllama_lightning.figures import check_png
-from kanllama_lightning.lm import FrozenLM
-from kanllama_lightning.named import name_of
-from kanllama_lightning.packing import Rows
-from kanllama_lightning.preflight import check_forward
-from kanllama_lightning.reports import texts
-from kanllama_lightning.reports.base import EvalRun, Report
-from kanllama_lightning.reports.record import (
+from kanllama_lightning.data.packing import Rows
+from kanllama_lightning.lm.frozen import FrozenLM
+from kanllama_lightning.lm.preflight import check_forward
+from kanllama_lightning.pages.plots import check_png
+from kanllama_lightning.reports import token_sets as texts
+from kanllama_lightning.reports.one_pass import (
     DONE,
     finished,
     make,
@@ -27,12 +25,14 @@ from kanllama_lightning.reports.record import (
     same_sample,
     sample,
 )
+from kanllama_lightning.reports.report import EvalRun, Report
+from kanllama_lightning.reports.saved_head import SavedHead, read_subject, shared_lm
 from kanllama_lightning.reports.send import send
-from kanllama_lightning.reports.subject import Subject, read_subject, shared_lm
-from kanllama_lightning.run import EVAL, SUMMARY
-from kanllama_lightning.small_files import read_json, there
+from kanllama_lightning.runs.folder import EVAL, SUMMARY
+from kanllama_lightning.runs.wandb_logger import check_mode
+from kanllama_lightning.storage.named import name_of
+from kanllama_lightning.storage.small_files import read_json, there
 from kanllama_lightning.types import InputError
-from kanllama_lightning.wandb_logger import check_mode
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ CTX_LEN = 512
 """Of a saved head without a run, unless another is asked for."""
 
 
-class How(NamedTuple):
+class EvalSettings(NamedTuple):
     """How heads are evaluated: on which text, where, in which numbers."""
 
     documents: int | None = None
@@ -67,7 +67,7 @@ class How(NamedTuple):
 def report(
     runs: Sequence[Path],
     reports: Sequence[Report],
-    how: How,
+    how: EvalSettings,
     by_name: bool = False,
     again: bool = False,
 ) -> list[EvalRun]:
@@ -125,7 +125,7 @@ def report(
     return made
 
 
-def _home(subject: Subject, how: How, about: Mapping[str, Any]) -> Path:
+def _home(subject: SavedHead, how: EvalSettings, about: Mapping[str, Any]) -> Path:
     """The folder of the record that a call is about.
 
     `eval/` is that of the run's own text. Text of the user's own has a folder inside it, and so has
@@ -151,7 +151,7 @@ def _home(subject: Subject, how: How, about: Mapping[str, Any]) -> Path:
     return beside
 
 
-def _elsewhere(subject: Subject, how: How) -> list[str]:
+def _elsewhere(subject: SavedHead, how: EvalSettings) -> list[str]:
     """A name for another LM, or another place in it, than the head was trained at; none if not."""
     trained = subject.lm_args()
     differs = {
@@ -173,7 +173,7 @@ def _elsewhere(subject: Subject, how: How) -> list[str]:
     return [f"{plain[-40:]}-{_hash(json.dumps(differs, sort_keys=True, default=str))}"]
 
 
-def _asked(how: How) -> list[str]:
+def _asked(how: EvalSettings) -> list[str]:
     """Names for what is asked otherwise than by default; empty if nothing is."""
     found = []
     if how.text is not None:
@@ -210,7 +210,7 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def complete(runs: Sequence[Path], reports: Sequence[Report], how: How) -> list[Path]:
+def complete(runs: Sequence[Path], reports: Sequence[Report], how: EvalSettings) -> list[Path]:
     """Make what is missing of the records of several heads, and nothing that is there.
 
     A report is there if it was made of this very head and of the sample that its record is of;
@@ -232,7 +232,7 @@ def complete(runs: Sequence[Path], reports: Sequence[Report], how: How) -> list[
     return [folder / EVAL for folder in runs]
 
 
-def _made(subject: Subject) -> set[str]:
+def _made(subject: SavedHead) -> set[str]:
     """Names of the reports in the record of a head that are of one sample."""
     home = subject.folder / EVAL
     sets = read_json(home / SUMMARY).get("sets", {}) if there(home / SUMMARY) else {}
@@ -240,7 +240,7 @@ def _made(subject: Subject) -> set[str]:
     return {done["report"] for done in every if same_sample(done, sets)}
 
 
-def _sets(first: Subject, lm: FrozenLM, how: How) -> dict[str, Rows]:
+def _sets(first: SavedHead, lm: FrozenLM, how: EvalSettings) -> dict[str, Rows]:
     documents, text, ctx_len = how.documents, how.text, how.ctx_len
     if documents is not None and documents < 1:
         raise InputError(f"--documents={documents}: must be at least 1")
@@ -282,7 +282,7 @@ def _counts(rows: Rows, lm: FrozenLM) -> Any:
 
 
 def _about(
-    subject: Subject, lm: FrozenLM, sets: dict[str, Rows], device: torch.device, dtype: str
+    subject: SavedHead, lm: FrozenLM, sets: dict[str, Rows], device: torch.device, dtype: str
 ) -> dict[str, Any]:
     """What figures depend on, for the head of `summary.json` and for telling what is up to date."""
     head, known = subject.head, subject.card.get("provenance", {})

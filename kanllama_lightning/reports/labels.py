@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypedDict
 
-from kanllama_lightning.contexts import Contexts
-from kanllama_lightning.dashboard.data import Concept, Scores
-from kanllama_lightning.prompts.reading import token_text
-from kanllama_lightning.reports.base import EvalRun
-from kanllama_lightning.small_files import Count, Within, read_csv, read_json, there
+from kanllama_lightning.dashboard.contents import Concept, Scores
+from kanllama_lightning.lm.token_text import token_text
+from kanllama_lightning.measures.contexts import Contexts
+from kanllama_lightning.reports.report import EvalRun
+from kanllama_lightning.storage.small_files import Count, Within, read_csv, read_json, there
 
 READS = ("concepts.csv", "interpretability.csv")
 """Files of a record that labels come from, where they are there."""

@@ -5,11 +5,11 @@ from typing import Any, TypedDict
 
 import wandb
 
-from kanllama_lightning.reports.base import EvalRun
-from kanllama_lightning.run import CONFIG, LOGGER_ID, SUMMARY, read_logger_id
-from kanllama_lightning.small_files import Wrong, check, read_json, there
+from kanllama_lightning.reports.report import EvalRun
+from kanllama_lightning.runs.folder import CONFIG, LOGGER_ID, SUMMARY, read_logger_id
+from kanllama_lightning.runs.wandb_logger import RunLogger
+from kanllama_lightning.storage.small_files import Wrong, check, read_json, there
 from kanllama_lightning.types import InputError
-from kanllama_lightning.wandb_logger import RunLogger
 
 
 class LoggerArgs(TypedDict, total=False):

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from kanllama_lightning.dashboard.data import (
+from kanllama_lightning.dashboard.contents import (
     Ablation,
     Band,
     Column,

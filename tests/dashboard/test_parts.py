@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from kanllama_lightning.contexts import Contexts
-from kanllama_lightning.dashboard.ablation import Place, ablate
-from kanllama_lightning.dashboard.curves import latent_curves
+from kanllama_lightning.dashboard.ablation import AblatedPlace, ablate
+from kanllama_lightning.dashboard.latent_curves import latent_curves
 from kanllama_lightning.dashboard.pool import Pool
 from kanllama_lightning.heads import BatchTopK, CurvedDictionary, KANEncoder, SplineLatent
-from kanllama_lightning.lm import FrozenLM
+from kanllama_lightning.lm.frozen import FrozenLM
+from kanllama_lightning.measures.contexts import Contexts
 from kanllama_lightning.types import SAEOutput, SparseCodes, TokenBatch, ValidationBatch
 from tests.reports.test_capability import by_hook, started_head
 
@@ -23,9 +23,9 @@ def test_ablation_equals_a_hook_in_plain_transformers(make_lm, tiny_lm_dir, batc
     with torch.no_grad():
         latent = int(head.encode(lm.acts(rows)[:, 5]).sum(0).argmax())
     # rows of several lengths, one without a token that follows; another latent among them
-    places = [Place(latent, row[: 4 + i % 3], int(row[8])) for i, row in enumerate(rows)]
+    places = [AblatedPlace(latent, row[: 4 + i % 3], int(row[8])) for i, row in enumerate(rows)]
     places[2] = places[2]._replace(follows=None)
-    places.insert(3, Place((latent + 1) % 32, rows[0], 5))
+    places.insert(3, AblatedPlace((latent + 1) % 32, rows[0], 5))
     found = ablate(head, lm, places, batch_seqs)
     assert set(found) == {latent, (latent + 1) % 32}
 

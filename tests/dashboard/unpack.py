@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from kanllama_lightning.dashboard.data import Latent, Window
+from kanllama_lightning.dashboard.contents import Latent, Window
 
 BLOCK = re.compile(r'<script type="text/plain" id="([\w-]+)">([A-Za-z0-9+/=]*)</script>')
 

@@ -18,22 +18,22 @@ import yaml
 from safetensors.torch import load, save
 
 from kanllama_lightning import comparison, prompts
-from kanllama_lightning.cache.shards import Cache, Place
+from kanllama_lightning.cli.resume import find_checkpoint
 from kanllama_lightning.corpus import LocalCorpus
-from kanllama_lightning.drought import Drought
+from kanllama_lightning.data.shards import ActivationCache, ShardPlace
+from kanllama_lightning.data.token_data import TokenData
 from kanllama_lightning.heads import BatchTopK, JumpReLU, KANEncoder, SAEHead
 from kanllama_lightning.judge import cache as replies
 from kanllama_lightning.judge.client import _answer, _envelope, _judged
 from kanllama_lightning.judge.protocol import parse_explanation, parse_labels
-from kanllama_lightning.lm import FrozenLM
+from kanllama_lightning.lm.frozen import FrozenLM
 from kanllama_lightning.reports.labels import CONCEPTS, SCORES, read_labels
-from kanllama_lightning.reports.record import read_done
-from kanllama_lightning.reports.subject import folder_named, read_subject
-from kanllama_lightning.resume import find_checkpoint
-from kanllama_lightning.run import Table
-from kanllama_lightning.saved import seal, written
-from kanllama_lightning.small_files import read_csv
-from kanllama_lightning.tokens import TokenData
+from kanllama_lightning.reports.one_pass import read_done
+from kanllama_lightning.reports.saved_head import folder_named, read_subject
+from kanllama_lightning.runs.checkpoints import seal, written
+from kanllama_lightning.runs.folder import Table
+from kanllama_lightning.storage.small_files import read_csv
+from kanllama_lightning.training.drought import Drought
 from tests.fuzz.damage import Edit, broken, damaged_json, edited
 from tests.fuzz.harness import Area, Silent
 from tests.test_comparison import record
@@ -334,13 +334,13 @@ def records(folder: Path) -> list[Area]:
 def caches(folder: Path) -> list[Area]:
     """A cache of two shards."""
     key = {"d_model": 2, "lm": "a"}
-    cache = Cache(folder, key, [], True)
+    cache = ActivationCache(folder, key, [], True)
     for at in range(2):
         rows = torch.ones(5, 2).bfloat16()
-        cache.write_(rows, Place(0, 0, at, 0), Place(0, 0, at + 1, 0), at)
+        cache.write_(rows, ShardPlace(0, 0, at, 0), ShardPlace(0, 0, at + 1, 0), at)
 
     def read() -> None:
-        found = Cache.open(folder, key)
+        found = ActivationCache.open(folder, key)
         for shard in found.upto(8).shards:
             rows = found.map(shard)
             found.check(shard, rows)
@@ -512,7 +512,7 @@ def configs(folder: Path) -> list[Area]:
     own.write_text(yaml.safe_dump(tree))
 
     def plan() -> None:
-        from kanllama_lightning import cli
+        from kanllama_lightning.cli import train_command as cli
         from kanllama_lightning.types import InputError
 
         if cli.main(["plan", "--config", str(own)]) == 2:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kanllama_lightning.cli.evaluate_command import main as evaluate
 from kanllama_lightning.heads import (
     BatchTopK,
     FrozenDecoder,
@@ -13,7 +14,6 @@ from kanllama_lightning.heads import (
     SAEHead,
     SoftlyFrozenDecoder,
 )
-from kanllama_lightning.reports.cli import main as evaluate
 from kanllama_lightning.types import InputError
 from tests.conftest import Fit, only_run, read_rows
 from tests.heads.test_heads import D, K, M, rows, started, train_

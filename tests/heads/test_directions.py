@@ -6,7 +6,7 @@ import torch
 from kanllama_lightning import heads
 from kanllama_lightning.heads import PCA, DenseKANReLU, DenseOnlyKAN, KANReLUDense, SAEHead
 from kanllama_lightning.heads.decoders import CurvedDecoder
-from kanllama_lightning.metrics import Activations
+from kanllama_lightning.measures.metrics import Activations
 from tests.heads.test_heads import D, K, M, rows, started, trained
 
 KINDS = [k for n in heads.__all__ if (k := getattr(heads, n)) is not SAEHead]

@@ -43,11 +43,11 @@ from kanllama_lightning.heads import (
     decoders,
     selections,
 )
-from kanllama_lightning.heads.base import WEIGHTS
 from kanllama_lightning.heads.decoders import UnitDirections
 from kanllama_lightning.heads.encoders import HiddenEncoder
+from kanllama_lightning.heads.head import WEIGHTS
 from kanllama_lightning.heads.sae import flat_name
-from kanllama_lightning.reports.subject import read_subject
+from kanllama_lightning.reports.saved_head import read_subject
 from kanllama_lightning.types import InputError, SparseCodes, StepContext
 from tests.conftest import rest_slow
 

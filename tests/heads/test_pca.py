@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from kanllama_lightning.heads import PCA, SAEHead
-from kanllama_lightning.metrics import Reconstruction
+from kanllama_lightning.measures.metrics import ReconstructionMetric
 from kanllama_lightning.types import InputError
 
 D = 6
@@ -18,7 +18,7 @@ def rows(n=400, seed=0):
 
 
 def ev(x, x_hat):
-    metric = Reconstruction(D)
+    metric = ReconstructionMetric(D)
     metric.update(x, x_hat)
     return metric.compute()["ev"]
 

@@ -9,13 +9,13 @@ import torch
 from kanllama_lightning.functional.losses import geometric_median
 from kanllama_lightning.heads import controller as control
 from kanllama_lightning.heads import penalties
-from kanllama_lightning.heads.base import SAEHead
 from kanllama_lightning.heads.controller import SparsityController
 from kanllama_lightning.heads.gated import Gated
+from kanllama_lightning.heads.head import SAEHead
 from kanllama_lightning.heads.jump_relu import JumpReLU
 from kanllama_lightning.heads.penalties import SHARPNESS
 from kanllama_lightning.heads.standard import Standard
-from kanllama_lightning.optim import Adam
+from kanllama_lightning.training.optim import Adam
 from kanllama_lightning.types import DenseCodes, InputError, StepContext
 
 D, M, K = 8, 24, 3

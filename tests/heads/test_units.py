@@ -34,9 +34,9 @@ from kanllama_lightning.heads import (
 )
 from kanllama_lightning.heads.encoders import KANReader
 from kanllama_lightning.heads.sae import SAE, flat_name
-from kanllama_lightning.optim import Adam
-from kanllama_lightning.schedule import Schedule
-from kanllama_lightning.trainee import Trainee
+from kanllama_lightning.training.head_trainer import HeadTrainer
+from kanllama_lightning.training.optim import Adam
+from kanllama_lightning.training.schedule import Schedule
 from kanllama_lightning.types import StepContext
 
 D, M, K, N_DEAD = 64, 96, 6, 16
@@ -242,7 +242,7 @@ def test_auxk_revives_with_the_weight_that_ships(kind, d):
     assert head.alpha_aux == 1 / 32
     pool = sparse_rows(d, 32_768, 1)
     head.start_(pool[:4096])
-    trainee = Trainee("", head, SCHEDULE, 5.0)
+    trainee = HeadTrainer("", head, SCHEDULE, 5.0)
     steps_(trainee, pool, 200, 0)
     with torch.no_grad():
         if kind in PENALISED:

@@ -12,19 +12,19 @@ from typing import Any
 import pytest
 
 from kanllama_lightning.judge.budget import Prices, estimate_tokens
-from kanllama_lightning.judge.cache import REFUSED
-from kanllama_lightning.judge.client import Answer, Judge, Manner, Question
+from kanllama_lightning.judge.client import Answer, Judge, JudgeQuestion, JudgeSettings
 from kanllama_lightning.judge.endpoint import Endpoint, discreet
+from kanllama_lightning.judge.replies import REFUSED
 from kanllama_lightning.types import InputError
 from tests.judge_server import JudgeServer, Reply, completion, error
 
 KEY = "sk-very-secret-key-0123456789"
 
 
-def question(n: int = 0) -> Question:
+def question(n: int = 0) -> JudgeQuestion:
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": f"question {n}"}]
     labels = {"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 2}
-    return Question(messages, "labels", {"type": "object", "properties": {"labels": labels}})
+    return JudgeQuestion(messages, "labels", {"type": "object", "properties": {"labels": labels}})
 
 
 def parse(content: str) -> int:
@@ -60,7 +60,7 @@ def ask(url: str, cache: Path, n: int = 1, **changed: Any) -> Asked:
 
     async def go() -> Asked:
         judge = Judge(
-            Endpoint(url, "base_url"), Manner(**how), cache, Prices(1000.0, 1000.0), limit
+            Endpoint(url, "base_url"), JudgeSettings(**how), cache, Prices(1000.0, 1000.0), limit
         )
         async with judge:
             answers = await asyncio.gather(*(judge.ask(question(i), parse) for i in range(n)))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kanllama_lightning.judge.budget import Prices
-from kanllama_lightning.judge.client import Judge, Manner
+from kanllama_lightning.judge.client import Judge, JudgeSettings
 from kanllama_lightning.judge.endpoint import Endpoint, discreet
 from kanllama_lightning.judge.panel import HEAD, RANDOM, SHUFFLED, Verdict, estimate, hear
 from kanllama_lightning.judge.protocol import Case
@@ -38,7 +38,7 @@ def knows(body: Body) -> str:
 
 def run(url: str, folder: Path, cases: dict[str, list[Case]], n: int) -> tuple[list[Verdict], int]:
     async def go() -> tuple[list[Verdict], int]:
-        manner = Manner("m", 100, 0, 5, 5.0, 2)
+        manner = JudgeSettings("m", 100, 0, 5, 5.0, 2)
         async with Judge(Endpoint(url, "base_url"), manner, folder, PRICES, 10.0) as judge:
             left = estimate(judge, PRICES, 100, dict(cases), n)
             return await hear(judge, dict(cases), n, left.calls), left.calls

@@ -7,7 +7,6 @@ import random
 import pytest
 import torch
 
-from kanllama_lightning.contexts import Contexts, Windows
 from kanllama_lightning.judge import protocol
 from kanllama_lightning.judge.panel import exchanged
 from kanllama_lightning.judge.protocol import (
@@ -23,13 +22,8 @@ from kanllama_lightning.judge.protocol import (
     shown,
     spread,
 )
-from kanllama_lightning.types import (
-    Prefix,
-    SAEOutput,
-    SparseCodes,
-    TokenBatch,
-    ValidationBatch,
-)
+from kanllama_lightning.measures.contexts import Contexts, Windows
+from kanllama_lightning.types import Prefix, SAEOutput, SparseCodes, TokenBatch, ValidationBatch
 
 DOCS, LENGTH = 300, 20
 

@@ -10,11 +10,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from kanllama_lightning.heads.batch_topk import BatchTopK
-from kanllama_lightning.lm import FrozenLM
+from kanllama_lightning.lm.frozen import FrozenLM
 from kanllama_lightning.prompts import Prompt, world_prompts
 from kanllama_lightning.prompts.asking import RUNS, ask, question
-from kanllama_lightning.reports.base import EvalRun
-from kanllama_lightning.reports.capability import Capability
+from kanllama_lightning.reports.capability_report import CapabilityReport
+from kanllama_lightning.reports.report import EvalRun
 from kanllama_lightning.types import DenseCodes, InputError, SAEOutput
 
 PROMPT = Prompt("words", "w5 w17 w2 w33 w8", " w9")
@@ -79,10 +79,10 @@ def replacements(head):
 def evaluate(lm, head, out, **kwargs):
     out.mkdir(exist_ok=True)
     run = EvalRun(out, head, lm, {}, [], out)
-    report = Capability(**kwargs)
+    report = CapabilityReport(**kwargs)
     report.begin(run)
     figures = report.finish(run)
-    assert {p.name for p in out.iterdir()} >= set(Capability.files)
+    assert {p.name for p in out.iterdir()} >= set(CapabilityReport.files)
     assert not list(out.glob("*.tmp"))
     return (
         figures,
@@ -231,7 +231,7 @@ def test_an_answer_that_melts_into_the_prompt_is_tokenised_alone(tmp_path):
 
 def test_the_embedded_lm_is_asked_about_its_world(tmp_path, monkeypatch):
     few = world_prompts()[::20]
-    monkeypatch.setattr("kanllama_lightning.reports.capability.world_prompts", lambda: few)
+    monkeypatch.setattr("kanllama_lightning.reports.capability_report.world_prompts", lambda: few)
     lm = FrozenLM("embedded", "model.layers.1.mlp").load_()
     figures, table, log = evaluate(lm, started_head(lm, d_sae=64), tmp_path)
     assert figures["n_prompts"] == len(few)
@@ -245,7 +245,7 @@ def test_the_embedded_lm_is_asked_about_its_world(tmp_path, monkeypatch):
 
 def test_another_lm_is_asked_the_shipped_prompts(make_lm, tmp_path):
     lm = make_lm()
-    report = Capability()
+    report = CapabilityReport()
     report.begin(EvalRun(tmp_path, started_head(lm), lm, {}, [], tmp_path))
     assert len(report._questions) >= 120
     assert report._questions[0].prompt.answer == " break"
@@ -253,13 +253,13 @@ def test_another_lm_is_asked_the_shipped_prompts(make_lm, tmp_path):
 
 def test_constructor_errors():
     with pytest.raises(InputError, match="capability.prompt='a' without answer"):
-        Capability(prompt="a")
+        CapabilityReport(prompt="a")
     with pytest.raises(InputError, match="capability.answer='a' without prompt"):
-        Capability(answer="a")
+        CapabilityReport(answer="a")
     with pytest.raises(InputError, match="give a file or one prompt"):
-        Capability(prompt="a", answer=" b", prompts="c.jsonl")
+        CapabilityReport(prompt="a", answer=" b", prompts="c.jsonl")
     with pytest.raises(InputError, match="capability.top=0"):
-        Capability(top=0)
+        CapabilityReport(top=0)
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_constructor_errors():
 )
 def test_begin_errors(make_lm, tmp_path, kwargs, match):
     lm = make_lm()
-    report = Capability(**kwargs)
+    report = CapabilityReport(**kwargs)
     with pytest.raises(InputError, match=match):
         report.begin(EvalRun(tmp_path, started_head(lm), lm, {}, [], tmp_path))
 
@@ -299,8 +299,13 @@ def test_a_head_that_diverged_is_refused(make_lm, tmp_path):
 def test_settings_know_the_file(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text("one")
-    report = Capability(prompts=str(path))
+    report = CapabilityReport(prompts=str(path))
     before = report.settings()
     path.write_text("two")
     assert report.settings() != before
-    assert Capability().settings() == {"prompt": None, "answer": None, "prompts": None, "top": 10}
+    assert CapabilityReport().settings() == {
+        "prompt": None,
+        "answer": None,
+        "prompts": None,
+        "top": 10,
+    }

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from kanllama_lightning.reports.cli import REPORTS, main
+from kanllama_lightning.cli.evaluate_command import REPORTS, main
 from tests.test_configs import ROOT
 
 
@@ -183,7 +183,7 @@ def test_shipped_configs_parse(file, runs, monkeypatch):
     assert text.startswith("# ")
     seen = {}
     monkeypatch.setattr(
-        "kanllama_lightning.reports.cli.report", lambda *args: seen.update(args=args) or []
+        "kanllama_lightning.cli.evaluate_command.report", lambda *args: seen.update(args=args) or []
     )
     call("report", runs / "seed0", "--config", file)
     _, reports, how, by_name, _ = seen["args"]

@@ -9,12 +9,12 @@ import pytest
 import torch
 from plotly.offline import get_plotlyjs
 
-from kanllama_lightning.concepts import read_stories
 from kanllama_lightning.heads import JumpReLU, SAEHead, TopK
-from kanllama_lightning.lm import FrozenLM
-from kanllama_lightning.reports import concepts
-from kanllama_lightning.reports.base import EvalRun
-from kanllama_lightning.reports.concepts import Concepts
+from kanllama_lightning.lm.frozen import FrozenLM
+from kanllama_lightning.measures.concept_matching import read_stories
+from kanllama_lightning.reports import concepts_report as concepts
+from kanllama_lightning.reports.concepts_report import ConceptsReport
+from kanllama_lightning.reports.report import EvalRun
 from kanllama_lightning.types import InputError
 
 KEYS = ["subject", "fact", "kind", "n_tokens", "latent", "threshold"]
@@ -41,12 +41,12 @@ def make_run(lm: FrozenLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> A
 
 
 def test_report(make_run: Any) -> None:
-    run, report = make_run(target_l0=4), Concepts(stories=20)
+    run, report = make_run(target_l0=4), ConceptsReport(stories=20)
     report.begin(run)
     before = torch.random.get_rng_state()
     figures = report.finish(run)
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert {p.name for p in run.out.iterdir()} == set(Concepts.files)
+    assert {p.name for p in run.out.iterdir()} == set(ConceptsReport.files)
     table = pd.read_csv(run.path("concepts.csv"), keep_default_na=False, na_values=[""])
     assert list(table.columns) == KEYS + SCORES
     subjects = ["head", "raw coordinates", "untrained head"]
@@ -74,7 +74,7 @@ def test_report(make_run: Any) -> None:
 def test_without_controls_and_for_a_head_without_target_l0(make_run: Any) -> None:
     run = make_run(JumpReLU, target_l0=4)
     del run.head.target_l0
-    figures = Concepts(stories=20, controls=False).finish(run)
+    figures = ConceptsReport(stories=20, controls=False).finish(run)
     assert not any("/" in k and not k.startswith("kind/") for k in figures)
     assert list(
         pd.read_csv(run.path("concepts.csv"), keep_default_na=False, na_values=[""])[
@@ -85,27 +85,27 @@ def test_without_controls_and_for_a_head_without_target_l0(make_run: Any) -> Non
 
 def test_the_same_twice(make_run: Any) -> None:
     run = make_run(target_l0=4)
-    report = Concepts(stories=20, seed=9)
+    report = ConceptsReport(stories=20, seed=9)
     assert report.fresh().finish(run) == report.finish(run)
     assert report.settings() == {"stories": 20, "seed": 9, "controls": True}
 
 
 def test_too_few_stories(make_run: Any) -> None:
     with pytest.raises(InputError, match="no fact holds on 20 tokens"):
-        Concepts(stories=2, controls=False).finish(make_run(target_l0=4))
+        ConceptsReport(stories=2, controls=False).finish(make_run(target_l0=4))
     with pytest.raises(InputError, match="Concepts.stories=1"):
-        Concepts(stories=1)
+        ConceptsReport(stories=1)
 
 
 def test_other_models_are_no_story_world(make_lm: Any, tmp_path: Path) -> None:
     lm = make_lm()
     run = EvalRun(tmp_path, TopK(d_model=lm.d_model, d_sae=8, target_l0=2), lm, {}, [], tmp_path)
-    reason = Concepts().applies(run)
+    reason = ConceptsReport().applies(run)
     assert reason is not None
     assert "embedded" in reason
     with pytest.raises(InputError, match="report concepts"):
-        Concepts().begin(run)
+        ConceptsReport().begin(run)
 
 
 def test_applies_to_the_embedded_model(make_run: Any) -> None:
-    assert Concepts().applies(make_run(target_l0=4)) is None
+    assert ConceptsReport().applies(make_run(target_l0=4)) is None

@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 import torch
 
+from kanllama_lightning.cli.evaluate_command import main
 from kanllama_lightning.heads import SAEHead
-from kanllama_lightning.reports import texts
-from kanllama_lightning.reports.cli import main
-from kanllama_lightning.reports.subject import read_subject, shared_lm
+from kanllama_lightning.reports import token_sets as texts
+from kanllama_lightning.reports.saved_head import read_subject, shared_lm
 from tests.dashboard.unpack import read_dashboard
 
 LEAST = 50

@@ -13,11 +13,11 @@ import pandas as pd
 import pytest
 from plotly.offline import get_plotlyjs
 
+from kanllama_lightning.cli.evaluate_command import main
 from kanllama_lightning.heads import DenseOnlyKAN
 from kanllama_lightning.judge.panel import HEAD, RANDOM, SHUFFLED
-from kanllama_lightning.reports.base import EvalRun
-from kanllama_lightning.reports.cli import main
-from kanllama_lightning.reports.interpretability import Interpretability
+from kanllama_lightning.reports.interpretability_report import InterpretabilityReport
+from kanllama_lightning.reports.report import EvalRun
 from kanllama_lightning.types import InputError
 from tests.conftest import rest_slow
 from tests.judge_server import (
@@ -363,7 +363,7 @@ def test_a_key_is_needed_before_the_text_is_read(
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     monkeypatch.setattr(
-        "kanllama_lightning.reports.record._stream", lambda *_: pytest.fail("has read")
+        "kanllama_lightning.reports.one_pass._stream", lambda *_: pytest.fail("has read")
     )
     assert call(run, None) == 2
     assert "OPENAI_API_KEY" in capsys.readouterr().err
@@ -417,12 +417,12 @@ def test_without_controls(run: Path, server: JudgeServer) -> None:
 )  # fmt: skip
 def test_arguments(argument: str, value: Any) -> None:
     with pytest.raises(InputError, match=f"interpretability.{argument}="):
-        Interpretability(**{argument: value})
+        InterpretabilityReport(**{argument: value})
 
 
 def test_dense_heads_have_nothing_to_tell(make_lm: Any, tmp_path: Path) -> None:
     lm = make_lm()
     head = DenseOnlyKAN(lm.d_model, 8, 4)
-    reason = Interpretability().applies(EvalRun(tmp_path, head, lm, {}, ["s"], tmp_path))
+    reason = InterpretabilityReport().applies(EvalRun(tmp_path, head, lm, {}, ["s"], tmp_path))
     assert reason is not None
     assert "DenseOnlyKAN" in reason

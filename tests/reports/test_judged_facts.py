@@ -12,8 +12,8 @@ from typing import NamedTuple
 import pandas as pd
 import pytest
 
+from kanllama_lightning.cli.evaluate_command import main
 from kanllama_lightning.embedded import Story, story
-from kanllama_lightning.reports.cli import main
 from tests.judge_server import Body, JudgeServer, is_explain
 from tests.test_configs import ROOT
 from train import main as train

@@ -3,8 +3,8 @@
 import pandas as pd
 import pytest
 
-from kanllama_lightning.dashboard.data import Concept, Scores
-from kanllama_lightning.reports.cli import main
+from kanllama_lightning.cli.evaluate_command import main
+from kanllama_lightning.dashboard.contents import Concept, Scores
 from kanllama_lightning.reports.labels import Known, read_labels
 from tests.dashboard.unpack import read_dashboard
 

@@ -12,12 +12,12 @@ from plotly.offline import get_plotlyjs
 from scipy import stats
 
 from kanllama_lightning.heads import PCA, BatchTopK, DenseOnlyKAN, KANReLUDense, OnlyKAN
-from kanllama_lightning.lens import FIGURES
-from kanllama_lightning.prompts.reading import token_text
-from kanllama_lightning.reports.base import EvalRun, Seen
-from kanllama_lightning.reports.latents import KINDS, Latents
+from kanllama_lightning.lm.token_text import token_text
+from kanllama_lightning.measures.directions import FIGURES
+from kanllama_lightning.measures.head_batch import run_head
+from kanllama_lightning.reports.latents_report import KINDS, LatentsReport
+from kanllama_lightning.reports.report import EvalRun, Seen
 from kanllama_lightning.types import InputError
-from kanllama_lightning.view import view
 
 HOSTILE = '</script><script>alert("x")</script>\n%{x}<b>\u202e,"'
 
@@ -38,11 +38,11 @@ class Hostile:
 def evaluate(head, lm, batch, out, sets=("main",), seen_as=("main",), **args):
     """The report on a head of one batch, and its figures."""
     run = EvalRun(out, head, lm, {}, list(sets), out)
-    report = Latents(**args)
+    report = LatentsReport(**args)
     report.begin(run)
     with torch.no_grad():
         for i, name in enumerate(seen_as):
-            made = view(lm.prefix(batch.ids), batch, name, head)
+            made = run_head(lm.prefix(batch.ids), batch, name, head)
             report.observe(run, Seen(made, i, None))
     return report.finish(run)
 
@@ -201,8 +201,8 @@ def test_nothing_to_look_at(head, lm, tokens, tmp_path):
 @pytest.mark.parametrize("name", ["top", "block", "tokens"])
 def test_refused_arguments(name):
     with pytest.raises(InputError, match=f"Latents.{name}=0"):
-        Latents(**{name: 0})
+        LatentsReport(**{name: 0})
 
 
 def test_settings_are_the_arguments():
-    assert Latents(top=3).settings() == {"top": 3, "block": 256, "tokens": None}
+    assert LatentsReport(top=3).settings() == {"top": 3, "block": 256, "tokens": None}

@@ -14,14 +14,15 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
+from kanllama_lightning.cli.evaluate_command import main
 from kanllama_lightning.functional.losses import next_token_targets
 from kanllama_lightning.heads import BatchTopK, SAEHead
-from kanllama_lightning.lm import FrozenLM
-from kanllama_lightning.reports import losses, record
-from kanllama_lightning.reports.cli import main
-from kanllama_lightning.reports.reconstruction import BINS, bands
-from kanllama_lightning.reports.subject import folder_named, read_subject
-from kanllama_lightning.reports.texts import run_sets
+from kanllama_lightning.lm.frozen import FrozenLM
+from kanllama_lightning.reports import losses_report as losses
+from kanllama_lightning.reports import one_pass as record
+from kanllama_lightning.reports.reconstruction_report import BINS, bands
+from kanllama_lightning.reports.saved_head import folder_named, read_subject
+from kanllama_lightning.reports.token_sets import run_sets
 from tests.conftest import word_tokenizer
 from tests.wandb_file import history
 
@@ -203,7 +204,7 @@ def test_what_is_finished_survives_what_fails_later(run, monkeypatch):
     def fails(*_):
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(losses.Losses, "finish", fails)
+    monkeypatch.setattr(losses.LossesReport, "finish", fails)
     args = ["report", str(run), "--documents", "30", "--reports", *PASS]
     assert main(args) == 130
     assert (run / "eval" / "l0.csv").exists()

@@ -1,0 +1,481 @@
+"""The command line of the record: `report`, `compare`, `try`."""
+
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import ArgumentParser, Namespace
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from kanllama_lightning import comparison
+from kanllama_lightning.console.entry import Aftermath, guarded
+from kanllama_lightning.console.quiet import quiet
+from kanllama_lightning.measures import cells
+from kanllama_lightning.prompts.try_page import trial_page
+from kanllama_lightning.prompts.try_text import show, try_text
+from kanllama_lightning.reports.capability_report import CapabilityReport
+from kanllama_lightning.reports.concepts_report import ConceptsReport
+from kanllama_lightning.reports.dashboard_report import DashboardReport
+from kanllama_lightning.reports.evaluation import EvalSettings, complete, device_named, report
+from kanllama_lightning.reports.interpretability_report import InterpretabilityReport
+from kanllama_lightning.reports.labels import read_labels
+from kanllama_lightning.reports.latents_report import LatentsReport
+from kanllama_lightning.reports.losses_report import LossesReport
+from kanllama_lightning.reports.one_pass import finished, stale
+from kanllama_lightning.reports.reconstruction_report import ReconstructionReport
+from kanllama_lightning.reports.report import EvalRun, Report
+from kanllama_lightning.reports.saved_head import (
+    LM_KEYS,
+    folder_named,
+    folders_named,
+    read_subject,
+    shared_lm,
+)
+from kanllama_lightning.reports.sparsity_report import SparsityReport
+from kanllama_lightning.runs.folder import EVAL, SUMMARY, make_folder, remove_parts
+from kanllama_lightning.storage.files import write_text
+from kanllama_lightning.storage.small_files import read_json, there
+from kanllama_lightning.types import InputError
+
+REPORTS: tuple[type[Report], ...] = (
+    CapabilityReport,
+    ConceptsReport,
+    SparsityReport,
+    LossesReport,
+    ReconstructionReport,
+    InterpretabilityReport,  # what comes after takes its explanations in
+    LatentsReport,
+    DashboardReport,
+)
+"""In the order they are made; a new report adds its class here."""
+PAGES = (InterpretabilityReport, DashboardReport)
+"""What is about one run alone: nothing that runs are compared by."""
+Form = str | Callable[[Mapping[str, Any]], str]
+"""How a figure is written: a format, or what makes text of all figures that it belongs to."""
+OVERVIEW: tuple[tuple[str, str, Form], ...] = (
+    ("L0", "sparsity/{set}/l0", "{:.2f}"),
+    ("FVU", "reconstruction/{set}/fvu", "{:.4f}"),
+    ("CE, original", "losses/{set}/ce_clean", "{:.4f}"),
+    ("CE, reconstruction", "losses/{set}/ce_recon", "{:.4f}"),
+    ("CE, zero ablation", "losses/{set}/ce_zero", "{:.4f}"),
+    ("CE, mean ablation", "losses/{set}/ce_mean", "{:.4f}"),
+    ("CE, uniform guess", "losses/{set}/ce_uniform", "{:.4f}"),
+    ("delta CE (95 % interval)", "losses/{set}/delta_ce", cells.delta_ce),
+    (cells.SHARE, "losses/{set}/delta_ce_share", cells.share),
+    ("KL (nats per token)", "losses/{set}/kl_recon", "{:.4f}"),
+    ("dead", "latents/dead_frac", "{:.1%}"),
+    ("dense", "latents/dense_frac", "{:.1%}"),
+    ("lens skewness, median", "latents/lens_skewness_median", "{:.2f}"),
+    ("lens kurtosis, median (normal: 3)", "latents/lens_kurtosis_median", "{:.2f}"),
+    ("prompts: first guess kept", "capability/sae_agreement", "{:.1%}"),
+    ("facts recovered (F1 at least 0.9)", "concepts/recovered_frac", "{:.1%}"),
+    ("facts: mean F1", "concepts/mean_f1", "{:.3f}"),
+    ("LLM: detection (chance: 0.5)", "interpretability/detection", "{:.3f}"),
+    ("LLM: score, 1 to 5", "interpretability/score", "{:.2f}"),
+)
+"""What `report` shows at the end; everything is in `summary.json`."""
+OF_THEIR_OWN = {
+    "capability": ("n_prompts", "prompts"),
+    "concepts": ("n_facts", "facts in stories of their own"),
+    "interpretability": ("n_judged", "latents"),
+}
+"""Reports that are of something else than the sample: the figure that counts it, and its name."""
+
+
+def add_report_arguments(parser: ArgumentParser) -> None:
+    """The arguments of `report`, and a group for the settings of every report."""
+    names = [r.name for r in REPORTS]
+    add = parser.add_argument
+    add(
+        "runs",
+        nargs="+",
+        type=str,
+        help="Folders of finished runs, or of saved heads; `last` is the run finished last.",
+    )
+    add("--config", action="config", help="YAML with any of these arguments.")
+    add(
+        "--reports",
+        nargs="+",
+        type=str,
+        default=None,
+        help=f"Which to make: {', '.join(names)} (default: all that apply, but those that ask an "
+        f"LLM: {', '.join(r.name for r in REPORTS if r.on_request)}).",
+    )
+    add("--again", type=bool, default=False, help="Make anew what is there already.")
+    _add_text_arguments(parser)
+    for kind in REPORTS:
+        parser.add_class_arguments(kind, kind.name)
+
+
+def _add_text_arguments(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--documents",
+        type=int | None,
+        default=None,
+        help="Documents of each set (default: 2,000, or as many as there are).",
+    )
+    add(
+        "--text",
+        nargs="+",
+        type=str,
+        default=None,
+        help="Files, folders or hub datasets to evaluate on (default: the run's held-out text and "
+        "validation sets).",
+    )
+    add(
+        "--ctx_len",
+        type=int | None,
+        default=None,
+        help="With --text: tokens per row (default: the run's).",
+    )
+    add("--batch_seqs", type=int, default=16, help="Rows that the LM runs at once.")
+    add(
+        "--wandb",
+        type=bool,
+        default=True,
+        help="Send tables and figures to the W&B run too, if the run had one.",
+    )
+    add(
+        "--png",
+        type=bool,
+        default=False,
+        help="Write figures as PNG too; needs the extra `png` and Chrome or Chromium.",
+    )
+    _add_machine_arguments(parser)
+
+
+def _add_machine_arguments(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--runs_dir", type=str, default="runs", help="Folder in which `last` is looked for.")
+    add(
+        "--allow",
+        nargs="+",
+        type=str,
+        default=[],
+        help="Modules whose classes a run's files may name, beside those shipped here; importing a "
+        "module runs its code.",
+    )
+    add("--device", type=str, default="auto", help="cpu, cuda, or auto.")
+    add(
+        "--dtype",
+        type=Literal["float32", "bfloat16"],
+        default="float32",
+        help="Number format of the LM; bfloat16 blurs losses by up to 1 in 100.",
+    )
+    add(
+        "--lm.name",
+        type=str | None,
+        default=None,
+        help="LM: hub name, folder, or `embedded` (default: the one it was trained on).",
+    )
+    add("--lm.revision", type=str | None, default=None, help="Commit, tag or branch of a hub LM.")
+    add(
+        "--lm.bos",
+        type=int | str | None,
+        default=None,
+        help="Token that every row begins with, by its text or id (default: the run's).",
+    )
+    add(
+        "--lm.hook_point",
+        type=str | None,
+        default=None,
+        help="Where the activations are (default: where the head was trained).",
+    )
+    add(
+        "--lm.untrained",
+        type=bool,
+        default=False,
+        help="Declares random weights: waives the checks that only a trained LM passes.",
+    )
+
+
+def chosen(names: list[str] | None, given: Namespace) -> list[Report]:
+    """The reports asked for, with their settings.
+
+    Raises:
+        InputError: There is no report of that name.
+    """
+    known = {kind.name: kind for kind in REPORTS}
+    for name in names or []:
+        if name not in known:
+            raise InputError(f"--reports {name}: no such report; known: {', '.join(known)}")
+    wanted = [kind for kind in REPORTS if names is None or kind.name in names]
+    return [kind(**given[kind.name].as_dict()) for kind in wanted]
+
+
+def how(given: Namespace) -> EvalSettings:
+    """On which text, where, in which numbers."""
+    lm = {key: given.lm[key] for key in LM_KEYS}
+    keys = [key for key in EvalSettings._fields if key != "lm"]
+    return EvalSettings(
+        lm=lm | {"untrained": lm["untrained"] or None}, **{key: given[key] for key in keys}
+    )
+
+
+def run_report(given: Namespace) -> None:
+    """Write the record of finished runs or saved heads into their eval/ folders."""
+    reports = chosen(given.reports, given)
+    folders = [one for r in given.runs for one in folders_named(r, given.runs_dir)]
+    made = report(folders, reports, how(given), given.reports is not None, given.again)
+    console = Console(width=max(100, Console().width))
+    for run in made:
+        answers = [a for r in run.reports if (a := r.told(run)) is not None]
+        for answer in answers:
+            console.print(Text(answer), soft_wrap=True)
+        shown = overview(run)
+        if shown.row_count and len(answers) < len(run.reports):
+            console.print(shown)
+        console.print(f"Everything is in {run.out}", soft_wrap=True, highlight=False)
+
+
+def add_compare_arguments(parser: ArgumentParser) -> None:
+    """The arguments of `compare`."""
+    add = parser.add_argument
+    add(
+        "runs",
+        nargs="+",
+        type=str,
+        help="Folders of finished runs, or LABEL=FOLDER; a run of heads side by side is all of "
+        "them; several seeds of a head are taken together.",
+    )
+    add("--config", action="config", help="YAML with any of these arguments.")
+    add("--out", type=str, default="comparison", help="Folder that the comparison goes to.")
+    add(
+        "--tolerance",
+        type=float,
+        default=comparison.MATCHED,
+        help="Share by which L0 may differ for it to count as matched; up to a tenth, differences "
+        "are corrected along the slope that other sparsities of a head give.",
+    )
+    add(
+        "--force",
+        type=bool,
+        default=False,
+        help="Compare what is not like for like all the same, and say so.",
+    )
+    _add_text_arguments(parser)
+
+
+def run_compare(given: Namespace) -> None:
+    """Compare finished runs; what is missing of their records is made first."""
+    folders: list[Path] = []
+    labels: list[str | None] = []
+    for label, folder in comparison.labelled(given.runs):
+        found = folders_named(str(folder), given.runs_dir)
+        folders += found
+        several = label is not None and len(found) > 1
+        labels += [f"{label}/{one.name}" if several else label for one in found]
+    if len(folders) < 2:
+        raise InputError(f"RUN={', '.join(given.runs)}: give at least two runs to compare")
+    if not 0 <= given.tolerance < 1:
+        raise InputError(f"--tolerance={given.tolerance}: must be from 0 to below 1")
+    kinds = [kind() for kind in REPORTS if kind not in PAGES]
+    records = complete(folders, kinds, how(given))
+    runs = comparison.load(folders, labels, records)
+    flags = comparison.conflicts(runs, given.force)
+    written = comparison.write(Path(given.out), runs, flags, given.tolerance)
+    console = Console(width=max(120, Console().width))
+    console.print(comparison.render(runs, flags, given.tolerance))
+    console.print(f"Written: {', '.join(map(str, written))}", soft_wrap=True, highlight=False)
+
+
+def add_try_arguments(parser: ArgumentParser) -> None:
+    """The arguments of `try`."""
+    add = parser.add_argument
+    add("run", type=str, help="Folder of a finished run, or of a saved head; or `last`.")
+    add("--config", action="config", help="YAML with any of these arguments.")
+    add("--text", type=str, required=True, help="What the LM reads.")
+    add("--n_new", type=int, default=20, help="Tokens it writes on from there.")
+    add("--top", type=int, default=5, help="Likeliest next tokens to show.")
+    add("--latents", type=int, default=5, help="Latents to show per token.")
+    add(
+        "--steer",
+        nargs="+",
+        type=str,
+        default=None,
+        help="LATENT=STRENGTH: also run with the latent's activation set to STRENGTH on every "
+        "token (head's units, as shown; 0 ablates it), the error of the reconstruction left in "
+        "place.",
+    )
+    add("--out", type=str | None, default=None, help="HTML file (default: RUN/eval/try.html).")
+    _add_machine_arguments(parser)
+
+
+def run_try(given: Namespace) -> None:
+    """Run the LM with and without its head on a text, and show which latents fire."""
+    steer = steering(given.steer or [])
+    if given.out is not None and (not given.out or Path(given.out).is_dir()):
+        raise InputError(f"--out {given.out}: is a folder; give the name of a file, such as x.html")
+    subject = read_subject(folder_named(given.run, given.runs_dir), given.allow)
+    lm = {key: given.lm[key] for key in LM_KEYS}
+    model = shared_lm([subject], lm | {"untrained": lm["untrained"] or None}, given.dtype)
+    device = device_named(given.device)
+    model.load_(device)
+    head = subject.head.to(device)
+    found = try_text(head, model, given.text, given.n_new, given.top, given.latents, steer)
+    known = subject.folder / EVAL / LatentsReport.files[0]
+    labels = read_labels(known) if there(known) else None
+    Console().print(show(found, labels))
+    out = Path(given.out) if given.out else subject.folder / EVAL / "try.html"
+    make_folder(out.parent, "folder", "--out FILE")
+    write_text(out, trial_page(found, given.text, labels))
+    Console().print(f"Written: {out}", soft_wrap=True, highlight=False)
+
+
+def steering(given: Sequence[str]) -> dict[int, float]:
+    """Latents and strengths from what was typed.
+
+    Raises:
+        InputError: It is not LATENT=STRENGTH, or names a latent twice.
+    """
+    found: dict[int, float] = {}
+    for one in given:
+        latent, _, strength = one.partition("=")
+        try:
+            number, value = int(latent), float(strength)
+        except ValueError as e:
+            raise InputError(
+                f"--steer {one!r}: must be LATENT=STRENGTH, a number and an activation, such as "
+                "12=3.5"
+            ) from e
+        if not math.isfinite(value) or number in found:
+            why = "is given twice" if number in found else "must be set to a finite number"
+            raise InputError(f"--steer {one!r}: latent {number} {why}")
+        found[number] = value
+    return found
+
+
+def overview(run: EvalRun) -> Table:
+    """The figures of a record that matter most, for a terminal; all of one sample of text.
+
+    A row that is of something else (prompts, stories, a part of the sample) says of what.
+    """
+    path = run.out / SUMMARY  # which a dry run does not write
+    known = read_json(path, dict[str, Any]) if there(path) else {}
+    table = Table(title=run.title, title_justify="left", min_width=len(run.title))
+    table.add_column("figure")
+    sets = known.get("sets", {})
+    for name, one in sets.items():
+        table.add_column(f"{name}\n{one.get('tokens', 0):,} tokens", justify="right")
+    if not sets:
+        table.add_column("value", justify="right")
+    limits = _limits(run, known)
+    said = []
+    for label, key, form in OVERVIEW:
+        shown = [_cell(known, key.format(set=name), form) for name in sets or [""]]
+        if any(shown):
+            per_set, report = "{set}" in key, key.split("/")[0]
+            row = shown if per_set else [shown[0], *[""] * (len(shown) - 1)]
+            table.add_row(label + _sample_of(report, known, limits), *row)
+            said += shown
+    notes = [cells.footnote(said)] if cells.footnote(said) else []
+    notes += [
+        f"Left out: {name}, which is of {sample}; `--reports {name}` makes it anew."
+        for name, sample in stale(run.out, known).items()
+    ]
+    table.caption, table.caption_justify = Text("\n".join(notes)) if notes else None, "left"
+    return table
+
+
+def _limits(run: EvalRun, known: Mapping[str, Any]) -> dict[str, int]:
+    """Reports that looked at a part of the sample, and at how many tokens of each set."""
+    every = finished(run.out, known.get("head_sha256"))
+    limits = {done["report"]: done["settings"].get("tokens") for done in every}
+    return {name: limit for name, limit in limits.items() if limit is not None}
+
+
+def _sample_of(report: str, known: Mapping[str, Any], limits: Mapping[str, int]) -> str:
+    """What a row is of, where it is not the sample that the table is of."""
+    if report in limits:
+        return f", about the first {limits[report]:,} tokens"
+    if report not in OF_THEIR_OWN:
+        return ""
+    key, what = OF_THEIR_OWN[report]
+    n = known.get(f"{report}/{key}")
+    return f", of {n:,.0f} {what}" if n is not None else f", of {what}"
+
+
+def _cell(known: Mapping[str, Any], key: str, form: Form) -> str:
+    """A figure as text, "" if unknown."""
+    under = key.rpartition("/")[0]
+    if isinstance(form, str):
+        return cells.plain(known, key, form)
+    return form({k.removeprefix(f"{under}/"): v for k, v in known.items() if under in k})
+
+
+COMMANDS = {
+    "report": (add_report_arguments, run_report),
+    "compare": (add_compare_arguments, run_compare),
+    "try": (add_try_arguments, run_try),
+}
+
+
+def _explain(message: str) -> str:
+    """One clear message from what the parser says."""
+    text = re.sub(r"\s*\n\s*", " ", message).strip()
+    key = re.search(r'Parser key "([\w.]+)"', text)
+    given = re.search(r"Given value: (.*)$", text)
+    kinds = re.findall(r"Expected an? <class '(\w+)'>", text)
+    if key and given and kinds:
+        names = {
+            "int": "a whole number",
+            "float": "a number",
+            "str": "a text",
+            "bool": "true or false",
+        }
+        wanted = " or ".join(names.get(kind, kind) for kind in kinds if kind != "NoneType")
+        text = f"--{key[1]}={given[1]}: must be {wanted}"
+    return f"{text[:1500]}\nsee `python evaluate.py --help` and `python evaluate.py report --help`"
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    quiet()
+    given = list(sys.argv[1:] if args is None else args)
+    places: list[Path] = []
+    kept = "finished reports are kept, the same command goes on from them"
+
+    def clear(disk: bool) -> None:
+        for place in places if disk else []:
+            remove_parts(place)
+
+    after = Aftermath(
+        _explain,
+        lambda _: f"stopped; {kept}",
+        lambda: next((place for place in places if place.is_dir()), None),
+        lambda: f"make room; {kept}",
+        clear,
+    )
+    return guarded(lambda: _run(given, places), given, after)
+
+
+def _run(given: list[str], places: list[Path]) -> int:
+    """The command itself; puts the folders that it writes into `places`."""
+    parser = ArgumentParser(
+        prog="evaluate.py",
+        description="The research record of saved heads.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subcommands()
+    for name, (add, run) in COMMANDS.items():
+        sub = ArgumentParser(description=run.__doc__, exit_on_error=False, allow_abbrev=False)
+        add(sub)
+        commands.add_subcommand(name, sub)
+    parsed = parser.parse_args(given)
+    settings = parsed[parsed.subcommand]
+    runs = settings.get("runs") or [settings.get("run")]
+    places += [Path(str(run).rpartition("=")[2]) for run in runs]
+    try:
+        COMMANDS[parsed.subcommand][1](settings)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0

@@ -1,0 +1,49 @@
+"""`python train.py plan ...`: the arguments of `fit`; nothing is loaded, started or written."""
+
+import os
+import shutil
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from kanllama_lightning.cli.fit import KanllamaCLI
+from kanllama_lightning.lm.preflight import free_memory
+from kanllama_lightning.plan.estimate import RunEstimate
+from kanllama_lightning.plan.plan_page import Free, table
+from kanllama_lightning.training.module import check_precision
+
+
+class PlanCLI(KanllamaCLI):
+    """Parses and checks what `fit` does, and builds the parts, but says what they would take."""
+
+    estimate: RunEstimate
+
+    def before_instantiate_classes(self) -> None:
+        """No run folder; no logger and no callbacks, which might start something."""
+        trainer = self.config[self.subcommand].trainer
+        check_precision(str(trainer.precision))
+        trainer.logger, trainer.callbacks = False, None
+
+    def instantiate_trainer(self, **kwargs: Any) -> None:
+        """None is needed."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        trainer = self.config[subcommand].trainer
+        cuda = torch.cuda.is_available() and trainer.accelerator in ("auto", "gpu", "cuda")
+        device = torch.device("cuda" if cuda else "cpu")
+        module, data = self.model, self.datamodule
+        autocast = str(trainer.precision) == "bf16-mixed"
+        every = trainer.val_check_interval
+        steps = every if isinstance(every, int) and every > 0 else None
+        self.estimate = RunEstimate.of(module.lm, module, data, device, autocast, steps)
+        name = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
+        free = Free(free_memory(), shutil.disk_usage(".").free)
+        shown = table(self.estimate, module.lm.hook_point, name, free)
+        Console().print(shown)
+        busy, cores = os.getloadavg()[0], os.cpu_count() or 1
+        if busy > cores / 2:
+            Console().print(
+                f"This machine is busy (load {busy:.1f} on {cores} cores): the times above are too "
+                "long for an idle one, perhaps many times; plan again when it is."
+            )

@@ -1,0 +1,1 @@
+"""What a command shows and hears: signals, progress, secrets kept, one line at its end."""

@@ -1,0 +1,1 @@
+"""From text to activations: packed rows of tokens, buffers and caches of activations."""

@@ -1,0 +1,1 @@
+"""The frozen language model: its files, its hook points, its run with something put in."""

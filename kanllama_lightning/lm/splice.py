@@ -1,0 +1,124 @@
+"""What the LM's next-token losses become when its activations are replaced."""
+
+from collections.abc import Mapping
+from typing import NamedTuple, TypeVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from kanllama_lightning.functional.losses import cross_entropy, kl_divergence, next_token_targets
+from kanllama_lightning.lm.frozen import FrozenLM
+from kanllama_lightning.types import Prefix, TokenBatch, ValidationBatch
+
+K = TypeVar("K")
+
+LOGIT_NUMBERS = 1 << 24
+"""Logits that exist at once per run (64 MiB in fp32)."""
+
+
+class SplicedLosses(NamedTuple):
+    """Losses of every counted position of a batch, per run."""
+
+    ce: dict[str, Float[Tensor, " n"]]
+    """-log P(next token), nats."""
+    kl: dict[str, Float[Tensor, " n"]]
+    """KL(P_clean || P_run), nats; no entry for `clean` itself."""
+    where: tuple[Int[Tensor, " n"], Int[Tensor, " n"]]
+    """Row and position of each."""
+
+
+def put(
+    acts: Float[Tensor, "batch pos d_model"],
+    mask: Bool[Tensor, "batch pos"],
+    rows: Float[Tensor, "tok d_model"],
+) -> Float[Tensor, "batch pos d_model"]:
+    """`acts` with `rows` in the masked positions; BOS and the like keep the original."""
+    out = acts.clone()
+    out[mask] = rows.to(acts.dtype)
+    return out
+
+
+def ablated(
+    x: Float[Tensor, "tok d_model"], mean: Float[Tensor, " d_model"]
+) -> dict[str, Float[Tensor, "tok d_model"]]:
+    """What `put` splices in for the ablations: `zero`, and `mean`, at every position that counts.
+
+    The one definition of either: positions that are BOS, EOS, PAD or sinks keep their activation.
+
+    Args:
+        x: Activations of the positions that count.
+        mean: What mean ablation puts in their place.
+    """
+    return {"zero": torch.zeros_like(x), "mean": mean.to(x.dtype).expand_as(x)}
+
+
+@torch.no_grad()
+def spliced_losses(
+    lm: FrozenLM,
+    prefix: Prefix,
+    tokens: TokenBatch,
+    runs: Mapping[str, Float[Tensor, "batch pos d_model"]],
+) -> SplicedLosses:
+    """Continue the LM from the hook once untouched (`clean`) and once per entry of `runs`.
+
+    The same token tensor and positions for every run. Logits exist for a few positions at a time.
+
+    Args:
+        lm: Loaded LM.
+        prefix: Its run up to the hook point on `tokens`.
+        tokens: The batch, on the LM's device.
+        runs: Activations to splice in, by name.
+    """
+    targets, counts = next_token_targets(tokens.ids, tokens.keep, tokens.doc)
+    row, pos = counts.nonzero(as_tuple=True)
+    hidden = {"clean": lm.resume(prefix, prefix.acts)[row, pos]}
+    for name, acts in runs.items():
+        hidden[name] = lm.resume(prefix, acts)[row, pos]
+    target = targets[row, pos]
+    ce: dict[str, list[Tensor]] = {name: [] for name in hidden}
+    kl: dict[str, list[Tensor]] = {name: [] for name in runs}
+    step = max(1, LOGIT_NUMBERS // lm.vocab_size)
+    for start in range(0, len(target), step):
+        part = slice(start, start + step)
+        clean = lm.logits(hidden["clean"][part]).log_softmax(-1)
+        ce["clean"].append(-clean.gather(1, target[part, None]).squeeze(1))
+        for name in runs:
+            logits = lm.logits(hidden[name][part])
+            ce[name].append(cross_entropy(logits, target[part]))
+            kl[name].append(kl_divergence(clean, logits.log_softmax(-1)))
+    empty = [hidden["clean"].new_zeros(0, dtype=torch.float32)]
+    return SplicedLosses(
+        ce={name: torch.cat(parts or empty) for name, parts in ce.items()},
+        kl={name: torch.cat(parts or empty) for name, parts in kl.items()},
+        where=(row, pos),
+    )
+
+
+def losses_by_head(
+    lm: FrozenLM,
+    batch: ValidationBatch,
+    x_hats: Mapping[K, Float[Tensor, "tok d_model"]],
+    ablations: Mapping[str, Float[Tensor, "tok d_model"]],
+) -> dict[K, SplicedLosses]:
+    """Losses of every head: its reconstruction as `recon`, beside `clean` and the ablations.
+
+    Args:
+        lm: Loaded LM.
+        batch: As any of the heads sees it.
+        x_hats: Reconstruction of `batch.x` by each head.
+        ablations: From `ablated`; run once for all heads.
+    """
+    names = {key: f"recon {i}" for i, key in enumerate(x_hats)}
+    rows = {**ablations, **{names[key]: x_hat for key, x_hat in x_hats.items()}}
+    runs = {name: put(batch.prefix.acts, batch.mask, value) for name, value in rows.items()}
+    every = spliced_losses(lm, batch.prefix, batch.tokens, runs)
+
+    def own(losses: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+        shared = {k: v for k, v in losses.items() if k not in names.values()}
+        return shared | {"recon": losses[name]}
+
+    return {
+        key: SplicedLosses(own(every.ce, name), own(every.kl, name), every.where)
+        for key, name in names.items()
+    }

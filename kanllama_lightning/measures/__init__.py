@@ -1,0 +1,1 @@
+"""What is measured of a head: metrics, directions, contexts, matches with known concepts."""

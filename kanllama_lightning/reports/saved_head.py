@@ -1,0 +1,226 @@
+"""From what a person names, a run folder or a saved head, to what is evaluated."""
+
+import hashlib
+import logging
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jsonargparse import ArgumentError, ArgumentParser
+from transformers import PreTrainedTokenizerBase
+
+from kanllama_lightning.data.token_data import TokenData
+from kanllama_lightning.heads.head import CARD, WEIGHTS, SAEHead, read_card
+from kanllama_lightning.lm.frozen import FrozenLM
+from kanllama_lightning.runs.folder import (
+    CHECKPOINTS,
+    CONFIG,
+    HEAD,
+    members,
+    read_config,
+    read_summary,
+)
+from kanllama_lightning.runs.state import Kind, look
+from kanllama_lightning.storage.named import refuse_modules
+from kanllama_lightning.storage.small_files import there
+from kanllama_lightning.types import InputError
+
+log = logging.getLogger(__name__)
+
+LAST = "last"
+LM_KEYS = ("name", "hook_point", "revision", "untrained", "bos")
+
+
+class SavedHead(NamedTuple):
+    """What is evaluated."""
+
+    folder: Path
+    """Run folder, or folder of a saved head."""
+    head: SAEHead
+    card: dict[str, Any]
+    """`head.json`."""
+    config: dict[str, Any]
+    """`config.yaml` of the run; empty for a saved head."""
+    summary: dict[str, Any]
+    """`summary.json` of the run; empty for a saved head."""
+    sha256: str
+    """Of the head's weights."""
+    allow: Collection[str] = ()
+    """Modules whose classes its files may name."""
+
+    def lm_args(self) -> dict[str, Any]:
+        """What the LM it was trained on is built with."""
+        if "lm" in self.config:
+            return {k: self.config["lm"][k] for k in LM_KEYS if k in self.config["lm"]}
+        known = self.card.get("provenance", {})
+        names = {"name": "lm", "hook_point": "hook_point", "revision": "revision", "bos": "bos"}
+        return {key: known[name] for key, name in names.items() if known.get(name) is not None}
+
+    def data(self, tokenizer: PreTrainedTokenizerBase) -> TokenData | None:
+        """The data it was trained and validated on; None for a saved head."""
+        given = self.config.get("data")
+        if given is None:
+            return None
+        where = f"{self.folder / CONFIG}: data"
+        try:
+            refuse_modules(given, self.allow)
+            return self._data(given, tokenizer)
+        except InputError as e:
+            raise InputError(f"{where}: {e}") from e
+        except ArgumentError as e:
+            said = " ".join(str(e).split())
+            raise InputError(f"{where}: {said[:600]}; or give the text with --text") from e
+        except (TypeError, ValueError, AttributeError) as e:
+            raise InputError(f"{where}: cannot be used ({e}); or give the text with --text") from e
+
+    @staticmethod
+    def _data(given: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> TokenData:
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_class_arguments(
+            TokenData, "data", instantiate=False, skip={"tokenizer", "seed", "workers"}
+        )
+        given = {k: v for k, v in given.items() if k not in ("seed", "workers", "tokenizer")}
+        made = parser.instantiate_classes(parser.parse_object({"data": given})).data
+        return TokenData(tokenizer, **made.as_dict() if hasattr(made, "as_dict") else made)
+
+
+def folder_named(name: str, runs_dir: str) -> Path:
+    """The folder meant; `last` is the run finished last.
+
+    Raises:
+        InputError: `last`, and there is no finished run.
+    """
+    if name != LAST or Path(name).is_dir():
+        return Path(name)
+    folders: dict[Path, float] = {}
+    for path in sorted(Path(runs_dir).glob("*/")):
+        try:
+            if cards := _cards(path):
+                folders[path] = max(card.stat().st_mtime for card in cards)
+        except (InputError, OSError) as e:
+            log.warning("%s is left out: %s", path, e)
+    if not folders:
+        raise InputError(
+            f"RUN={LAST}: there is no finished run in --runs_dir {runs_dir}; train one "
+            "(`make demo`) or name its folder"
+        )
+    return max(folders, key=lambda path: folders[path])
+
+
+def _cards(folder: Path) -> list[Path]:
+    """The saved heads of a run; empty if one is missing."""
+    cards = [one / HEAD / CARD for one in members(folder) or [folder]]
+    return cards if all(there(card) for card in cards) else []
+
+
+def folders_named(name: str, runs_dir: str) -> list[Path]:
+    """The folder meant, or, of a run of several heads, that of each of them."""
+    folder = folder_named(name, runs_dir)
+    return members(folder) or [folder]
+
+
+def read_subject(folder: Path, allow: Collection[str] = ()) -> SavedHead:
+    """Load a head by its run folder or its own.
+
+    Args:
+        folder: Either of them.
+        allow: Modules whose classes its files may name, beside what is shipped.
+
+    Raises:
+        InputError: There is no finished head.
+    """
+    if not folder.is_dir():
+        raise InputError(f"RUN={str(folder)!r}: no such folder; give the folder of a finished run")
+    if there(folder / CARD):
+        return _subject(folder, folder, {}, {}, allow)
+    if members(folder):
+        raise InputError(
+            f"RUN={str(folder)!r}: a run of several heads; name the folder of one of them: "
+            f"{', '.join(map(str, members(folder)))}"
+        )
+    if not there(folder / HEAD / CARD):
+        state = look(folder)
+        if state.holder is not None:
+            raise InputError(
+                f"RUN={str(folder)!r}: no finished run; it is in use by {state.holder}; wait until "
+                "that has ended"
+            )
+        if state.kind == Kind.DEBRIS:
+            raise InputError(
+                f"RUN={str(folder)!r}: no finished run; it ended before its first checkpoint; "
+                f"start it again with `python train.py fit --config ... --run {folder}`"
+            )
+        if (folder / CHECKPOINTS).is_dir() or (folder / CONFIG).is_file():
+            along = sorted((folder / "heads").glob("*/"))
+            also = f", or evaluate a head saved along the way ({along[-1]})" if along else ""
+            raise InputError(
+                f"RUN={str(folder)!r}: this run is not finished, it has no {HEAD}/ yet; go on with "
+                f"`python train.py fit --config ... --ckpt_path {folder}`{also}"
+            )
+        raise InputError(
+            f"RUN={str(folder)!r}: neither a run folder nor a saved head (no {HEAD}/{CARD}, no "
+            f"{CARD}); give the folder that `train.py fit` left, or its {HEAD}/"
+        )
+    return _subject(folder, folder / HEAD, read_config(folder), read_summary(folder), allow)
+
+
+def _subject(
+    folder: Path,
+    head: Path,
+    config: dict[str, Any],
+    summary: dict[str, Any],
+    allow: Collection[str],
+) -> SavedHead:
+    digest = hashlib.sha256()
+    loaded = SAEHead.load(head, allow)
+    if loaded.makeshift is not None:
+        log.warning(
+            "RUN=%r: its threshold was never calibrated: %s; a run calibrates it when it ends",
+            str(folder),
+            loaded.makeshift,
+        )
+    for name in (CARD, WEIGHTS):
+        with (head / name).open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return SavedHead(folder, loaded, read_card(head), config, summary, digest.hexdigest(), allow)
+
+
+def shared_lm(subjects: list[SavedHead], given: Mapping[str, Any], dtype: str) -> FrozenLM:
+    """The LM all of them were trained on.
+
+    Args:
+        subjects: Heads that are evaluated together.
+        given: Arguments of the LM that override what they say; None for what they shall say.
+        dtype: Number format of the evaluation.
+
+    Raises:
+        InputError: They say different things, nothing, or their width is not the LM's.
+    """
+    given = {key: value for key, value in given.items() if value is not None}
+    every = [subject.lm_args() | given for subject in subjects]
+    first = every[0]
+    for subject, args in zip(subjects, every, strict=True):
+        for key in ("name", "hook_point"):
+            if key not in args:
+                raise InputError(
+                    f"--lm.{key}: {str(subject.folder)!r} does not say which; give --lm.{key}"
+                )
+            if any(args.get(k) != first.get(k) for k in (key, "revision", "bos")):
+                raise InputError(
+                    f"RUN={str(subject.folder)!r}: trained on {args}, but "
+                    f"{str(subjects[0].folder)!r} on {first}; evaluate them one after the other"
+                )
+    lm = FrozenLM(**first, dtype=dtype)  # type: ignore[arg-type]
+    for subject in subjects:
+        if subject.head.d_model != lm.d_model:
+            raise InputError(
+                f"RUN={str(subject.folder)!r}: the head reads activations of width "
+                f"{subject.head.d_model}, {lm.name} has {lm.d_model}; give the LM it was trained "
+                "on with --lm.name"
+            )
+    if len(lm.tokenizer) > lm.vocab_size:
+        raise InputError(
+            f"lm.name={lm.name!r}: its tokenizer has {len(lm.tokenizer)} tokens, its embedding "
+            f"{lm.vocab_size}; the folder mixes two models"
+        )
+    return lm

@@ -1,0 +1,1 @@
+"""Files: written whole, read against a schema, classes by name, locks."""

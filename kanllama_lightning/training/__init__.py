@@ -1,0 +1,1 @@
+"""One training step, and everything that lasts as long as a run."""

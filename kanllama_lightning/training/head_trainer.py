@@ -1,0 +1,133 @@
+"""One head in training: its step, its counters, its clipping."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from kanllama_lightning.functional import ranks
+from kanllama_lightning.functional.losses import fvu
+from kanllama_lightning.heads.head import SAEHead
+from kanllama_lightning.training.schedule import Schedule
+from kanllama_lightning.types import SAEOutput, StepContext
+
+DEAD_REFRESH_STEPS = 10
+"""The list of dead latents is made anew so often; it is looked at in every step."""
+NEVER = 2**62
+"""The step in which a loss stopped being finite, as long as it is."""
+
+
+class HeadTrainer(nn.Module):
+    """A head with what training knows about it, and nothing that other heads share.
+
+    Args:
+        name: Under which its figures are logged and its files are kept; empty for the only head
+            of a run.
+        head: The head.
+        schedule: Lengths of the run.
+        clip_ratio: A gradient longer than this many times its running mean is shortened to that.
+    """
+
+    dead_mask: Tensor
+    silent_tokens: Tensor
+    grad_norm_mean: Tensor
+    bad_step: Tensor
+
+    def __init__(self, name: str, head: SAEHead, schedule: Schedule, clip_ratio: float) -> None:
+        super().__init__()
+        self.name, self.head, self.schedule, self.clip_ratio = name, head, schedule, clip_ratio
+        self._dead: Tensor | None = None
+        self.register_buffer("silent_tokens", torch.zeros(head.d_sae, dtype=torch.int64))
+        self.register_buffer("dead_mask", torch.zeros(head.d_sae, dtype=torch.bool))
+        self.register_buffer("grad_norm_mean", torch.zeros(()))
+        self.register_buffer("bad_step", torch.tensor(NEVER), persistent=False)
+
+    @property
+    def prefix(self) -> str:
+        """In front of the names of its figures."""
+        return f"{self.name}/" if self.name else ""
+
+    def step(
+        self, x: Float[Tensor, "tok d_model"], step: int, progress: float
+    ) -> tuple[dict[str, Tensor], SAEOutput]:
+        """Losses of a batch and the output they are of; updates every running statistic.
+
+        Args:
+            x: Raw activations.
+            step: Optimizer steps taken so far.
+            progress: Share of the token budget already trained on, 0 to 1.
+        """
+        if step % DEAD_REFRESH_STEPS == 0:
+            self.dead_mask = self.silent_tokens >= self.schedule.dead_after_tokens
+            self._dead = None
+        if self._dead is None:  # listing them waits for a GPU
+            self._dead = self.dead_mask.nonzero().squeeze(1)
+        ctx = StepContext(self._dead, progress, self.schedule.threshold_rate)
+        out = self.head(x)
+        losses = self.head.losses(x, out, ctx)
+        with torch.no_grad():
+            self.head.observe_(out, ctx)
+            fired = ranks.largest((out.codes.fired() > 0).to(torch.uint8)) > 0
+            self.silent_tokens += len(x) * ranks.world()
+            self.silent_tokens.masked_fill_(fired, 0)
+        return losses, out
+
+    @torch.no_grad()
+    def watch_(self, loss: Float[Tensor, ""], step: int) -> None:
+        """Remember the first step whose loss is not finite, on the device: waits for nothing."""
+        self.bad_step = self.bad_step.minimum(torch.where(loss.isfinite(), NEVER, step))
+
+    def unsound(self) -> str | None:
+        """The first of its weights that is not finite; None if all are."""
+        for name, weight in self.head.named_parameters():
+            if not bool(weight.isfinite().all()):
+                return name
+        return None
+
+    @torch.no_grad()
+    def figures(
+        self, x: Float[Tensor, "tok d_model"], out: SAEOutput, losses: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What is worth logging about a training batch, under the head's name."""
+        dead = (self.silent_tokens >= self.schedule.dead_after_tokens).float().mean()
+        batch_fvu = fvu(x, out.x_hat.float())
+        values = dict(losses) | self.head.diagnostics(x)
+        values |= {
+            "loss": torch.stack(list(losses.values())).sum(),
+            "fvu": batch_fvu,
+            "ev": 1 - batch_fvu,
+            "l0": out.codes.l0().float().mean(),
+            "dead_frac": dead,
+        }
+        return {f"{self.prefix}train/{name}": v.detach() for name, v in values.items()}
+
+    @torch.no_grad()
+    def clip_(self, value: float | None, by: str) -> dict[str, Tensor]:
+        """Shorten its own gradients, or clip them at a given value; what happened, for the log.
+
+        Args:
+            value: Fixed limit; None for `clip_ratio` times the running mean of the norm.
+            by: With a fixed limit, `norm` or `value`, as in `trainer.gradient_clip_algorithm`.
+        """
+        parameters = [p for p in self.head.parameters() if p.grad is not None]
+        if value is not None and by == "value":
+            nn.utils.clip_grad_value_(parameters, value)
+            return {}
+        if value is not None:
+            norm = nn.utils.clip_grad_norm_(parameters, value)
+            clipped = norm > value
+        else:
+            norm, clipped = self._shorten_spikes_([p.grad for p in parameters])
+        return {
+            f"{self.prefix}train/grad_norm": norm,
+            f"{self.prefix}train/grad_clipped": clipped.float(),
+        }
+
+    def _shorten_spikes_(self, gradients: list[Tensor | None]) -> tuple[Tensor, Tensor]:
+        found = [g for g in gradients if g is not None]
+        norm = nn.utils.get_total_norm(found)
+        limit = torch.where(self.grad_norm_mean > 0, self.clip_ratio * self.grad_norm_mean, norm)
+        torch._foreach_mul_(found, (limit / norm.clamp_min(1e-30)).clamp_max(1.0))
+        used = torch.minimum(norm, limit)
+        mean = torch.where(self.grad_norm_mean > 0, self.grad_norm_mean, used)
+        self.grad_norm_mean = mean.lerp(used, 0.01)
+        return norm, norm > limit

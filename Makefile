@@ -3,31 +3,34 @@ PY := .venv/bin/python
 # one core to a process; every process has a finished run and imports of its own
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo record test test-slow lint format
-.DEFAULT_GOAL := demo
+.PHONY: help demo record test test-slow lint format
+.DEFAULT_GOAL := help
+
+help:  ## what there is to make
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
 
 .venv/.ok: pyproject.toml constraints.txt
 	python3 -m venv .venv
 	.venv/bin/pip install -e ".[dev]" -c constraints.txt
 	touch $@
 
-demo: .venv/.ok
+demo: .venv/.ok  ## train a KAN SAE on the embedded model: four minutes, and as many before for .venv
 	$(PY) train.py fit --config configs/kan.yaml --config configs/embedded.yaml
 
-record: .venv/.ok
+record: .venv/.ok  ## the research record of that run, in its folder eval/
 	$(PY) evaluate.py report last
 
-test: .venv/.ok
+test: .venv/.ok  ## the tests for every commit
 	$(PYTEST)
 
-test-slow: .venv/.ok
+test-slow: .venv/.ok  ## the tests that take long
 	$(PYTEST) -m "slow and not gpu"
 
-lint: .venv/.ok
+lint: .venv/.ok  ## format, imports, names and types
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 
-format: .venv/.ok
+format: .venv/.ok  ## mend what lint can mend
 	.venv/bin/ruff format .
 	.venv/bin/ruff check --fix .

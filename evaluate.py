@@ -1,16 +1,8 @@
-"""Entry: `python evaluate.py report RUN`; the rest is in `cli.evaluate_command`."""
+"""Entry: `python evaluate.py report RUN`; see `kanllama_lightning/cli/main.py`."""
 
 import sys
 
-from kanllama_lightning.console.stopping import answered
-
-
-def main() -> int:
-    """Run the command line; returns the exit code."""
-    from kanllama_lightning.cli import evaluate_command as cli
-
-    return cli.main()
-
+from kanllama_lightning.cli.main import evaluate as main
 
 if __name__ == "__main__":
-    sys.exit(answered(main))
+    sys.exit(main())

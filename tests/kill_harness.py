@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 
 import kanllama_lightning.cli.evaluate_command as evaluate
-import train
+from kanllama_lightning.cli import train_command
 from tests.conftest import ALONE, SMALL, side_by_side_config
 
 STEPS, BATCH, SAVED, VALIDATED = 24, 64, 5, 8
@@ -168,7 +168,11 @@ class Harness:
             "data.val_tokens": 256, "trainer.logger": None if kind == "logged" else "false",
             "data.cache": where / "cache" if kind == "cached" else None,
         }  # fmt: skip
-        return train.main, ["fit", self.config, *(f"--{k}={v}" for k, v in args.items() if v)]
+        return train_command.main, [
+            "fit",
+            self.config,
+            *(f"--{k}={v}" for k, v in args.items() if v),
+        ]
 
     def fork(self, kind: str, where: Path, *extra: str, point: Point | None = None) -> int:
         """Begin a command in a process of its own; its output goes to `log`."""
@@ -273,7 +277,8 @@ def contents(where: Path, kind: str) -> dict[str, Any]:
 def main(folder: Path, lm: Path, text: Path, part: str) -> int:
     """Kill at every point whose name holds `part`; print a table; the exit code."""
     torch.set_num_threads(1)
-    for class_path in (*train.ESSENTIAL, "kanllama_lightning.callbacks.kan_curves.KANCurves"):
+    curves = "kanllama_lightning.callbacks.kan_curves.KANCurves"
+    for class_path in (*train_command.ESSENTIAL, curves):
         pydoc.locate(class_path)  # so that no fork has to
     harness = Harness(folder, lm, text)
     began = time.perf_counter()

@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kanllama_lightning import comparison
+from kanllama_lightning.cli.evaluate_options import ABOUT, CONFIG, PLACES, SETTINGS
 from kanllama_lightning.console.entry import Aftermath, guarded
 from kanllama_lightning.console.quiet import quiet
 from kanllama_lightning.measures import cells
@@ -88,112 +89,19 @@ OF_THEIR_OWN = {
 """Reports that are of something else than the sample: the figure that counts it, and its name."""
 
 
-def add_report_arguments(parser: ArgumentParser) -> None:
-    """The arguments of `report`, and a group for the settings of every report."""
-    names = [r.name for r in REPORTS]
-    add = parser.add_argument
-    add(
-        "runs",
-        nargs="+",
-        type=str,
-        help="Folders of finished runs, or of saved heads; `last` is the run finished last.",
-    )
-    add("--config", action="config", help="YAML with any of these arguments.")
-    add(
-        "--reports",
-        nargs="+",
-        type=str,
-        default=None,
-        help=f"Which to make: {', '.join(names)} (default: all that apply, but those that ask an "
-        f"LLM: {', '.join(r.name for r in REPORTS if r.on_request)}).",
-    )
-    add("--again", type=bool, default=False, help="Make anew what is there already.")
-    _add_text_arguments(parser)
-    for kind in REPORTS:
-        parser.add_class_arguments(kind, kind.name)
-
-
-def _add_text_arguments(parser: ArgumentParser) -> None:
-    add = parser.add_argument
-    add(
-        "--documents",
-        type=int | None,
-        default=None,
-        help="Documents of each set (default: 2,000, or as many as there are).",
-    )
-    add(
-        "--text",
-        nargs="+",
-        type=str,
-        default=None,
-        help="Files, folders or hub datasets to evaluate on (default: the run's held-out text and "
-        "validation sets).",
-    )
-    add(
-        "--ctx_len",
-        type=int | None,
-        default=None,
-        help="With --text: tokens per row (default: the run's).",
-    )
-    add("--batch_seqs", type=int, default=16, help="Rows that the LM runs at once.")
-    add(
-        "--wandb",
-        type=bool,
-        default=True,
-        help="Send tables and figures to the W&B run too, if the run had one.",
-    )
-    add(
-        "--png",
-        type=bool,
-        default=False,
-        help="Write figures as PNG too; needs the extra `png` and Chrome or Chromium.",
-    )
-    _add_machine_arguments(parser)
-
-
-def _add_machine_arguments(parser: ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--runs_dir", type=str, default="runs", help="Folder in which `last` is looked for.")
-    add(
-        "--allow",
-        nargs="+",
-        type=str,
-        default=[],
-        help="Modules whose classes a run's files may name, beside those shipped here; importing a "
-        "module runs its code.",
-    )
-    add("--device", type=str, default="auto", help="cpu, cuda, or auto.")
-    add(
-        "--dtype",
-        type=Literal["float32", "bfloat16"],
-        default="float32",
-        help="Number format of the LM; bfloat16 blurs losses by up to 1 in 100.",
-    )
-    add(
-        "--lm.name",
-        type=str | None,
-        default=None,
-        help="LM: hub name, folder, or `embedded` (default: the one it was trained on).",
-    )
-    add("--lm.revision", type=str | None, default=None, help="Commit, tag or branch of a hub LM.")
-    add(
-        "--lm.bos",
-        type=int | str | None,
-        default=None,
-        help="Token that every row begins with, by its text or id (default: the run's).",
-    )
-    add(
-        "--lm.hook_point",
-        type=str | None,
-        default=None,
-        help="Where the activations are (default: where the head was trained).",
-    )
-    add(
-        "--lm.untrained",
-        type=bool,
-        default=False,
-        help="Declares random weights: waives the checks that only a trained LM passes.",
-    )
+def add_arguments(parser: ArgumentParser, command: str) -> None:
+    """The arguments of a command; those of `report` have a group for every report."""
+    places: dict[str, Any] = {} if command == "try" else {"nargs": "+"}
+    name = "run" if command == "try" else "runs"
+    parser.add_argument(name, type=str, help=PLACES[command], **places)
+    parser.add_argument("--config", action="config", help=CONFIG)
+    for setting in SETTINGS[command]:
+        more: dict[str, Any] = {"nargs": "+"} if setting.many else {}
+        more |= {"required": True} if setting.required else {"default": setting.default}
+        parser.add_argument(f"--{setting.name}", type=setting.type, help=setting.help, **more)
+    if command == "report":
+        for kind in REPORTS:
+            parser.add_class_arguments(kind, kind.name)
 
 
 def chosen(names: list[str] | None, given: Namespace) -> list[Report]:
@@ -235,34 +143,6 @@ def run_report(given: Namespace) -> None:
         console.print(f"Everything is in {run.out}", soft_wrap=True, highlight=False)
 
 
-def add_compare_arguments(parser: ArgumentParser) -> None:
-    """The arguments of `compare`."""
-    add = parser.add_argument
-    add(
-        "runs",
-        nargs="+",
-        type=str,
-        help="Folders of finished runs, or LABEL=FOLDER; a run of heads side by side is all of "
-        "them; several seeds of a head are taken together.",
-    )
-    add("--config", action="config", help="YAML with any of these arguments.")
-    add("--out", type=str, default="comparison", help="Folder that the comparison goes to.")
-    add(
-        "--tolerance",
-        type=float,
-        default=comparison.MATCHED,
-        help="Share by which L0 may differ for it to count as matched; up to a tenth, differences "
-        "are corrected along the slope that other sparsities of a head give.",
-    )
-    add(
-        "--force",
-        type=bool,
-        default=False,
-        help="Compare what is not like for like all the same, and say so.",
-    )
-    _add_text_arguments(parser)
-
-
 def run_compare(given: Namespace) -> None:
     """Compare finished runs; what is missing of their records is made first."""
     folders: list[Path] = []
@@ -274,38 +154,17 @@ def run_compare(given: Namespace) -> None:
         labels += [f"{label}/{one.name}" if several else label for one in found]
     if len(folders) < 2:
         raise InputError(f"RUN={', '.join(given.runs)}: give at least two runs to compare")
-    if not 0 <= given.tolerance < 1:
-        raise InputError(f"--tolerance={given.tolerance}: must be from 0 to below 1")
+    tolerance = comparison.MATCHED if given.tolerance is None else given.tolerance
+    if not 0 <= tolerance < 1:
+        raise InputError(f"--tolerance={tolerance}: must be from 0 to below 1")
     kinds = [kind() for kind in REPORTS if kind not in PAGES]
     records = complete(folders, kinds, how(given))
     runs = comparison.load(folders, labels, records)
     flags = comparison.conflicts(runs, given.force)
-    written = comparison.write(Path(given.out), runs, flags, given.tolerance)
+    written = comparison.write(Path(given.out), runs, flags, tolerance)
     console = Console(width=max(120, Console().width))
-    console.print(comparison.render(runs, flags, given.tolerance))
+    console.print(comparison.render(runs, flags, tolerance))
     console.print(f"Written: {', '.join(map(str, written))}", soft_wrap=True, highlight=False)
-
-
-def add_try_arguments(parser: ArgumentParser) -> None:
-    """The arguments of `try`."""
-    add = parser.add_argument
-    add("run", type=str, help="Folder of a finished run, or of a saved head; or `last`.")
-    add("--config", action="config", help="YAML with any of these arguments.")
-    add("--text", type=str, required=True, help="What the LM reads.")
-    add("--n_new", type=int, default=20, help="Tokens it writes on from there.")
-    add("--top", type=int, default=5, help="Likeliest next tokens to show.")
-    add("--latents", type=int, default=5, help="Latents to show per token.")
-    add(
-        "--steer",
-        nargs="+",
-        type=str,
-        default=None,
-        help="LATENT=STRENGTH: also run with the latent's activation set to STRENGTH on every "
-        "token (head's units, as shown; 0 ablates it), the error of the reconstruction left in "
-        "place.",
-    )
-    add("--out", type=str | None, default=None, help="HTML file (default: RUN/eval/try.html).")
-    _add_machine_arguments(parser)
 
 
 def run_try(given: Namespace) -> None:
@@ -410,11 +269,7 @@ def _cell(known: Mapping[str, Any], key: str, form: Form) -> str:
     return form({k.removeprefix(f"{under}/"): v for k, v in known.items() if under in k})
 
 
-COMMANDS = {
-    "report": (add_report_arguments, run_report),
-    "compare": (add_compare_arguments, run_compare),
-    "try": (add_try_arguments, run_try),
-}
+COMMANDS = {"report": run_report, "compare": run_compare, "try": run_try}
 
 
 def _explain(message: str) -> str:
@@ -465,16 +320,16 @@ def _run(given: list[str], places: list[Path]) -> int:
         allow_abbrev=False,
     )
     commands = parser.add_subcommands()
-    for name, (add, run) in COMMANDS.items():
-        sub = ArgumentParser(description=run.__doc__, exit_on_error=False, allow_abbrev=False)
-        add(sub)
+    for name in COMMANDS:
+        sub = ArgumentParser(description=ABOUT[name], exit_on_error=False, allow_abbrev=False)
+        add_arguments(sub, name)
         commands.add_subcommand(name, sub)
     parsed = parser.parse_args(given)
     settings = parsed[parsed.subcommand]
     runs = settings.get("runs") or [settings.get("run")]
     places += [Path(str(run).rpartition("=")[2]) for run in runs]
     try:
-        COMMANDS[parsed.subcommand][1](settings)
+        COMMANDS[parsed.subcommand](settings)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

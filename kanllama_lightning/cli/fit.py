@@ -21,6 +21,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from kanllama_lightning.cli import options
 from kanllama_lightning.cli.arguments import BASE_CONFIG, SUBCOMMANDS, config_tree, mentions
+from kanllama_lightning.cli.catalogue import RUN
 from kanllama_lightning.cli.resume import find_checkpoint
 from kanllama_lightning.console.quiet import is_first
 from kanllama_lightning.data.token_data import TokenData
@@ -80,7 +81,7 @@ class KanllamaCLI(LightningCLI):
             "--seed_everything",
             type=seed_number,
             default=0,
-            help="Seed of the head, of the order of the text and of the shuffling.",
+            help=RUN["seed_everything"],
         )
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -101,19 +102,14 @@ class KanllamaCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The LM, the run folder, and the links that keep them consistent."""
         parser.add_class_arguments(FrozenLM, "lm")
-        parser.add_argument(
-            "--run", type=str | None, default=None, help="Folder of this run (default: a new one)."
-        )
-        parser.add_argument(
-            "--runs_dir", type=str, default="runs", help="Folder that new run folders are made in."
-        )
+        parser.add_argument("--run", type=str | None, default=None, help=RUN["run"])
+        parser.add_argument("--runs_dir", type=str, default="runs", help=RUN["runs_dir"])
         parser.add_argument(
             "--allow",
             nargs="+",
             type=str,
             default=[],
-            help="Modules whose classes the config.yaml of a run folder may name, beside what is "
-            "shipped; importing a module runs its code.",
+            help=RUN["allow"],
         )
         parser.link_arguments("lm", "model.lm", apply_on="instantiate")
         parser.link_arguments("lm.tokenizer", "data.tokenizer", apply_on="instantiate")
@@ -122,7 +118,7 @@ class KanllamaCLI(LightningCLI):
             "--head_seed",
             type=int | None,
             default=None,
-            help="Seed of the head's start, where it is not that of the run.",
+            help=RUN["head_seed"],
         )
         for seed in ("model.seed", "data.seed"):
             parser.link_arguments("seed_everything", seed)

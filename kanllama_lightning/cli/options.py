@@ -11,27 +11,10 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from kanllama_lightning.cli.catalogue import TRAINER
 from kanllama_lightning.types import InputError
 
-ALLOWED = (
-    "accelerator",
-    "benchmark",
-    "callbacks",
-    "detect_anomaly",
-    "deterministic",
-    "devices",
-    "gradient_clip_algorithm",
-    "gradient_clip_val",
-    "log_every_n_steps",
-    "logger",
-    "max_steps",
-    "max_time",
-    "num_nodes",
-    "precision",
-    "profiler",
-    "strategy",
-    "val_check_interval",
-)
+ALLOWED = tuple(TRAINER)
 """Options of Lightning's Trainer that mean something here."""
 DEFAULTS = inspect.signature(L.Trainer.__init__).parameters
 

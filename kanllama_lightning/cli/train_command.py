@@ -4,13 +4,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import wandb
 import yaml
 from jsonargparse import set_loader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from kanllama_lightning.callbacks.log_config import LogConfig
 from kanllama_lightning.cli.arguments import (
     SUBCOMMANDS,
     explain,
@@ -36,26 +36,40 @@ from kanllama_lightning.types import InputError, RunDiverged, RunFinished
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def main(args: Sequence[str] | None = None, **kwargs: Any) -> int:
+ESSENTIAL = tuple(
+    f"kanllama_lightning.callbacks.{name}"
+    for name in (
+        "progress.Progress",
+        "sparsity.Sparsity",
+        "reconstruction.Reconstruction",
+        "spliced_loss.SplicedLoss",
+        "baselines.Baselines",
+        "save_head.SaveHead",
+        "summary.Summary",
+        "checkpoint.RunCheckpoint",
+    )
+)
+"""What makes a run a run, whatever a config lists; an entry of the same class gives settings."""
+
+
+def main(args: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code.
 
     Args:
         args: Arguments without the program's name; left out, those of the process.
-        kwargs: Passed to `KanllamaCLI`.
     """
     quiet()
     given = list(sys.argv[1:] if args is None else args)
     after = Aftermath(explain, _stopped, lambda: KanllamaCLI.place, _onward, _clear)
-    return guarded(lambda: _run(given, args is None, kwargs), given, after)
+    return guarded(lambda: _run(given, args is None), given, after)
 
 
-def _run(given: list[str], started: bool, kwargs: dict[str, Any]) -> int:
+def _run(given: list[str], started: bool) -> int:
     """The command itself.
 
     Args:
         given: Arguments.
         started: Whether they are those of the process.
-        kwargs: Passed to `KanllamaCLI`.
     """
     own = sys.argv
     # what a launcher of further processes starts again
@@ -83,7 +97,8 @@ def _run(given: list[str], started: bool, kwargs: dict[str, Any]) -> int:
                 **{sub: {"exit_on_error": False} for sub in SUBCOMMANDS},
             },
             args=with_base(given),
-            **kwargs,
+            save_config_callback=LogConfig,
+            essential=ESSENTIAL,
         )
     except RunFinished as e:
         say(str(e))

@@ -14,7 +14,7 @@ from kanllama_lightning.heads.kan_linear import KANLinear
 from kanllama_lightning.types import DenseCodes, SAEOutput, StepContext
 
 
-class DenseKAN(SAEHead):
+class DenseKAN(SAEHead, shipped=False):
     """Nothing makes the code sparse: the loss is the reconstruction's alone (METHODS B4).
 
     A reproduction of earlier behaviour, on activations of the right scale. L0 is close to d_sae,

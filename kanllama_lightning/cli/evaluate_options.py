@@ -1,0 +1,172 @@
+"""The options of `evaluate.py`, for its parser and for its help."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+from kanllama_lightning.cli.catalogue import Option, reports
+from kanllama_lightning.cli.help import laid_out
+
+
+class Setting(NamedTuple):
+    """An option of a command, as its parser takes it."""
+
+    name: str
+    help: str
+    type: Any = str
+    default: Any = None
+    many: bool = False
+    """Whether several values follow."""
+    required: bool = False
+
+
+TEXT = (
+    Setting(
+        "documents", "Documents of each set (default: 2,000, or as many as there are).", int | None
+    ),
+    Setting(
+        "text",
+        "Files, folders or hub datasets to evaluate on (default: the run's held-out text and "
+        "validation sets).",
+        many=True,
+    ),
+    Setting("ctx_len", "With --text: tokens per row (default: the run's).", int | None),
+    Setting("batch_seqs", "Rows that the LM runs at once.", int, 16),
+    Setting("wandb", "Send tables and figures to the W&B run too, if the run had one.", bool, True),
+    Setting(
+        "png",
+        "Write figures as PNG too; needs the extra `png` and Chrome or Chromium.",
+        bool,
+        False,
+    ),
+)
+MACHINE = (
+    Setting("runs_dir", "Folder in which `last` is looked for.", str, "runs"),
+    Setting(
+        "allow",
+        "Modules whose classes a run's files may name, beside those shipped here; importing a "
+        "module runs its code.",
+        default=[],
+        many=True,
+    ),
+    Setting("device", "cpu, cuda, or auto.", str, "auto"),
+    Setting(
+        "dtype",
+        "Number format of the LM; bfloat16 blurs losses by up to 1 in 100.",
+        Literal["float32", "bfloat16"],
+        "float32",
+    ),
+    Setting(
+        "lm.name",
+        "LM: hub name, folder, or `embedded` (default: the one it was trained on).",
+        str | None,
+    ),
+    Setting("lm.revision", "Commit, tag or branch of a hub LM.", str | None),
+    Setting(
+        "lm.bos",
+        "Token that every row begins with, by its text or id (default: the run's).",
+        int | str | None,
+    ),
+    Setting(
+        "lm.hook_point",
+        "Where the activations are (default: where the head was trained).",
+        str | None,
+    ),
+    Setting(
+        "lm.untrained",
+        "Declares random weights: waives the checks that only a trained LM passes.",
+        bool,
+        False,
+    ),
+)
+REPORT = (
+    Setting(
+        "reports",
+        "Which reports to make, by name (default: all that apply, but those that ask a language "
+        "model).",
+        many=True,
+    ),
+    Setting("again", "Make anew what is there already.", bool, False),
+)
+COMPARE = (
+    Setting("out", "Folder that the comparison goes to.", str, "comparison"),
+    Setting(
+        "tolerance",
+        "Share by which L0 may differ for it to count as matched; up to a tenth, differences "
+        "are corrected along the slope that other sparsities of a head give (default: 0.02).",
+        float | None,
+    ),
+    Setting("force", "Compare what is not like for like all the same, and say so.", bool, False),
+)
+TRY = (
+    Setting("text", "What the LM reads.", required=True),
+    Setting("n_new", "Tokens it writes on from there.", int, 20),
+    Setting("top", "Likeliest next tokens to show.", int, 5),
+    Setting("latents", "Latents to show per token.", int, 5),
+    Setting(
+        "steer",
+        "LATENT=STRENGTH: also run with the latent's activation set to STRENGTH on every "
+        "token (head's units, as shown; 0 ablates it), the error of the reconstruction left in "
+        "place.",
+        many=True,
+    ),
+    Setting("out", "HTML file (default: RUN/eval/try.html).", str | None),
+)
+SETTINGS = {
+    "report": (*REPORT, *TEXT, *MACHINE),
+    "compare": (*COMPARE, *TEXT, *MACHINE),
+    "try": (*TRY, *MACHINE),
+}
+PLACES = {
+    "report": "Folders of finished runs, or of saved heads; `last` is the run finished last.",
+    "compare": "Folders of finished runs, or LABEL=FOLDER; a run of heads side by side is all of "
+    "them; several seeds of a head are taken together.",
+    "try": "Folder of a finished run, or of a saved head; or `last`.",
+}
+"""What each command is given first."""
+ABOUT = {
+    "report": "Writes the record of finished runs, or of saved heads, into their eval/ folders. "
+    "What is there is not made again.",
+    "compare": "Compares finished runs, like for like; what is missing of their records is made "
+    "first.",
+    "try": "Runs the LM with and without its head on a text, and shows which latents fire.",
+}
+CONFIG = "YAML file with any of these options."
+
+
+def _options(settings: Sequence[Setting]) -> list[Option]:
+    return [
+        Option(s.name, s.help, "" if s.default in (None, []) else str(s.default).lower()
+               if isinstance(s.default, bool) else str(s.default))
+        for s in settings
+    ]  # fmt: skip
+
+
+def groups(command: str) -> dict[str, list[Option]]:
+    """The options of a command, by what they are about."""
+    config = [Option("config", CONFIG)]
+    found = {"what to do": config + _options([s for s in SETTINGS[command] if s not in MACHINE])}
+    found["where, and on which model"] = _options(MACHINE)
+    if command == "report":
+        for name, (on_request, options) in reports().items():
+            found[f"{name}, made only when it is named" if on_request else name] = options
+    return found
+
+
+def names(command: str) -> list[str]:
+    """The options of a command."""
+    return [option.name for options in groups(command).values() for option in options]
+
+
+def wrong_option(command: str, args: Sequence[str]) -> str | None:
+    """The first option that there is not; None if there are all."""
+    known = {*names(command), "help", "print_config", "lm", *reports()}
+    given = [arg[2:].partition("=")[0] for arg in args if arg.startswith("--") and arg != "--"]
+    return next((name for name in given if name.removesuffix("+") not in known), None)
+
+
+def help_of(command: str) -> str:
+    """The help of a command."""
+    place = "RUN" if command == "try" else "RUN ..."
+    usage = f"python evaluate.py {command} {place} [--option VALUE ...]"
+    about = f"{ABOUT[command]} {place}: {PLACES[command]}"
+    return laid_out(usage, about, groups(command))

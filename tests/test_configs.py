@@ -11,6 +11,7 @@ import yaml
 
 from kanllama_lightning import heads
 from kanllama_lightning.cli import train_command as cli
+from kanllama_lightning.cli.arguments import BASE_CONFIG, with_shipped
 from kanllama_lightning.heads import SAEHead
 from tests.conftest import rest_slow
 from train import main
@@ -186,3 +187,28 @@ def test_validation_text_is_one_corpus_or_a_list(
     first, second = val(f"--data.val=[{text}, {own}]")
     assert (first, second.init_args.path) == (str(text), str(text))
     assert val(f"--data.val+={text}")[1:] == [str(text)], "beside the default's"
+
+
+def test_shipped_configs_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = ["fit", "--config", "configs/kan.yaml", "--config=configs/mine.yaml", "-c", "kan.yaml"]
+    shipped = str(BASE_CONFIG.parent / "kan.yaml")
+    assert with_shipped(given) == ["fit", "--config", shipped, *given[3:]]
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "kan.yaml").touch()
+    assert with_shipped(given) == given
+
+
+def test_classes_are_found_where_earlier_configurations_have_them(tmp_path, monkeypatch):
+    earlier = {
+        "model": {"optimizer": {"class_path": "kanllama_lightning.optim.Adam"}},
+        "trainer": {"callbacks": [{"class_path": "callbacks.logit_lens.LogitLens"}]},
+    }
+    path = tmp_path / "earlier.yaml"
+    path.write_text(yaml.safe_dump(earlier))
+    also = [f"--config={path}", "--trainer.logger=kanllama_lightning.wandb_logger.RunLogger"]
+    parsed = parse(monkeypatch, ROOT / "configs" / "kan.yaml", also=also)
+    assert parsed.model.optimizer.class_path == "kanllama_lightning.training.optim.Adam"
+    assert parsed.trainer.logger.class_path == "kanllama_lightning.runs.wandb_logger.RunLogger"
+    (callback,) = parsed.trainer.callbacks
+    assert callback.class_path == "kanllama_lightning.callbacks.logit_lens.LogitLens"

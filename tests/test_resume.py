@@ -287,7 +287,7 @@ def test_the_config_in_a_run_folder_imports_nothing(tmp_path, monkeypatch, capsy
 
 def test_the_config_of_a_run_names_what_runs_name(tmp_path):
     """All that this project's own configurations name is allowed; one's own where it is said."""
-    from kanllama_lightning.cli.train_command import _allowed, _refuse_foreign
+    from kanllama_lightning.cli.arguments import _allowed, _refuse_foreign
 
     for path in sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml")):
         _refuse_foreign(path, yaml.safe_load(path.read_text()) or {}, [])

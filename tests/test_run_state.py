@@ -20,7 +20,7 @@ from kanllama_lightning.types import InputError
 HOLD = """
 import sys
 from pathlib import Path
-from kanllama_lightning.lock import RunLock
+from kanllama_lightning.storage.lock import RunLock
 RunLock.take(Path(sys.argv[1]))
 print("taken", flush=True)
 sys.stdin.read()

@@ -72,7 +72,7 @@ def test_modes_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
 
 FALLBACK = """
 import sys
-from kanllama_lightning.wandb_logger import RunLogger
+from kanllama_lightning.runs.wandb_logger import RunLogger
 run = RunLogger(save_dir=sys.argv[1], name="x", id="abcd1234").experiment
 run.log({"a": 1})
 run.finish()

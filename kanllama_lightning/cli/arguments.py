@@ -37,6 +37,25 @@ LINKED = {
 SUBCOMMANDS = ("fit", "validate")
 
 
+def with_shipped(args: Sequence[str]) -> list[str]:
+    """Arguments in which `configs/kan.yaml` is the shipped one, where there is no such file."""
+    before = ["", *args]
+    return [
+        f"--config={_shipped(arg.partition('=')[2])}"
+        if arg.startswith("--config=")
+        else _shipped(arg)
+        if option in ("--config", "-c")
+        else arg
+        for option, arg in zip(before, args, strict=False)
+    ]
+
+
+def _shipped(file: str) -> str:
+    shipped = BASE_CONFIG.parent.parent / file
+    lies_there = file.startswith("configs/") and shipped.is_file() and not Path(file).exists()
+    return str(shipped) if lies_there else file
+
+
 def with_base(args: list[str]) -> list[str]:
     """Read `configs/base.yaml` before every other config.
 

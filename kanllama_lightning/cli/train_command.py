@@ -17,6 +17,7 @@ from kanllama_lightning.cli.arguments import (
     load_yaml,
     refuse_linked,
     with_base,
+    with_shipped,
 )
 from kanllama_lightning.cli.fit import RUN_FOLDER, KanllamaCLI
 from kanllama_lightning.console.entry import Aftermath, guarded
@@ -82,6 +83,7 @@ def _run(given: list[str], started: bool) -> int:
             from kanllama_lightning.cli.plan_command import PlanCLI
 
             kind, given = PlanCLI, ["fit", *given[1:]]
+        given = with_shipped(given)
         set_loader("yaml", load_yaml, (yaml.YAMLError,))
         refuse_linked(given)
         KanllamaCLI.given = given

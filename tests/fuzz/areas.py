@@ -23,7 +23,7 @@ from kanllama_lightning.corpus import LocalCorpus
 from kanllama_lightning.data.shards import ActivationCache, ShardPlace
 from kanllama_lightning.data.token_data import TokenData
 from kanllama_lightning.heads import BatchTopK, JumpReLU, KANEncoder, SAEHead
-from kanllama_lightning.judge import cache as replies
+from kanllama_lightning.judge import replies
 from kanllama_lightning.judge.client import _answer, _envelope, _judged
 from kanllama_lightning.judge.protocol import parse_explanation, parse_labels
 from kanllama_lightning.lm.frozen import FrozenLM
@@ -352,8 +352,8 @@ def caches(folder: Path) -> list[Area]:
 
 def judged(folder: Path) -> list[Area]:
     """What a server says, and what was kept of it."""
-    kept_ = replies.Cache(folder / "judge")
-    key = replies.Cache.key({"a": 1})
+    kept_ = replies.ReplyCache(folder / "judge")
+    key = replies.ReplyCache.key({"a": 1})
     content = json.dumps({"explanation": "names", "category": "low_level", "score": 3})
     said = {"content": content, "usage": {"prompt_tokens": 3, "completion_tokens": 4}}
     kept_.write(key, {"model": "m"}, said | {"finish_reason": "stop", "refusal": None})
@@ -382,7 +382,7 @@ def judged(folder: Path) -> list[Area]:
                 raise Silent(f"{answer} counts too many tokens")
 
     def read() -> None:
-        reply = replies.Cache(folder / "judge").read(key)
+        reply = replies.ReplyCache(folder / "judge").read(key)
         if reply is not None:
             value(reply)
         kept_.refused("server", "model")

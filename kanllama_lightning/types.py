@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from kanllama_lightning.functional.sparse import SparseCodes
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used.
@@ -65,40 +67,6 @@ class ActivationBatch(NamedTuple):
     def activations(self, acts: Acts) -> Float[Tensor, "tok d_model"]:
         """What to train on: these rows; the LM (`acts`) is left alone."""
         return self.rows
-
-
-class SparseCodes(NamedTuple):
-    """The kept activations of a batch: nothing of shape [tok d_sae] is held."""
-
-    values: Float[Tensor, " nnz"]
-    """Post-activation values (> 0 but for PCA, whose codes are signed)."""
-    rows: Int[Tensor, " nnz"]
-    """Token of each value, ascending."""
-    latents: Int[Tensor, " nnz"]
-    """Latent of each value."""
-    n_rows: int
-    d_sae: int
-
-    def dense(self) -> Float[Tensor, "tok d_sae"]:
-        """The codes as one dense matrix, for people and small reports."""
-        out = self.values.new_zeros(self.n_rows, self.d_sae)
-        return out.index_put((self.rows, self.latents), self.values)
-
-    def l0(self) -> Int[Tensor, " tok"]:
-        """Number of non-zero latents of each token."""
-        return self._count(self.rows, self.n_rows)
-
-    def fired(self) -> Int[Tensor, " d_sae"]:
-        """Number of tokens on which each latent is non-zero."""
-        return self._count(self.latents, self.d_sae)
-
-    def _count(self, index: Int[Tensor, " nnz"], size: int) -> Int[Tensor, " size"]:
-        out = torch.zeros(size, dtype=torch.int64, device=index.device)
-        return out.index_add_(0, index, (self.values != 0).long())
-
-    def sparse(self) -> "SparseCodes":
-        """These codes."""
-        return self
 
 
 class DenseCodes(NamedTuple):

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from kanllama_lightning.functional.sparse import SparseCodes
 from kanllama_lightning.measures.metrics import Activations
-from kanllama_lightning.types import DenseCodes, SparseCodes
+from kanllama_lightning.types import DenseCodes
 
 M, N = 6, 4000
 

@@ -15,10 +15,10 @@ FILES = {  # by module; callbacks lie beside the package, which has a link to th
 }
 FILES = {m if m.startswith(PACKAGE) else f"{PACKAGE}.{m}": path for m, path in FILES.items()}
 ROOMS = (
+    "functional",
     "types",
     "storage",
     "console",
-    "functional",
     "embedded",
     "heads",
     "lm",

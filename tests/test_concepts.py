@@ -5,11 +5,12 @@ import torch
 from torch import Tensor
 
 from kanllama_lightning.embedded import FACTS
+from kanllama_lightning.functional.sparse import SparseCodes
 from kanllama_lightning.heads import PCA, BatchTopK
 from kanllama_lightning.lm.frozen import FrozenLM
 from kanllama_lightning.measures import concept_matching as concepts
 from kanllama_lightning.measures.concept_matching import codes_of, kind, read_stories, recover
-from kanllama_lightning.types import DenseCodes, SparseCodes
+from kanllama_lightning.types import DenseCodes
 
 EVERY = 200
 """Tokens of a made-up half."""

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from kanllama_lightning.functional.sparse import SparseCodes
 from kanllama_lightning.measures import contexts
 from kanllama_lightning.measures.contexts import Contexts
-from kanllama_lightning.types import DenseCodes, SAEOutput, SparseCodes, TokenBatch, ValidationBatch
+from kanllama_lightning.types import DenseCodes, SAEOutput, TokenBatch, ValidationBatch
 
 ROWS, POS, D_SAE, WIDTH = 24, 40, 20, 12
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kanllama_lightning.functional.bootstrap import interval
+from kanllama_lightning.functional.sparse import SparseCodes
 from kanllama_lightning.measures import cells
 from kanllama_lightning.measures.metrics import (
     NOT_MEANINGFUL,
@@ -18,7 +19,6 @@ from kanllama_lightning.measures.metrics import (
     meaningful,
     score,
 )
-from kanllama_lightning.types import SparseCodes
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``compute`` method of metric:UserWarning")
 

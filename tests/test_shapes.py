@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kanllama_lightning.functional.curves import line_residual
-from kanllama_lightning.types import SparseCodes
+from kanllama_lightning.functional.sparse import SparseCodes
 from tests.shapes import CHECKED, PACKAGES, unchecked
 
 pytestmark = pytest.mark.skipif(not CHECKED, reason="CHECK_SHAPES=1 turns the checks on")

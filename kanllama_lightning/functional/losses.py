@@ -8,13 +8,6 @@ from torch.nn import functional as F
 from kanllama_lightning.functional import ranks
 
 
-def reconstruction(
-    x: Float[Tensor, "tok d_model"], x_hat: Float[Tensor, "tok d_model"]
-) -> Float[Tensor, ""]:
-    """Squared error, summed over d_model, mean over tokens (METHODS 0.4)."""
-    return (x - x_hat).square().sum(-1).mean()
-
-
 def fvu(x: Float[Tensor, "tok d_model"], x_hat: Float[Tensor, "tok d_model"]) -> Float[Tensor, ""]:
     """Fraction of variance unexplained in one batch; 0 is perfect, 1 is predicting the mean.
 

@@ -15,22 +15,23 @@ import torch.distributed as dist
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-_POOLED: ContextVar[bool] = ContextVar("pooled", default=False)
+POOLED: ContextVar[bool] = ContextVar("pooled", default=False)
+"""Whether this is inside `pooled()`; what runs in every step asks this before it calls anything."""
 
 
 @contextmanager
 def pooled() -> Iterator[None]:
     """Where numbers are those of all processes."""
-    token = _POOLED.set(True)
+    token = POOLED.set(True)
     try:
         yield
     finally:
-        _POOLED.reset(token)
+        POOLED.reset(token)
 
 
 def world() -> int:
     """Processes whose numbers are pooled; 1 where none are."""
-    if not (_POOLED.get() and dist.is_available() and dist.is_initialized()):
+    if not (POOLED.get() and dist.is_available() and dist.is_initialized()):
         return 1
     return int(dist.get_world_size())
 

@@ -11,6 +11,7 @@ from kanllama_lightning.heads.decoders import STRAIGHT_POINTS
 from kanllama_lightning.heads.head import SAEHead
 from kanllama_lightning.heads.hidden_units import own_stream
 from kanllama_lightning.heads.kan_linear import KANLinear
+from kanllama_lightning.heads.sae import unexplained
 from kanllama_lightning.types import DenseCodes, SAEOutput, StepContext
 
 
@@ -73,7 +74,8 @@ class DenseKAN(SAEHead, shipped=False):
         self, x: Float[Tensor, "tok d_model"], out: SAEOutput, ctx: StepContext
     ) -> dict[str, Float[Tensor, ""]]:
         """`reconstruction`: FVU of the start sample."""
-        return {"reconstruction": self.unexplained(x.float() * self.scale, out.x_hat * self.scale)}
+        x_n, x_hat_n = x.float() * self.scale, out.x_hat * self.scale
+        return {"reconstruction": unexplained(x_n, x_hat_n, self.x_variance)}
 
 
 class DenseOnlyKAN(DenseKAN):

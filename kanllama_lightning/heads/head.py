@@ -13,7 +13,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kanllama_lightning.functional.losses import reconstruction
 from kanllama_lightning.functional.moments import mean_and_std, norms
 from kanllama_lightning.storage.files import replacing
 from kanllama_lightning.storage.named import (
@@ -152,17 +151,6 @@ class SAEHead(Trained, ABC):
         (`unexplained`), penalties over its square root where they are in units of activations.
         So no coefficient depends on d_model or on the units of the activations.
         """
-
-    def unexplained(
-        self, x: Float[Tensor, "tok d_model"], x_hat: Float[Tensor, "tok d_model"]
-    ) -> Float[Tensor, ""]:
-        """Mean squared error, summed over d_model, as a share of the start sample's variance.
-
-        Args:
-            x: Activations in the head's units.
-            x_hat: Their reconstructions, in the same units.
-        """
-        return reconstruction(x, x_hat) / self.x_variance
 
     def start_(self, x: Float[Tensor, "tok d_model"]) -> None:
         """Estimate once, from a sample of raw activations, everything that comes from data.

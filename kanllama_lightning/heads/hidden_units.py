@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -11,8 +10,6 @@ from torch import Tensor, nn
 from kanllama_lightning.functional.curves import densities, line_residual, pooled, ranked
 from kanllama_lightning.functional.spline_activation import spline_activation
 from kanllama_lightning.functional.splines import greville
-from kanllama_lightning.heads.kan_linear import KANLinear
-from kanllama_lightning.storage.named import checked_args, named_class
 from kanllama_lightning.types import Curves, InputError
 
 LO, HI = -3.0, 3.0
@@ -54,75 +51,6 @@ class HiddenUnits(nn.Module, ABC):
     def diagnostics(self, x: Float[Tensor, "tok d_model"]) -> dict[str, Float[Tensor, ""]]:
         """Numbers worth logging about standardised activations."""
         return {}
-
-
-class KANUnits(HiddenUnits):
-    """ReLU(KAN(x~) + c), with c = 0 at the start.
-
-    Args:
-        d_model: Width of the activations.
-        n_units: Outputs of the KAN layer.
-        kan_class: Name or import path of the layer's class.
-        kan_args: Its further arguments; None for a cubic spline on 5 intervals of [-3, 3].
-        seed: That of the head; the layer draws from a stream of its own.
-    """
-
-    def __init__(
-        self,
-        d_model: int,
-        n_units: int,
-        kan_class: str,
-        kan_args: dict[str, Any] | None,
-        seed: int,
-    ) -> None:
-        super().__init__(n_units)
-        layer = named_class(kan_class, nn.Module)
-        args = kan_args
-        if args is None:
-            args = {"grid_size": 5, "spline_order": 3, "grid_range": [LO, HI]}
-            if layer is KANLinear:
-                args["linear_tails"] = True
-        if layer is KANLinear:
-            ends = {"in_features": d_model, "out_features": n_units}
-            checked_args(layer, ends | args, "head.kan_args")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed + 1)
-            try:
-                self.kan = layer(d_model, n_units, **args)
-            except TypeError as e:
-                raise InputError(
-                    f"head.kan_args={args}: {kan_class} does not take them ({e})"
-                ) from e
-        self.kan_bias = nn.Parameter(torch.zeros(n_units))
-
-    def forward(self, x: Float[Tensor, "tok d_model"]) -> Float[Tensor, "tok hidden"]:
-        """ReLU(KAN(x~) + c)."""
-        return torch.relu(self.kan(x) + self.kan_bias)
-
-    def learned_curves(
-        self, x: Float[Tensor, "tok d_model"], top: int, gain: Float[Tensor, " hidden"]
-    ) -> list[Curves]:
-        """Edges of our own KAN layer, hidden units and inputs; none of another layer."""
-        if not isinstance(self.kan, KANLinear):
-            return []
-        return self.kan.curves(
-            x,
-            top,
-            ends=("input", "hidden"),
-            axes=(
-                "input, in deviations of the start sample",
-                "edge times |U|, in units of pre-activations",
-            ),
-            gain=gain,
-            pools=("hidden", "input"),
-        )
-
-    @torch.no_grad()
-    def diagnostics(self, x: Float[Tensor, "tok d_model"]) -> dict[str, Float[Tensor, ""]]:
-        """`out_of_grid`: share of the KAN layer's inputs beyond its grid."""
-        if not hasattr(self.kan, "out_of_grid"):
-            return {}
-        return {"out_of_grid": self.kan.out_of_grid(x)}
 
 
 class MLPUnits(HiddenUnits):

@@ -6,7 +6,7 @@ from torch import nn
 
 from kanllama_lightning.heads.decoders import UnitDirections
 from kanllama_lightning.heads.encoders import HiddenEncoder
-from kanllama_lightning.heads.hidden_units import KANUnits
+from kanllama_lightning.heads.kan_linear import KANUnits
 from kanllama_lightning.heads.sae import SAE
 from kanllama_lightning.heads.selections import Thresholded
 from kanllama_lightning.storage.named import name_of, named_class, shipped

@@ -4,8 +4,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from kanllama_lightning.functional.sparse import SparseCodes
 from kanllama_lightning.heads.head import SAEHead
-from kanllama_lightning.types import InputError, SAEOutput, SparseCodes, StepContext
+from kanllama_lightning.types import InputError, SAEOutput, StepContext
 
 
 class PCA(SAEHead):

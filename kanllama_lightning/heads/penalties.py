@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from kanllama_lightning.functional import ranks
 from kanllama_lightning.functional.jump import jump_relu
-from kanllama_lightning.functional.losses import reconstruction
 from kanllama_lightning.functional.row_blocks import KeptEntries, decode_in_blocks, few_above
-from kanllama_lightning.functional.sparse import Pattern, Sums, sparse_decode
+from kanllama_lightning.functional.sparse import Pattern, SparseCodes, Sums, sparse_decode
 from kanllama_lightning.heads.controller import SparsityController
 from kanllama_lightning.heads.decoders import Decoder, FreeDirections, UnitDirections
+from kanllama_lightning.heads.sae import unexplained
 from kanllama_lightning.heads.selections import LossBatch, Selected, Selection
 from kanllama_lightning.types import (
     ByProducts,
@@ -25,7 +25,6 @@ from kanllama_lightning.types import (
     InputError,
     LazyCodes,
     SAEOutput,
-    SparseCodes,
     StepContext,
 )
 
@@ -479,5 +478,5 @@ class Gate(Penalised):
         by_gate = batch.out.by_products.decoded[0] + batch.b_dec.detach()
         return {
             "l1": self.weighted_penalty(batch) / batch.variance.sqrt(),
-            "gate_aux": reconstruction(batch.x, by_gate) / batch.variance,
+            "gate_aux": unexplained(batch.x, by_gate, batch.variance),
         }

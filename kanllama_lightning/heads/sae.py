@@ -143,7 +143,7 @@ class SAE(SAEHead, shipped=False):
         """`reconstruction` (FVU of the start sample), `auxk` while latents are dead, and the
         selection's own."""
         x_n, x_hat_n = x.float() * self.scale, out.x_hat.float() * self.scale
-        terms = {"reconstruction": self.unexplained(x_n, x_hat_n)}
+        terms = {"reconstruction": unexplained(x_n, x_hat_n, self.x_variance)}
         if self.alpha_aux and len(ctx.dead):
             error = (x_n - x_hat_n).detach()
             pre = self.pre_acts(x, ctx.dead) if out.pre_acts is None else out.pre_acts(ctx.dead)
@@ -234,6 +234,21 @@ class SAE(SAEHead, shipped=False):
         copied.x_variance.div_(self.scale.square())
         copied.scale.fill_(1.0)
         return copied
+
+
+def unexplained(
+    x: Float[Tensor, "tok d_model"],
+    x_hat: Float[Tensor, "tok d_model"],
+    variance: Float[Tensor, ""],
+) -> Float[Tensor, ""]:
+    """Squared error, summed over d_model, mean over tokens, as a share of a variance (METHODS 0.4).
+
+    Args:
+        x: Activations in the head's units.
+        x_hat: Their reconstructions, in the same units.
+        variance: The unit of the loss: `x_variance`, that of the start sample.
+    """
+    return (x - x_hat).square().sum(-1).mean() / variance
 
 
 def flat_name(name: str) -> str:

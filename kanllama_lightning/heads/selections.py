@@ -19,20 +19,18 @@ from kanllama_lightning.functional.curves import (
     pooled,
     ranked,
 )
-from kanllama_lightning.functional.sparse import Pattern, Sums, largest_positive, sparse_decode
+from kanllama_lightning.functional.sparse import (
+    Pattern,
+    SparseCodes,
+    Sums,
+    largest_positive,
+    sparse_decode,
+)
 from kanllama_lightning.functional.spline_activation import spline_values
 from kanllama_lightning.functional.splines import greville, spline_bases
 from kanllama_lightning.heads.decoders import Decoder, UnitDirections
 from kanllama_lightning.heads.reach import first_reach, follow_reach_
-from kanllama_lightning.types import (
-    ByProducts,
-    Codes,
-    Curves,
-    InputError,
-    SAEOutput,
-    SparseCodes,
-    StepContext,
-)
+from kanllama_lightning.types import ByProducts, Codes, Curves, InputError, SAEOutput, StepContext
 
 log = logging.getLogger(__name__)
 
@@ -294,7 +292,9 @@ class Thresholded(Selecting):
 
     def _track(self, kept: Float[Tensor, " nnz"], rate: float) -> None:
         # where a process keeps nothing, the others' smallest counts
-        smallest = ranks.smallest(kept.min() if len(kept) else kept.new_full((), torch.inf))
+        smallest = kept.min() if len(kept) else kept.new_full((), torch.inf)
+        if ranks.POOLED.get():
+            smallest = ranks.smallest(smallest)
         by = torch.where(smallest.isfinite(), rate, 0.0)
         self.threshold_ema.lerp_(smallest.nan_to_num(posinf=0.0), by)
         self.threshold_ema_weight.lerp_(torch.ones_like(self.threshold_ema_weight), by)

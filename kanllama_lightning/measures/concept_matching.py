@@ -32,9 +32,10 @@ from kanllama_lightning.functional.matching import (
     sparse_columns,
 )
 from kanllama_lightning.functional.sinks import regular
+from kanllama_lightning.functional.sparse import SparseCodes
 from kanllama_lightning.heads.head import SAEHead
 from kanllama_lightning.lm.frozen import FrozenLM
-from kanllama_lightning.types import DenseCodes, SparseCodes
+from kanllama_lightning.types import DenseCodes
 
 SEED = 7
 """Of the stories; those of training are 0 unless someone asks for another."""

@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from kanllama_lightning.functional.sparse import SparseCodes
 from kanllama_lightning.measures.metrics import Activations
-from kanllama_lightning.types import SparseCodes, ValidationBatch
+from kanllama_lightning.types import ValidationBatch
 
 BEFORE = 0.75
 """Share of a window that lies before the token it was taken for, where there is enough text."""

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kanllama_lightning.embedded import FACTS
+from kanllama_lightning.functional.sparse import SparseCodes
 from kanllama_lightning.heads import BatchTopK, SAEHead
 from kanllama_lightning.lm.frozen import EMBEDDED
 from kanllama_lightning.measures.concept_matching import (
@@ -26,7 +27,7 @@ from kanllama_lightning.measures.concept_matching import (
 )
 from kanllama_lightning.pages.plots import HEIGHT, PALETTE, styled
 from kanllama_lightning.reports.report import EvalRun, Figures, Report
-from kanllama_lightning.types import InputError, SparseCodes
+from kanllama_lightning.types import InputError
 
 CONTROL_STORIES = 200
 """From which untrained heads get their scale and threshold."""

@@ -24,6 +24,7 @@ from kanllama_lightning.dashboard.dashboard_page import write_dashboard
 from kanllama_lightning.dashboard.latent_curves import latent_curves
 from kanllama_lightning.dashboard.pool import Pool
 from kanllama_lightning.functional.cofiring import Neighbours, neighbours
+from kanllama_lightning.functional.sparse import SparseCodes
 from kanllama_lightning.heads.encoders import FrozenLinearEncoder, LinearEncoder
 from kanllama_lightning.heads.sae import SAE
 from kanllama_lightning.lm.token_text import token_text
@@ -37,7 +38,7 @@ from kanllama_lightning.measures.directions import (
 from kanllama_lightning.measures.metrics import Activations
 from kanllama_lightning.reports.labels import PEAKS, READS, TELLING, Known, firing_tokens
 from kanllama_lightning.reports.report import EvalRun, Figures, Report, Seen
-from kanllama_lightning.types import InputError, SparseCodes
+from kanllama_lightning.types import InputError
 
 ROWS = 4096
 """Activations that curves, and latents that mix in the decoder, are judged over."""

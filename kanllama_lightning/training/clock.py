@@ -1,6 +1,9 @@
 """Where the time of a training step goes."""
 
 import time
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -23,26 +26,18 @@ class StepClock:
         self.cuda = cuda
         self._seconds = dict.fromkeys(PARTS, 0.0)
         self._before = dict.fromkeys(PARTS, 0.0)
-        self._last: float | None = None
-        self._events: list[tuple[str, torch.cuda.Event]] = []
+        self.now: Callable[[], Any] = _event if cuda else time.perf_counter
+        self.marks: list[tuple[str, Any]] = []
+        """Parts and when they ended, not yet added up; a step appends to it itself."""
 
     def mark(self, part: str) -> None:
         """The time since the last mark was spent on this part."""
-        if self.cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._events.append((part, event))
-            return
-        now = time.perf_counter()
-        if self._last is not None:
-            self._seconds[part] += now - self._last
-        self._last = now
+        self.marks.append((part, self.now()))
 
     def restart(self) -> None:
         """Forget the time since the last mark: it belongs to no step (a validation, say)."""
-        self._last = None
         self._read()
-        self._events = []
+        self.marks.clear()
 
     def reset(self) -> None:
         """Forget everything: the time before the first step is not that of steps."""
@@ -50,13 +45,14 @@ class StepClock:
         self._seconds, self._before = (dict.fromkeys(PARTS, 0.0) for _ in range(2))
 
     def _read(self) -> None:
-        """Turn events into seconds; the last one stays, as the next part begins there."""
-        if len(self._events) < 2:
+        """Turn marks into seconds; the last one stays, as the next part begins there."""
+        if len(self.marks) < 2:
             return
-        self._events[-1][1].synchronize()
-        for (_, begin), (part, end) in zip(self._events, self._events[1:], strict=False):
-            self._seconds[part] += begin.elapsed_time(end) / 1000
-        self._events = self._events[-1:]
+        if self.cuda:
+            self.marks[-1][1].synchronize()
+        for (_, begin), (part, end) in pairwise(self.marks):
+            self._seconds[part] += begin.elapsed_time(end) / 1000 if self.cuda else end - begin
+        del self.marks[:-1]
 
     def shares(self) -> dict[str, float]:
         """Share of each part in the time since the last call, 0 to 1; empty where there is none."""
@@ -79,6 +75,12 @@ class StepClock:
         """Go on from a checkpoint."""
         self.reset()
         self._before |= {part: s for part, s in state.items() if part in self._before}
+
+
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 def _shares(seconds: dict[str, float]) -> dict[str, float]:

@@ -35,6 +35,8 @@ class HeadTrainer(nn.Module):
     def __init__(self, name: str, head: SAEHead, schedule: Schedule, clip_ratio: float) -> None:
         super().__init__()
         self.name, self.head, self.schedule, self.clip_ratio = name, head, schedule, clip_ratio
+        self.dead_after_tokens = schedule.dead_after_tokens
+        self.threshold_rate = schedule.threshold_rate
         self._dead: Tensor | None = None
         self.register_buffer("silent_tokens", torch.zeros(head.d_sae, dtype=torch.int64))
         self.register_buffer("dead_mask", torch.zeros(head.d_sae, dtype=torch.bool))
@@ -57,17 +59,20 @@ class HeadTrainer(nn.Module):
             progress: Share of the token budget already trained on, 0 to 1.
         """
         if step % DEAD_REFRESH_STEPS == 0:
-            self.dead_mask = self.silent_tokens >= self.schedule.dead_after_tokens
+            self.dead_mask = self.silent_tokens >= self.dead_after_tokens
             self._dead = None
         if self._dead is None:  # listing them waits for a GPU
             self._dead = self.dead_mask.nonzero().squeeze(1)
-        ctx = StepContext(self._dead, progress, self.schedule.threshold_rate)
+        ctx = StepContext(self._dead, progress, self.threshold_rate)
         out = self.head(x)
         losses = self.head.losses(x, out, ctx)
         with torch.no_grad():
             self.head.observe_(out, ctx)
-            fired = ranks.largest((out.codes.fired() > 0).to(torch.uint8)) > 0
-            self.silent_tokens += len(x) * ranks.world()
+            fired, seen = out.codes.fired() > 0, len(x)
+            if ranks.POOLED.get():
+                fired = ranks.largest(fired.to(torch.uint8)) > 0
+                seen *= ranks.world()
+            self.silent_tokens += seen
             self.silent_tokens.masked_fill_(fired, 0)
         return losses, out
 
@@ -88,7 +93,7 @@ class HeadTrainer(nn.Module):
         self, x: Float[Tensor, "tok d_model"], out: SAEOutput, losses: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """What is worth logging about a training batch, under the head's name."""
-        dead = (self.silent_tokens >= self.schedule.dead_after_tokens).float().mean()
+        dead = (self.silent_tokens >= self.dead_after_tokens).float().mean()
         batch_fvu = fvu(x, out.x_hat.float())
         values = dict(losses) | self.head.diagnostics(x)
         values |= {

@@ -252,7 +252,7 @@ class SAEModule(L.LightningModule):
         batch: TokenBatch | ActivationBatch = next(batches)[0]
         self.data_position = batch.position.clone()
         batch = batch.to(self.device)
-        self.clock.mark("data")
+        self.clock.marks.append(("data", self.clock.now()))
         return batch
 
     @torch.no_grad()
@@ -306,16 +306,16 @@ class SAEModule(L.LightningModule):
         n = self.batch_rows
         while self.buffer.wants(n):
             rows = self.rows(self._next_batch(batches))
-            self.clock.mark("lm")
+            self.clock.marks.append(("lm", self.clock.now()))
             self.buffer.push_(rows)
-            self.clock.mark("buffer")
+            self.clock.marks.append(("buffer", self.clock.now()))
         x = self.buffer.swap_(n)
-        self.clock.mark("buffer")
+        self.clock.marks.append(("buffer", self.clock.now()))
         return x
 
     def training_step(self, dataloader_iter: Iterator[Any]) -> Tensor:
         """One batch through the heads; Lightning does the rest."""
-        self.clock.mark("logging")
+        self.clock.marks.append(("logging", self.clock.now()))
         if not self.started:
             self.start_(dataloader_iter)
             self._after_start()
@@ -325,8 +325,9 @@ class SAEModule(L.LightningModule):
         logs = step % self.trainer.log_every_n_steps == 0 or step == 0
         loss: Tensor | None = None
         values: dict[str, Tensor] = {}
+        together = self.trainer.world_size > 1
         for trainee in self._trainees():
-            with ranks.pooled():
+            with ranks.pooled() if together else contextlib.nullcontext():
                 try:
                     losses, out = trainee.step(x, step, progress)
                 except (RuntimeError, ValueError) as e:  # what operators make of NaN, if any
@@ -342,7 +343,7 @@ class SAEModule(L.LightningModule):
             self.check_finite()
             self._log_step(values, len(x))
             self._say_diverged(values, "train/fvu", DIVERGED_FVU)
-        self.clock.mark("head")
+        self.clock.marks.append(("head", self.clock.now()))
         return loss
 
     def check_finite(self, everything: bool = False, cause: Exception | None = None) -> None:
@@ -422,7 +423,7 @@ class SAEModule(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Project gradients; runs before clipping."""
-        self.clock.mark("head")
+        self.clock.marks.append(("head", self.clock.now()))
         for head in self.heads().values():
             head.project_grad_()
 
@@ -440,7 +441,7 @@ class SAEModule(L.LightningModule):
         for head in self.heads().values():
             head.project_()
         self.tokens_seen += self.schedule.batch
-        self.clock.mark("optimizer")
+        self.clock.marks.append(("optimizer", self.clock.now()))
 
     # -------------------------------------------------------------- validation
 

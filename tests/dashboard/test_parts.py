@@ -7,10 +7,11 @@ import torch
 from kanllama_lightning.dashboard.ablation import AblatedPlace, ablate
 from kanllama_lightning.dashboard.latent_curves import latent_curves
 from kanllama_lightning.dashboard.pool import Pool
+from kanllama_lightning.functional.sparse import SparseCodes
 from kanllama_lightning.heads import BatchTopK, CurvedDictionary, KANEncoder, SplineLatent
 from kanllama_lightning.lm.frozen import FrozenLM
 from kanllama_lightning.measures.contexts import Contexts
-from kanllama_lightning.types import SAEOutput, SparseCodes, TokenBatch, ValidationBatch
+from kanllama_lightning.types import SAEOutput, TokenBatch, ValidationBatch
 from tests.reports.test_capability import by_hook, started_head
 
 

@@ -6,7 +6,7 @@ import torch
 
 from kanllama_lightning.functional import cofiring
 from kanllama_lightning.functional.cofiring import neighbours
-from kanllama_lightning.types import SparseCodes
+from kanllama_lightning.functional.sparse import SparseCodes
 
 N, D = 600, 30
 

@@ -16,8 +16,8 @@ from kanllama_lightning.functional.losses import (
     geometric_median,
     kl_divergence,
     next_token_targets,
-    reconstruction,
 )
+from kanllama_lightning.heads.sae import unexplained
 
 SEEDS = st.integers(0, 10_000)
 
@@ -26,9 +26,10 @@ def random(seed, *shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_reconstruction_by_hand():
+def test_the_unexplained_share_by_hand():
     x, x_hat = torch.tensor([[2.0, 0.0], [0.0, 4.0]]), torch.tensor([[2.0, 1.0], [0.0, 1.0]])
-    assert reconstruction(x, x_hat).item() == (1 + 9) / 2  # sum over d_model, mean over tokens
+    share = unexplained(x, x_hat, torch.tensor(2.0))
+    assert share.item() == (1 + 9) / 2 / 2  # sum over d_model, mean over tokens
 
 
 def test_fvu_by_hand():

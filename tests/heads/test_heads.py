@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from kanllama_lightning.functional.losses import geometric_median
+from kanllama_lightning.functional.sparse import SparseCodes
 from kanllama_lightning.functional.spline_activation import spline_activation
 from kanllama_lightning.heads import (
     PCA,
@@ -48,7 +49,7 @@ from kanllama_lightning.heads.encoders import HiddenEncoder
 from kanllama_lightning.heads.head import WEIGHTS
 from kanllama_lightning.heads.sae import flat_name
 from kanllama_lightning.reports.saved_head import read_subject
-from kanllama_lightning.types import InputError, SparseCodes, StepContext
+from kanllama_lightning.types import InputError, StepContext
 from tests.conftest import rest_slow
 
 D, M, K = 8, 24, 3

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from kanllama_lightning.functional import row_blocks
+from kanllama_lightning.functional.sparse import SparseCodes
 from kanllama_lightning.heads.gated import Gated
 from kanllama_lightning.heads.jump_relu import JumpReLU
 from kanllama_lightning.heads.penalties import SHARPNESS
 from kanllama_lightning.heads.standard import Standard
-from kanllama_lightning.types import LazyCodes, SparseCodes, StepContext
+from kanllama_lightning.types import LazyCodes, StepContext
 
 D, M, N, K = 8, 48, 100, 2
 CONTEXT = StepContext(torch.zeros(0, dtype=torch.int64), 0.5, 0.1)

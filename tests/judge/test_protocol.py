@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+from kanllama_lightning.functional.sparse import SparseCodes
 from kanllama_lightning.judge import protocol
 from kanllama_lightning.judge.panel import exchanged
 from kanllama_lightning.judge.protocol import (
@@ -23,7 +24,7 @@ from kanllama_lightning.judge.protocol import (
     spread,
 )
 from kanllama_lightning.measures.contexts import Contexts, Windows
-from kanllama_lightning.types import Prefix, SAEOutput, SparseCodes, TokenBatch, ValidationBatch
+from kanllama_lightning.types import Prefix, SAEOutput, TokenBatch, ValidationBatch
 
 DOCS, LENGTH = 300, 20
 

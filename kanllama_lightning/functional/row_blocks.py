@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kanllama_lightning.functional.sparse import Pattern
+from kanllama_lightning.functional.splines import rows_at_once
 
 BLOCK, LEAST_ROWS = 1 << 20, 256
 """Pre-activations worked on at once on the CPU, where they then stay in the cache; but at least so
@@ -90,11 +91,9 @@ def decode_in_blocks(
     return pre, penalty, decoded
 
 
-def rows_at_once(pre_acts: Float[Tensor, "tok d_sae"]) -> int:
+def _block_rows(pre_acts: Float[Tensor, "tok d_sae"]) -> int:
     """How many rows a block has."""
-    if pre_acts.device.type != "cpu":
-        return max(1, len(pre_acts))
-    return max(LEAST_ROWS, BLOCK // pre_acts.shape[1])
+    return rows_at_once(pre_acts, pre_acts.shape[1], BLOCK, least=LEAST_ROWS)
 
 
 class _InBlocks(torch.autograd.Function):
@@ -120,7 +119,7 @@ class _InBlocks(torch.autograd.Function):
         weights = dictionary.to(dtype)
         blocks: list[list[Tensor]] = []
         penalty = pre_acts.new_zeros(())
-        for rows in pre_acts.split(rows_at_once(pre_acts)):
+        for rows in pre_acts.split(_block_rows(pre_acts)):
             latents, part = make(rows, *vectors)
             blocks.append([(z.to(dtype) @ weights).float() for z in latents])
             penalty += part
@@ -149,7 +148,7 @@ class _InBlocks(torch.autograd.Function):
                 if kept is None
                 else kept.pattern.sum_rows(kept.values, to_z.contiguous())
             )
-        size = rows_at_once(pre_acts)
+        size = _block_rows(pre_acts)
         for start in range(0, len(pre_acts), size):
             rows = slice(start, start + size)
             p = pre_acts[rows].detach().requires_grad_()

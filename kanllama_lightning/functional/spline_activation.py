@@ -21,13 +21,14 @@ from torch.autograd.function import once_differentiable
 
 from kanllama_lightning.functional.splines import (
     _bases,
-    _blocks,
     _edge_slopes,
     _exact,
     _Grid,
     _inner_bases,
     _position,
     _slopes,
+    blocks,
+    rows_at_once,
 )
 
 log = logging.getLogger(__name__)
@@ -224,9 +225,8 @@ def _locate(
 
 
 def _row_blocks(x: Float[Tensor, "tok m"]) -> Iterator[slice]:
-    """Rows to work on at a time: few on the CPU, for its cache; all elsewhere."""
-    rows = _CPU_BLOCK // max(1, x.shape[1]) if x.device.type == "cpu" else len(x)
-    return _blocks(len(x), max(1, rows))
+    """Rows to work on at a time."""
+    return blocks(len(x), rows_at_once(x, x.shape[1], _CPU_BLOCK))
 
 
 def _cells(grid: _Grid) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -154,8 +154,6 @@ def kan_linear(
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     grid = _Grid(lo, hi, grid_size, order, linear_tails)
-    if block_bytes is None:
-        block_bytes = _CPU_BLOCK_BYTES if kind == "cpu" else _DEVICE_BLOCK_BYTES
     y: Tensor = _KANLinear.apply(x, weight, grid, base, dtype, compiled, block_bytes)
     return y
 
@@ -195,7 +193,7 @@ class _KANLinear(torch.autograd.Function):
         base: Callable[[Tensor], Tensor],
         dtype: torch.dtype,
         compiled: bool,
-        block_bytes: int,
+        block_bytes: int | None,
     ) -> Float[Tensor, "tok out"]:
         """One product per block of rows, in `dtype`."""
         ctx.save_for_backward(x, weight)
@@ -204,7 +202,7 @@ class _KANLinear(torch.autograd.Function):
             wide = weight.flatten(1).to(dtype)
             y = x.new_empty(len(x), len(weight), dtype=dtype)
             planes = _buffer(x, grid, dtype, block_bytes)
-            for rows in _blocks(len(x), len(planes)):
+            for rows in blocks(len(x), len(planes)):
                 block = planes[: rows.stop - rows.start]
                 _by_rows(_fill_, compiled, grid, base, x[rows], block)
                 torch.mm(block.flatten(1), wide.t(), out=y[rows])
@@ -222,7 +220,7 @@ class _KANLinear(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             wide = weight.flatten(1).to(dtype) if need_x else weight.flatten(1)
             planes = _buffer(x, grid, dtype, block_bytes)
-            for rows in _blocks(len(x), len(planes)):
+            for rows in blocks(len(x), len(planes)):
                 block, grad = planes[: rows.stop - rows.start], grad_y[rows]
                 if need_weight:
                     _by_rows(_fill_, compiled, grid, base, x[rows], block)
@@ -293,7 +291,7 @@ def _by_rows(
     """`_fill_` or `_pull_`: compiled on all rows as one loop, or eagerly on few at a time."""
     if compiled:
         work = _compiled(work)
-    for rows in _blocks(len(x), len(x)) if compiled else _fill_blocks(x, grid):
+    for rows in blocks(len(x), len(x)) if compiled else _fill_blocks(x, grid):
         work(grid, base, x[rows], *(other[rows] for other in others))
 
 
@@ -389,21 +387,42 @@ def _exact(x: Tensor) -> Tensor:
 
 
 def _buffer(
-    x: Float[Tensor, "tok in"], grid: _Grid, dtype: torch.dtype, block_bytes: int
+    x: Float[Tensor, "tok in"], grid: _Grid, dtype: torch.dtype, block_bytes: int | None
 ) -> Float[Tensor, "rows planes in"]:
-    """Room for the planes of as many rows as `block_bytes` holds, and of one at least."""
+    """Room for the planes of as many rows as a block holds, and of one at least."""
     shape = 1 + grid.n_bases, x.shape[1]
-    rows = max(1, block_bytes // (shape[0] * max(1, shape[1]) * dtype.itemsize))
+    size = shape[0] * max(1, shape[1]) * dtype.itemsize
+    on_cpu, elsewhere = block_bytes or _CPU_BLOCK_BYTES, block_bytes or _DEVICE_BLOCK_BYTES
+    rows = rows_at_once(x, size, on_cpu, elsewhere)
     return x.new_empty(min(rows, len(x)), *shape, dtype=dtype)
 
 
 def _fill_blocks(x: Float[Tensor, "rows in"], grid: _Grid) -> Iterator[slice]:
-    """Rows to work on elementwise at a time: few on the CPU, for its cache; all elsewhere."""
+    """Rows to work on elementwise at a time."""
     bytes_per_row = grid.n_bases * max(1, x.shape[1]) * 4
-    rows = max(1, _CPU_FILL_BYTES // bytes_per_row) if x.device.type == "cpu" else len(x)
-    return _blocks(len(x), rows)
+    return blocks(len(x), rows_at_once(x, bytes_per_row, _CPU_FILL_BYTES))
 
 
-def _blocks(total: int, size: int) -> Iterator[slice]:
+def rows_at_once(
+    x: Shaped[Tensor, "rows *_"],
+    size_of_row: int,
+    on_cpu: int,
+    elsewhere: int | None = None,
+    least: int = 1,
+) -> int:
+    """How many rows to work on at a time: few on a CPU, whose cache then holds them.
+
+    Args:
+        x: What has the rows.
+        size_of_row: What one row takes, in any unit.
+        on_cpu: What a block may take on a CPU, in the same unit.
+        elsewhere: Likewise on a GPU; None for all rows at once.
+        least: Rows of a block, whatever they take.
+    """
+    room = on_cpu if x.device.type == "cpu" else elsewhere
+    return max(least, len(x) if room is None else room // max(1, size_of_row))
+
+
+def blocks(total: int, size: int) -> Iterator[slice]:
     """Slices that cut `total` rows into runs of `size`."""
     return (slice(start, min(start + size, total)) for start in range(0, total, size or 1))

@@ -12,10 +12,10 @@ import httpx2
 import torch
 from jaxtyping import Float, Int
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from kanllama_lightning.lm.hook_points import HookPoint, parse_hook_point
+from kanllama_lightning.lm.hook_points import HookPoint, parse_hook_point, whole
 from kanllama_lightning.lm.lm_files import COPY, broken, check_config, check_config_file
 from kanllama_lightning.storage.small_files import Wrong
 from kanllama_lightning.types import InputError, Prefix
@@ -352,18 +352,8 @@ class FrozenLM:
             h = inner.embed_tokens(ids)
             rotary = self._rotary(h)
             for block in inner.layers[: self.hook.layer]:
-                h = self._mlp(block, self._attention(block, h, rotary))
-            block, kind = inner.layers[self.hook.layer], self.hook.kind
-            if kind == "resid_pre":
-                return Prefix(h, None)
-            attention = self._attention_out(block, h, rotary)
-            if kind == "attn_out":
-                return Prefix(attention, h)
-            h = h + attention
-            if kind == "resid_mid":
-                return Prefix(h, None)
-            out = block.mlp(block.post_attention_layernorm(h))
-            return Prefix(out, h) if kind == "mlp_out" else Prefix(h + out, None)
+                h = whole(block, h, rotary)
+            return self.hook.site.read(inner.layers[self.hook.layer], h, rotary)
 
     def acts(self, ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
         """Activations at the hook point, in the LM's dtype."""
@@ -385,16 +375,12 @@ class FrozenLM:
                 f"hook point gives {tuple(want.shape)} {want.dtype} on {want.device}"
             )
         with _no_autocast(acts.device):
-            inner, kind = self.model.model, self.hook.kind
+            inner = self.model.model
             h = acts if prefix.residual is None else prefix.residual + acts
             rotary = self._rotary(h)
-            block = inner.layers[self.hook.layer]
-            if kind == "resid_pre":
-                h = self._attention(block, h, rotary)
-            if kind in ("resid_pre", "attn_out", "resid_mid"):
-                h = self._mlp(block, h)
+            h = self.hook.site.resume(inner.layers[self.hook.layer], h, rotary)
             for block in inner.layers[self.hook.layer + 1 :]:
-                h = self._mlp(block, self._attention(block, h, rotary))
+                h = whole(block, h, rotary)
             return inner.norm(h)
 
     @torch.no_grad()
@@ -416,22 +402,6 @@ class FrozenLM:
     def _rotary(self, h: Tensor) -> tuple[Tensor, Tensor]:
         position_ids = torch.arange(h.shape[1], device=h.device)[None]
         return self.model.model.rotary_emb(h, position_ids)
-
-    @staticmethod
-    def _attention_out(block: nn.Module, h: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        # no mask: scaled_dot_product_attention is causal by itself then
-        return block.self_attn(
-            hidden_states=block.input_layernorm(h),  # type: ignore[operator]
-            position_embeddings=rotary,
-            attention_mask=None,
-        )[0]
-
-    def _attention(self, block: nn.Module, h: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        return h + self._attention_out(block, h, rotary)
-
-    @staticmethod
-    def _mlp(block: nn.Module, h: Tensor) -> Tensor:
-        return h + block.mlp(block.post_attention_layernorm(h))  # type: ignore[operator]
 
 
 def overflow_hint(dtype: torch.dtype) -> str:

@@ -1,10 +1,13 @@
-"""Names of the places in a Llama where activations are read."""
+"""The places in a Llama where activations are read: their names, and what each is in a block."""
 
 import difflib
 import re
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
-from kanllama_lightning.types import InputError
+from torch import Tensor, nn
+
+from kanllama_lightning.types import InputError, Prefix
 
 Kind = Literal["resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"]
 
@@ -20,11 +23,89 @@ SPELLINGS: dict[str, Kind] = {
 }
 
 
+Block = Any
+"""A block of transformers' Llama: two norms, `self_attn` and `mlp`."""
+Rotary = tuple[Tensor, Tensor]
+
+
+def attention_out(block: Block, h: Tensor, rotary: Rotary) -> Tensor:
+    """What a block's attention adds to the residual stream `h`."""
+    # no mask: scaled_dot_product_attention is causal by itself then
+    out: Tensor = block.self_attn(
+        hidden_states=block.input_layernorm(h), position_embeddings=rotary, attention_mask=None
+    )[0]
+    return out
+
+
+def mlp_out(block: Block, h: Tensor) -> Tensor:
+    """What a block's MLP adds to the residual stream `h`."""
+    out: Tensor = block.mlp(block.post_attention_layernorm(h))
+    return out
+
+
+def whole(block: Block, h: Tensor, rotary: Rotary) -> Tensor:
+    """The residual stream after a block, from that before it."""
+    return after_attention(block, h + attention_out(block, h, rotary), rotary)
+
+
+def after_attention(block: Block, h: Tensor, _: Rotary) -> Tensor:
+    """The residual stream after a block, from that between its attention and its MLP."""
+    return h + mlp_out(block, h)
+
+
+def _nothing(_: Block, h: Tensor, __: Rotary) -> Tensor:
+    return h
+
+
+def _read_mlp(block: Block, h: Tensor, rotary: Rotary) -> Prefix:
+    h = h + attention_out(block, h, rotary)
+    return Prefix(mlp_out(block, h), h)
+
+
+class Site(NamedTuple):
+    """What a hook point is in its block."""
+
+    read: Callable[[Block, Tensor, Rotary], Prefix]
+    """From the residual stream before the block to the activation, and what it is added to."""
+    resume: Callable[[Block, Tensor, Rotary], Tensor]
+    """From the residual stream at the hook point to that after the block."""
+    watched: Callable[[Block], tuple[nn.Module, bool]]
+    """The module of the model that has the activation, and whether it is its input."""
+
+
+SITES: dict[Kind, Site] = {
+    "resid_pre": Site(
+        lambda _, h, __: Prefix(h, None), whole, lambda block: (block.input_layernorm, True)
+    ),
+    "attn_out": Site(
+        lambda block, h, rotary: Prefix(attention_out(block, h, rotary), h),
+        after_attention,
+        lambda block: (block.self_attn, False),
+    ),
+    "resid_mid": Site(
+        lambda block, h, rotary: Prefix(h + attention_out(block, h, rotary), None),
+        after_attention,
+        lambda block: (block.post_attention_layernorm, True),
+    ),
+    "mlp_out": Site(_read_mlp, _nothing, lambda block: (block.mlp, False)),
+    "resid_post": Site(
+        lambda block, h, rotary: Prefix(whole(block, h, rotary), None),
+        _nothing,
+        lambda block: (block, False),
+    ),
+}
+
+
 class HookPoint(NamedTuple):
     """A place in the residual stream of a Llama."""
 
     layer: int
     kind: Kind
+
+    @property
+    def site(self) -> Site:
+        """What it is in its block."""
+        return SITES[self.kind]
 
     @property
     def name(self) -> str:

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -177,13 +178,9 @@ def _check_hook(lm: FrozenLM, tokens: TokenBatch) -> None:
     def keep_input(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         seen.append(args[0])
 
-    handle = {
-        "resid_pre": lambda: block.input_layernorm.register_forward_pre_hook(keep_input),
-        "attn_out": lambda: block.self_attn.register_forward_hook(keep_output),
-        "resid_mid": lambda: block.post_attention_layernorm.register_forward_pre_hook(keep_input),
-        "mlp_out": lambda: block.mlp.register_forward_hook(keep_output),
-        "resid_post": lambda: block.register_forward_hook(keep_output),
-    }[lm.hook.kind]()
+    module, is_input = lm.hook.site.watched(block)
+    watch: Any = module.register_forward_pre_hook if is_input else module.register_forward_hook
+    handle = watch(keep_input if is_input else keep_output)
     try:
         full = _own_forward(lm, tokens)
     finally:

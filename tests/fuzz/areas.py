@@ -377,8 +377,9 @@ def judged(folder: Path) -> list[Area]:
             if found is None and not failure:
                 raise Silent("neither an answer nor a reason")
             answer = _answer(found, failure, [reply])
-            finite(list(answer)[3:], "usage")
-            if any(isinstance(n, int) and n > 1 << 31 for n in list(answer)[3:]):
+            counts = [answer.calls, answer.input_tokens, answer.output_tokens]
+            finite(counts, "usage")
+            if any(isinstance(n, int) and n > 1 << 31 for n in counts):
                 raise Silent(f"{answer} counts too many tokens")
 
     def read() -> None:

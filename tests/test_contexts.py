@@ -6,7 +6,7 @@ import torch
 from kanllama_lightning.functional.sparse import SparseCodes
 from kanllama_lightning.measures import contexts
 from kanllama_lightning.measures.contexts import Contexts
-from kanllama_lightning.types import DenseCodes, SAEOutput, TokenBatch, ValidationBatch
+from kanllama_lightning.types import DenseCodes, Prefix, SAEOutput, TokenBatch, ValidationBatch
 
 ROWS, POS, D_SAE, WIDTH = 24, 40, 20, 12
 
@@ -34,7 +34,7 @@ def fed(text, seqs, mask=None, dense=False, **args):
         codes = SparseCodes(kept[rows, latents], rows, latents, len(kept), D_SAE)
         tokens = TokenBatch(ids[some], keep[some], doc[some], torch.zeros(3, dtype=torch.int64))
         out = SAEOutput(kept, DenseCodes(kept) if dense else codes)
-        made.update(ValidationBatch("main", tokens, None, here, kept, out))
+        made.update(ValidationBatch("main", tokens, Prefix(z[some], None), here, kept, out))
     return made
 
 

@@ -11,7 +11,7 @@ from kanllama_lightning.functional.sparse import SparseCodes
 from kanllama_lightning.heads import BatchTopK, CurvedDictionary, KANEncoder, SplineLatent
 from kanllama_lightning.lm.frozen import FrozenLM
 from kanllama_lightning.measures.contexts import Contexts
-from kanllama_lightning.types import SAEOutput, TokenBatch, ValidationBatch
+from kanllama_lightning.types import Prefix, SAEOutput, TokenBatch, ValidationBatch
 from tests.reports.test_capability import by_hook, started_head
 
 
@@ -67,7 +67,8 @@ def contexts_of(ids, keep, doc, z, width=8):
     rows, latents = kept.nonzero(as_tuple=True)
     codes = SparseCodes(kept[rows, latents], rows, latents, len(kept), z.shape[2])
     batch = TokenBatch(ids, keep, doc, torch.zeros(3, dtype=torch.int64))
-    made.update(ValidationBatch("main", batch, None, keep, kept, SAEOutput(kept, codes)))
+    out = SAEOutput(kept, codes)
+    made.update(ValidationBatch("main", batch, Prefix(z, None), keep, kept, out))
     return made
 
 

@@ -39,9 +39,10 @@ def batch(latents: torch.Tensor) -> ValidationBatch:
     z = latents.flatten(0, 1)
     rows, columns = z.nonzero(as_tuple=True)
     codes = SparseCodes(z[rows, columns], rows, columns, *z.shape)
-    x = torch.zeros(len(z), 4)
+    acts = torch.zeros(n, length, 4)
+    x = acts[keep]
     tokens = TokenBatch(ids, keep, doc, torch.zeros(3, dtype=torch.int64))
-    return ValidationBatch("s", tokens, Prefix(x, None), keep, x, SAEOutput(x, codes))
+    return ValidationBatch("s", tokens, Prefix(acts, None), keep, x, SAEOutput(x, codes))
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from plotly.offline import get_plotlyjs
 from scipy import stats
+from transformers import PreTrainedTokenizerFast
 
 from kanllama_lightning.heads import PCA, BatchTopK, DenseOnlyKAN, KANReLUDense, OnlyKAN
 from kanllama_lightning.lm.token_text import token_text
@@ -22,13 +23,10 @@ from kanllama_lightning.types import InputError
 HOSTILE = '</script><script>alert("x")</script>\n%{x}<b>\u202e,"'
 
 
-class Hostile:
+class Hostile(PreTrainedTokenizerFast):
     """A tokenizer whose every token is an attack."""
 
-    def __len__(self):
-        return 1 << 20
-
-    def convert_ids_to_tokens(self, token):
+    def convert_ids_to_tokens(self, token, **_):
         return f"{HOSTILE}{token}"
 
     def decode(self, ids, **_):
@@ -136,7 +134,7 @@ def test_the_page_stands_alone_and_names_its_units(head, lm, tokens, tmp_path):
 
 
 def test_hostile_tokens(head, lm, tokens, tmp_path):
-    lm.tokenizer = Hostile()
+    lm.tokenizer = Hostile(tokenizer_object=lm.tokenizer.backend_tokenizer)
     evaluate(head, lm, tokens, tmp_path, top=3)
     own = (tmp_path / "latents.html").read_text().replace(get_plotlyjs(), "")
     assert "<script>alert" not in own

@@ -1,4 +1,4 @@
-"""With CHECK_SHAPES=1 every annotation of the project is checked, in whatever is imported later.
+"""Every annotation of the project is checked in the tests, in whatever is imported later.
 
 A call whose arguments or result are not as annotated raises jaxtyping.TypeCheckError. Axes bind
 within one call. What jaxtyping leaves alone: what `async` functions are given, and an annotation
@@ -6,7 +6,6 @@ that names the class it stands in.
 """
 
 import functools
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -71,6 +70,4 @@ def check_annotations() -> None:
     torch.compile = _compiles_unchecked(torch.compile)
 
 
-CHECKED = bool(os.environ.get("CHECK_SHAPES"))
-if CHECKED:
-    check_annotations()
+check_annotations()

@@ -11,9 +11,7 @@ import torch
 
 from kanllama_lightning.functional.curves import line_residual
 from kanllama_lightning.functional.sparse import SparseCodes
-from tests.shapes import CHECKED, PACKAGES, unchecked
-
-pytestmark = pytest.mark.skipif(not CHECKED, reason="CHECK_SHAPES=1 turns the checks on")
+from tests.shapes import PACKAGES, unchecked
 
 
 def test_shapes_of_arguments_are_checked_and_bind_within_a_call():

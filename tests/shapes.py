@@ -6,6 +6,7 @@ that names the class it stands in.
 """
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,19 +32,40 @@ def unchecked() -> Iterator[None]:
 
 
 def _fields_too(jaxtyped: Callable[..., Any]) -> Callable[..., Any]:
-    """The decorator that the hook puts everywhere, which does not know the fields of tuples."""
+    """The decorator that the hook puts everywhere, which does not know the fields of tuples.
+
+    Functions are decorated when they are first called, as that takes milliseconds each.
+    """
 
     def decorator(*, typechecker: Any) -> Callable[[Any], Any]:
         decorate = jaxtyped(typechecker=typechecker)
 
         def decorated(given: Any) -> Any:
             if isinstance(given, type) and "_fields" in vars(given):
-                given.__new__ = decorate(given.__new__)
-            return decorate(given)
+                given.__new__ = _at_first_call(decorate, given.__new__)
+            return _at_first_call(decorate, given) if inspect.isfunction(given) else decorate(given)
 
         return decorated
 
     return decorator
+
+
+def _at_first_call(
+    decorate: Callable[[Callable[..., Any]], Callable[..., Any]], function: Callable[..., Any]
+) -> Callable[..., Any]:
+    checked = None
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        __tracebackhide__ = True
+        if jaxtyping.config.jaxtyping_disable:
+            return function(*args, **kwargs)
+        nonlocal checked
+        if checked is None:
+            checked = decorate(function)
+        return checked(*args, **kwargs)
+
+    return call
 
 
 def _compiles_unchecked(compile_: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""What a head is worth that learned nothing, on the same tokens."""
+"""Baselines on the same tokens: PCA, and the head as it was before training."""
 
 import copy
 import logging

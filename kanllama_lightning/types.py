@@ -193,7 +193,7 @@ class Curves(NamedTuple):
     points: Float[Tensor, "curves points"]
     """Evenly spaced over what each curve sees, but for the last 0.1 % on either side."""
     values: Float[Tensor, "curves points"]
-    """The curves themselves; of what has many (see its name), the one that says most."""
+    """Curve values. Where a latent owns several curves, the most informative one; see `names`."""
     density: Float[Tensor, "curves points"]
     """Share of what a curve sees that is nearest to each point; adds up to 1."""
     bend: Float[Tensor, " curves"]

@@ -57,7 +57,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code.
 
     Args:
-        args: Arguments without the program's name; left out, those of the process.
+        args: Arguments without the program's name (default: those of the process).
     """
     quiet()
     given = list(sys.argv[1:] if args is None else args)

@@ -138,7 +138,7 @@ def load(
     Args:
         folders: Run folders, each with a finished record.
         labels: What to call them; None for what distinguishes their folders.
-        records: Folder of each one's record; left out, its `eval/`.
+        records: Folder of each one's record (default: its `eval/`).
 
     Raises:
         InputError: Fewer than two, the same one twice, or no record of losses; or labels collide.

@@ -36,7 +36,7 @@ class HubCorpus(Corpus):
         split: Its split.
         column: The column that holds the document: text, or lists of token ids.
         config: Which of the dataset's configurations, if it has several.
-        revision: Commit, tag or branch; left out, the newest commit, which is logged.
+        revision: Commit, tag or branch (default: the newest commit, which is logged).
         sample: Take only this many documents, drawn at random from the whole split, which is
             read through once for it and so should be small. Left out, all are used.
         sample_seed: Seed of that draw.

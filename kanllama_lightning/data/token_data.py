@@ -58,7 +58,7 @@ class TokenData(LightningDataModule):
         cache: Folder to write the LM's activations into once, for this run and others with the
             same LM, hook point and text: they read them instead of running the LM. Left out,
             the LM runs in every run.
-        cache_tokens: Activations to write; left out, as many as the run needs. A run that needs
+        cache_tokens: Activations to write (default: as many as the run needs). A run that needs
             more than there are reads them again, in another order; a larger number than there
             are adds the rest.
     """

@@ -1,8 +1,8 @@
 """The logit lens of directions: what each one, written to the residual stream, says of each token.
 
 T_j = w_j (diag(g) W_U) over the whole vocabulary, g the gain of the final RMSNorm. What is left
-out, 1 / rms(h), is one positive factor per token: it changes neither skewness nor kurtosis, and
-neither the order of the tokens. RMSNorm does not centre, so no mean is taken off (METHODS C).
+out, 1 / rms(h), is one positive factor per token: it changes neither skewness nor kurtosis,
+nor the order of the tokens. RMSNorm does not centre, so no mean is taken off (METHODS C).
 """
 
 import math

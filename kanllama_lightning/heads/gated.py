@@ -24,7 +24,7 @@ class Gated(SAE):
     the penalty does not shrink the magnitudes.
 
     Args:
-        l1_coefficient: lambda at the start.
+        l1_coefficient: Weight of the penalty at the start; it is then steered to target_l0.
         sparsity_ramp: Share of the token budget in which the wanted L0 falls from that of the
             start to target_l0.
     """

@@ -142,7 +142,7 @@ def spline_curves(
         seen: Inputs of the splines.
         bent: Outputs of some of them.
         top: How many, the most bent ones first.
-        gain: What one unit of each output is worth further on; left out, 1.
+        gain: What one unit of each output is worth further on (default: 1).
     """
     every = torch.arange(seen.shape[1], device=seen.device)
     size, bend, _ = (a.float() for a in line_residual(seen, bent(seen, every)))

@@ -36,7 +36,7 @@ class JumpReLU(SAE):
     steered to target_l0, which takes its own ramp's place.
 
     Args:
-        tanh_coefficient: lambda at the start.
+        tanh_coefficient: Weight of the penalty at the start; it is then steered to target_l0.
         pre_act_coefficient: lambda_P, Anthropic's own pull on dead latents; 0 leaves it out.
         bandwidth: Width of the window around theta in which the estimator is not zero, in units
             of sqrt(V).

@@ -23,12 +23,12 @@ class KANEncoder(SAE):
     matrix (Blealtan, efficient-kan).
 
     Args:
-        d_hidden: Outputs of the KAN layer; left out, d_model.
+        d_hidden: Outputs of the KAN layer (default: d_model).
         kan_class: The KAN layer: our own, or the import path of another one: built as
             `kan_class(d_model, d_hidden, **kan_args)`, maps [tok d_model] to [tok d_hidden].
             `efficient_kan.KANLinear` works where that package is installed.
-        kan_args: Further arguments of the KAN layer; left out, a cubic spline on 5 intervals of
-            [-3, 3] (with linear tails beyond, for our own layer).
+        kan_args: Further arguments of the KAN layer (default: a cubic spline on 5 intervals of
+            [-3, 3], with linear tails beyond for our own layer).
     """
 
     def __init__(

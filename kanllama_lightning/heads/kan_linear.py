@@ -58,7 +58,7 @@ class KANLinear(nn.Module):
         base_activation: The function b of plane 0, a name in `BASE_ACTIVATIONS`.
         compiled: Make the planes with torch.compile: the same to rounding, for GPUs (a CPU gains
             only where it is busy); needs a compiler, and some ten seconds in the first step.
-        generator: Source of the initial weights; left out, torch's default generator.
+        generator: Source of the initial weights (default: torch's own generator).
     """
 
     def __init__(
@@ -209,7 +209,7 @@ class KANLinear(nn.Module):
             ends: What an input and an output of the layer are called.
             axes: What lies along the inputs and along the curves, with units.
             kind: What an edge is called.
-            gain: What one unit of each output is worth further on; left out, 1.
+            gain: What one unit of each output is worth further on (default: 1).
             pools: Which `ends` to pool edges at, each a kind of its own.
         """
         size, bend = self.bends(x)
@@ -289,8 +289,8 @@ class KANLinear(nn.Module):
             source: That module, or its state dict: `base_weight` [out in], `spline_weight`
                 [out in bases], `grid` [in knots], and `spline_scaler` [out in] where it has one.
                 The grid must be uniform and the same for every input.
-            base_activation: Name of its base activation; left out, that of the module, and silu
-                (efficient-kan's default) for a state dict, which does not say.
+            base_activation: Name of its base activation (default: that of the module, and silu,
+                efficient-kan's own, for a state dict, which does not say).
         """
         if isinstance(source, nn.Module):
             base_activation = base_activation or _name(getattr(source, "base_activation", None))

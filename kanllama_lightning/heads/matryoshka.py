@@ -21,8 +21,8 @@ class Matryoshka(SAE):
     features gather in the inner groups. A lower explained variance than BatchTopK is its price.
 
     Args:
-        groups: Sizes of the nested prefixes, rising, the last one d_sae; left out, 1/32, 3/32,
-            7/32, 15/32 and all of the dictionary.
+        groups: Sizes of the nested prefixes, rising, the last one d_sae (default: 1/32, 3/32,
+            7/32, 15/32 and all of the dictionary).
     """
 
     def __init__(self, groups: list[int] | None = None, **shared: Any) -> None:

@@ -17,8 +17,8 @@ class MLPEncoder(SAE):
     the linear `BatchTopK` head of the same seed bit for bit.
 
     Args:
-        d_hidden: Hidden units; left out, as many as give the head the number of parameters of
-            KANEncoder with its default layer.
+        d_hidden: Hidden units (default: as many as give the head the number of parameters of
+            KANEncoder with its default layer).
     """
 
     def __init__(self, d_hidden: int | None = None, **shared: Any) -> None:

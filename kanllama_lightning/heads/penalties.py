@@ -251,14 +251,14 @@ class Penalised(Selection):
             return
         self._warned = True
         log.warning(
-            "L0 is %.3g instead of head.target_l0=%s; the sparsity coefficient is %.3g%s; %s",
+            "L0 is %.3g and not target_l0=%s: the sparsity coefficient is %.3g, %s",
             float(controller.mean_l0()),
             self.target_l0,
             float(controller.coefficient),
-            ", at its bound" if stuck else ", and the run ends",
-            "start it from another value, or choose another target_l0"
+            "the limit of what it may be; choose another --model.head.target_l0"
             if stuck
-            else "train on more tokens or with a larger learning rate",
+            else "and the run ends; train on more tokens (--model.tokens) or with a larger "
+            "--model.optimizer.lr",
         )
 
     @torch.no_grad()

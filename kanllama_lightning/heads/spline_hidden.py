@@ -19,8 +19,8 @@ class SplineHidden(SAE):
     equals the linear `BatchTopK` head of the same seed bit for bit.
 
     Args:
-        d_hidden: Hidden units; left out, as many as give the head the number of parameters of
-            KANEncoder with its default layer.
+        d_hidden: Hidden units (default: as many as give the head the number of parameters of
+            KANEncoder with its default layer).
         grid_size: Cells between the ends of the grid.
     """
 

@@ -19,7 +19,7 @@ class Standard(SAE):
     b_dec is 0 at the start. L1 shrinks what it keeps: expect a relative bias below 1.
 
     Args:
-        l1_coefficient: lambda at the start.
+        l1_coefficient: Weight of the penalty at the start; it is then steered to target_l0.
         sparsity_ramp: Share of the token budget in which the wanted L0 falls from that of the
             start to target_l0.
     """

@@ -24,12 +24,12 @@ T = TypeVar("T")
 ATTEMPTS = 2
 """Times that a question is asked until the answer can be used."""
 MOST_TOKENS = 1 << 30
-"""Of one reply: a server that says more does not know."""
+"""Tokens of one reply; a server that reports more has reported nonsense."""
 LENGTHS = "list lengths"
-"""What a server refuses that knows schemas, but not the number of entries of a list."""
+"""Marks a server that supports JSON schemas but not minItems and maxItems."""
 ADAPTABLE = ("temperature", "seed", "max_completion_tokens", "max_tokens", "response_format")
 FILTERS = ("content_filter", "content_policy_violation")
-"""What a server calls it that a question is not let through."""
+"""Error codes that mean that a content filter blocked the request."""
 
 
 class JudgeQuestion(NamedTuple):
@@ -209,7 +209,7 @@ class Judge:
         return {name: value for name, value in params.items() if name not in self.refused}
 
     async def _wait_and_send(self, question: JudgeQuestion, attempt: int) -> dict[str, Any] | str:
-        """A reply, or why there is none; the first call goes alone, as it may find nobody in."""
+        """A reply, or why there is none; the first call goes alone, as the server may be down."""
         async with self._places:
             if not self._met:
                 async with self._door:

@@ -31,9 +31,10 @@ DETECT, PER_CALL = 25, 10
 """Windows of each kind to tell apart, and how many of both are shown at once."""
 LEAST = 5
 """Windows to explain, and of each kind to tell apart, without which a latent cannot be judged."""
-FLOOR, MARKED = 0.01, 0.3
-"""Share of the strongest activation from which on a window counts; of the window's from which on a
-token is marked."""
+FLOOR = 0.01
+"""A window counts if its peak is at least this share of the latent's maximum."""
+MARKED = 0.3
+"""A token is marked if it reaches this share of its window's peak."""
 CATEGORIES = ("low_level", "high_level", "undiscernible")
 SCORES = (1, 2, 3, 4, 5)
 PLACEHOLDER = "(the explanation goes here, at most twenty words of text that say what it fires on)"

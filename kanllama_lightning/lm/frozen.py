@@ -64,7 +64,7 @@ class FrozenLM:
         dtype: Number format the LM runs in; heads and metrics are fp32 whatever it is.
         untrained: Declares random weights: waives the pre-flight checks that only a trained
             model passes.
-        bos: Token that every row begins with, by its text or id; left out, the tokenizer's BOS.
+        bos: Token that every row begins with, by its text or id (default: the tokenizer's BOS).
             An instruct model may name another one there than its text began with.
     """
 

@@ -41,7 +41,7 @@ def preflight(lm: FrozenLM, tokens: TokenBatch, norm_limit: Tensor | None = None
     Args:
         lm: Loaded LM.
         tokens: Some real text in rows of `ctx_len`, on the LM's device.
-        norm_limit: Activations with a larger norm are sinks; left out, by the text's own norms.
+        norm_limit: Activations with a larger norm are sinks (default: by the text's own norms).
 
     Raises:
         InputError: They do not; says which check failed and what to do.

@@ -73,7 +73,7 @@ def read_directions(
         x: Raw activations, a few thousand: over which latents that mix in the decoder are judged.
         top: Tokens listed per latent at either end.
         block: Latents worked on at once.
-        judged: Most latents whose straightness is found, evenly spread; left out, all.
+        judged: Most latents whose straightness is found, evenly spread (default: all).
         bins: Of the histogram of each direction's logits; 0 makes none.
     """
     with torch.autocast(x.device.type, enabled=False):

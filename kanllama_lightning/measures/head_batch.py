@@ -24,7 +24,7 @@ def run_head(
         tokens: The batch, on the LM's device.
         set_name: Name of the set it belongs to.
         head: As at inference if it is in evaluation mode.
-        norm_limit: Rows with a larger norm do not count; left out, the head's own.
+        norm_limit: Rows with a larger norm do not count (default: the head's own).
 
     Raises:
         InputError: An activation that counts is NaN or infinite.

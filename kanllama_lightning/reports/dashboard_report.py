@@ -70,13 +70,15 @@ class DashboardReport(Report):
     tokens, dense ones on more than a tenth.
 
     Args:
-        top: Strongest windows shown per latent; left out, 20, or 10 from 4,096 latents on.
-        per_band: Windows shown of each fifth of the activations; left out, 4, or 2.
+        top: Strongest windows shown per latent (default: 20; 10 if the head has 4,096
+            latents or more).
+        per_band: Windows shown of each fifth of the range of activations (default: 4; 2 if the
+            head has 4,096 latents or more).
         width: Tokens of a window.
         ablated: Latents whose effect on the next token is measured, evenly spread over
             frequencies; 8 positions of each.
-        tokens: Most tokens of the set that are looked at; left out, all.
-        seed: Of the random windows.
+        tokens: Tokens looked at, at most, of the set (default: all).
+        seed: Random seed for choosing windows.
     """
 
     name = "dashboard"

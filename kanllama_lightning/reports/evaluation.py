@@ -55,7 +55,7 @@ class EvalSettings(NamedTuple):
     dtype: str = "float32"
     """Number format of the LM."""
     lm: Mapping[str, Any] = MappingProxyType({})
-    """Arguments of the LM that override what the run says; None for what it shall say."""
+    """Overrides for the LM's arguments; None keeps the run's own value."""
     wandb: bool = True
     """Whether the record goes to the W&B run too, if there is one."""
     png: bool = False

@@ -100,8 +100,8 @@ class InterpretabilityReport(Report):
         model: Name of the judge, with its version.
         base_url: Address of an OpenAI-like server, such as http://localhost:8000/v1 (default:
             OPENAI_BASE_URL, or OpenAI).
-        price_in: USD per million input tokens; the default is gpt-4o's, prices change.
-        price_out: USD per million output tokens; likewise.
+        price_in: USD per million input tokens (default: gpt-4o's price; prices change).
+        price_out: USD per million output tokens (default: gpt-4o's price).
         max_cost: Most that one command may spend, in USD; nothing is asked if the estimate, which
             is rather too high, is above.
         concurrency: Calls at once.
@@ -110,7 +110,7 @@ class InterpretabilityReport(Report):
             the judge is shown less than the protocol wants.
         width: Tokens of a window.
         tokens: Most tokens of text to collect windows from; None for all.
-        seed: Of every random choice, and the judge's.
+        seed: Random seed for sampling latents and windows; also sent to the judge.
         dry_run: Write the prompts to eval/interpretability_prompts.jsonl and the estimated cost to
             the log, and ask nothing.
         timeout: Seconds that the server may be silent.

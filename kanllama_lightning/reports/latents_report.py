@@ -62,7 +62,7 @@ class LatentsReport(Report):
     Args:
         top: Tokens listed per latent at either end of the lens.
         block: Latents whose logits over the whole vocabulary exist at once.
-        tokens: Most tokens of the set that are looked at; left out, all.
+        tokens: Tokens looked at, at most, of the set (default: all).
     """
 
     name = "latents"

@@ -42,7 +42,7 @@ class LossesReport(Report):
     error alone, `ce_everywhere` that with the reconstruction at BOS and sinks as well.
 
     Args:
-        tokens: Most tokens of each set that are looked at; left out, all.
+        tokens: Tokens looked at, at most, of each set (default: all).
         resamples: Bootstrap resamples of the documents.
     """
 

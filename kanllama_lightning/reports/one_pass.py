@@ -94,7 +94,7 @@ def pending(
             if reason is not None:
                 if by_name:
                     raise InputError(f"--reports {report.name}: {reason}")
-                log.info("%s: left out: %s", report.name, reason)
+                log.info("report %s is not made: %s", report.name, reason)
                 continue
             run.reports.append(report)
             if not again and _is_done(run, report, facts):

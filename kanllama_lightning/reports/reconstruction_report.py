@@ -57,7 +57,7 @@ class ReconstructionReport(Report):
     frequency in the main set, with the share of tokens and of all error that each makes up.
 
     Args:
-        tokens: Most tokens of each set that are looked at; left out, all.
+        tokens: Tokens looked at, at most, of each set (default: all).
     """
 
     name = "reconstruction"

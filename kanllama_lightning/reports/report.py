@@ -48,7 +48,7 @@ class EvalRun:
         out: Folder of the record.
         counts: How often each token id occurs in the main set, [vocab].
         png: Whether figures are also written as PNG, which needs kaleido and a browser.
-        record: Folder of the record that `out` is a part of; left out, `out` itself.
+        record: Folder of the record that `out` is a part of (default: `out` itself).
     """
 
     def __init__(

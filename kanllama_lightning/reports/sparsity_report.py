@@ -20,7 +20,7 @@ class SparsityReport(Report):
     of the tokens, dense ones on more than a tenth.
 
     Args:
-        tokens: Most tokens of each set that are looked at; left out, all.
+        tokens: Tokens looked at, at most, of each set (default: all).
     """
 
     name = "sparsity"

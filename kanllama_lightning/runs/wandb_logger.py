@@ -45,7 +45,7 @@ class RunLogger(WandbLogger):
     Args:
         project: W&B project.
         save_dir: Where the `wandb` folder goes (set to the run folder).
-        name: Name of the run; left out, the run folder's.
+        name: Name of the run (default: the run folder's).
         id: Id of the W&B run to go on with (set when a run is continued).
         tags: Tags of the run.
     """

@@ -79,8 +79,8 @@ class SAEModule(L.LightningModule):
         buffer: Where activations are shuffled.
         tokens: Budget: rows to train on. Every schedule follows from it.
         sae_batch_tokens: Rows per step, over all processes.
-        start_tokens: Rows the start statistics are taken of; left out, 65,536 or 1 % of the
-            budget, at most a million.
+        start_tokens: Activations that the start statistics are taken of (default: 65,536 or
+            1 % of the budget, at most a million).
         clip_ratio: A gradient longer than this many times its running mean is shortened to
             that; catches spikes whatever the scale of the loss.
         seed: Seed of the shuffling of activations (linked to `seed_everything`).
@@ -558,8 +558,8 @@ class SAEModule(L.LightningModule):
             self.data_position = torch.tensor(min(positions.tolist()))
             self.seen = seen.sum(0) if rank == 0 else torch.zeros_like(self.seen)
             log.info(
-                "%d processes go on with what %d began: from the place of the one that had read "
-                "least, so that no text is left out and little is read twice",
+                "%d processes continue a run that %d processes began: from the place of the one "
+                "that had read least, so that no text is left out and little is read twice",
                 world,
                 len(positions),
             )

@@ -203,9 +203,11 @@ def all_head_options() -> list[Option]:
         for option in mine.values():
             if option.name not in {o.name for o in shared} | {"model.head.seed"}:
                 own.setdefault(option.name, []).append(name)
-                options.setdefault(option.name, option)
+                known = options.setdefault(option.name, option)
+                if known.default != option.default:  # each head's own help says its own
+                    options[option.name] = known._replace(default="")
     told = [
-        options[key]._replace(help=f"{options[key].help} Of {', '.join(names)}.".strip())
+        options[key]._replace(help=f"{options[key].help} For {', '.join(names)}.".strip())
         for key, names in sorted(own.items())
     ]
     side_by_side = arguments("training/side_by_side.py", "SideBySide", "model.head.")

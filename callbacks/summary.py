@@ -27,7 +27,7 @@ COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "KL": lambda values: cells.plain(values, "kl_recon", "{:.4f}"),
     "dead": lambda values: cells.plain(values, "dead_frac", "{:.1%}"),
 }
-"""Of the table; losses in nats per token."""
+"""Columns of the table; losses in nats per token."""
 OF_CONTROLS = (
     *("l0", "fvu", "ce_recon", "delta_ce", "delta_ce_low", "delta_ce_high", "delta_ce_share"),
     *("ce_score", "kl_recon", "dead_frac"),

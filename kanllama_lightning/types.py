@@ -56,7 +56,7 @@ class ActivationBatch(NamedTuple):
     """Activations that were made earlier: what a cache yields in the place of tokens."""
 
     rows: Float[Tensor, "tok d_model"]
-    """Of kept tokens, in the cache's dtype, sinks included, from many documents."""
+    """Activations of kept tokens, in the cache's dtype, sinks included, from many documents."""
     position: Int[Tensor, " 3"]
     """int64 (epoch, shard, row) of the row *after* this batch: where to go on from."""
 
@@ -150,7 +150,7 @@ class ByProducts(NamedTuple):
     penalty: Float[Tensor, ""]
     """Mean over tokens, without its coefficient."""
     decoded: list[Float[Tensor, "tok d_model"]]
-    """Of what else is decoded beside the latents; without b_dec, in the head's units."""
+    """What else is decoded beside the latents; without b_dec, in the head's units."""
 
 
 class SAEOutput(NamedTuple):
@@ -241,7 +241,7 @@ class RunDiverged(Exception):  # noqa: N818
 
     Args:
         what: What is not finite, and since when.
-        folder: Of the run, with its checkpoints from before that.
+        folder: Folder of the run, with its checkpoints from before that.
     """
 
     def __init__(self, what: str, folder: Path) -> None:

@@ -161,8 +161,8 @@ def arguments(file: str, name: str, prefix: str) -> list[Option]:
     """Options that a class of a module takes, such as those of `FrozenLM`, under `lm.`.
 
     Args:
-        file: Of the module, in the package.
-        name: Of the class.
+        file: File of the module, in the package.
+        name: Name of the class.
         prefix: What its options begin with.
     """
     known = _classes(ROOT / file)

@@ -86,7 +86,7 @@ class Evaluated(NamedTuple):
         return list(self.summary["sets"])
 
     def digest(self, name: str) -> str | None:
-        """Of the tokens of a set."""
+        """Digest of the tokens of a set."""
         found: str | None = self.summary["sets"].get(name, {}).get("ids_sha256")
         return found
 

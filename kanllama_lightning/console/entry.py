@@ -82,7 +82,7 @@ def guarded(run: Callable[[], int], arguments: Sequence[str], aftermath: Afterma
 
     Args:
         run: The command.
-        arguments: Of the command line: where secrets may be.
+        arguments: Arguments of the command line: where secrets may be.
         aftermath: What to say and do when it does not end well.
     """
     # a log file on a full disk must not print tracebacks beside the one line that says so

@@ -29,7 +29,7 @@ WORDS = {"true", "false", "none", "null", "auto", "main", "user", "json", "http"
 """Too common to be looked for, whatever they are the value of."""
 MARK = "[secret]"
 NAMES = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
-"""Of environment variables that hold secrets."""
+"""Names of environment variables that hold secrets."""
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>\\]+")
 
 
@@ -137,7 +137,7 @@ def _forms(secret: str) -> set[str]:
 _BASE64 = (base64.b64encode, base64.urlsafe_b64encode)
 
 known = Secrets()
-"""Of this process."""
+"""The secrets of this process."""
 
 
 def learn(arguments: Sequence[str]) -> None:

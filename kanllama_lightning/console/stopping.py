@@ -21,7 +21,7 @@ class Stopped(SystemExit):
     """A signal asks the command to end; leaves with 128 + its number.
 
     Args:
-        number: Of the signal.
+        number: Number of the signal.
         step: Optimizer step of the checkpoint that holds all that was done; None if there is none.
     """
 
@@ -39,8 +39,8 @@ class CacheStopped(Stopped):
     """Writing a cache was interrupted; whole shards are kept.
 
     Args:
-        number: Of the signal.
-        folder: Of the cache.
+        number: Number of the signal.
+        folder: Folder of the cache.
         rows: Activations in it.
     """
 

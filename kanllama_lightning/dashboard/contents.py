@@ -101,7 +101,7 @@ class Latent(NamedTuple):
     coordinates: list[tuple[int, float, float]]
     """Largest coordinates of what it writes: index, value, share of the L1 norm."""
     encoder_cosine: float | None
-    """Of what it reads and what it writes; None where it reads through no single direction."""
+    """Cosine of what it reads and what it writes; None where it reads through no one direction."""
     related: list[Related]
     ablation: Ablation | None
     """None where it was not asked for, or the latent never fired."""
@@ -132,7 +132,7 @@ class Dashboard(NamedTuple):
     about: list[str]
     """Paragraphs for the top of the page: over which text, in which units, what is approximate."""
     columns: list[Column]
-    """Of the index; `kind` ("alive", "dense", "dead") is always among them."""
+    """Columns of the index; `kind` ("alive", "dense", "dead") is always among them."""
     labels: list[list[str]]
     """Per latent: the tokens shown in the index (those it fires on most, then those it raises)."""
     sparklines: list[list[int]]

@@ -30,7 +30,7 @@ def interval(
         numerator: Sum of each document.
         denominator: Sum of each document, in the same order.
         resamples: How many times the documents are drawn.
-        seed: Of the draws.
+        seed: Seed of the draws.
     """
     return middle(ratios(numerator[:, None], denominator[:, None], resamples, seed)[:, 0])
 
@@ -51,7 +51,7 @@ def difference(
         num_b: Numerators of the second run, for the same documents in the same order.
         den_b: Its denominators.
         resamples: How many times the documents are drawn.
-        seed: Of the draws.
+        seed: Seed of the draws.
     """
     return group_difference(
         num_a[:, None], den_a[:, None], num_b[:, None], den_b[:, None], resamples, seed
@@ -74,7 +74,7 @@ def group_difference(
         num_b: Numerators of the second group, for the same documents in the same order.
         den_b: Its denominators.
         resamples: How many times documents and seeds are drawn.
-        seed: Of the draws.
+        seed: Seed of the draws.
     """
     n_a, n_b = num_a.shape[1], num_b.shape[1]
     top = torch.cat([num_a, num_b], 1).double().cpu()
@@ -103,9 +103,9 @@ def contrast(
     Args:
         whole_a: Ratio of each run of the first group over all documents.
         draws_a: The same over each resample, from `ratios`.
-        whole_b: Of the second group.
+        whole_b: Sums of the second group.
         draws_b: Over the same resamples.
-        seed: Of the seeds' part.
+        seed: Seed of the seeds' part.
     """
     n_a, n_b = len(whole_a), len(whole_b)
     draws = draws_a.mean(1) - draws_b.mean(1)
@@ -128,7 +128,7 @@ def centre(
     Args:
         whole: Ratio of each run over all documents.
         draws: The same over each resample, from `ratios`.
-        seed: Of the seeds' part.
+        seed: Seed of the seeds' part.
     """
     n, mean = len(whole), draws.mean(1)
     if n > 1:
@@ -151,7 +151,7 @@ def ratios(
         numerators: Sums of each document.
         denominators: Sums of each document.
         resamples: How many times the documents are drawn.
-        seed: Of the draws.
+        seed: Seed of the draws.
     """
     top, bottom = numerators.double().cpu(), denominators.double().cpu()
     if len(top) < 2:

@@ -20,7 +20,7 @@ BLOCK = 1 << 22
 """Elements, in fp64, that are worked on at once."""
 
 Covariances = tuple[Float[Tensor, "in planes planes"], Float[Tensor, "in planes planes"]]
-"""Of a layer's planes over the sample, for each input: all of it; and what lines do not explain."""
+"""Covariances of a layer's planes over a sample, for each input: whole, and without lines."""
 
 
 def line_residual(

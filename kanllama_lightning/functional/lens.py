@@ -19,7 +19,7 @@ class LensStatistics(NamedTuple):
     mean: Float[Tensor, " n"]
     """In logits per unit of activation, before the final norm's 1 / rms."""
     std: Float[Tensor, " n"]
-    """Of all tokens (no n - 1); the unit of the mean."""
+    """Standard deviation over all tokens (no n - 1); the unit of the mean."""
     skewness: Float[Tensor, " n"]
     """mean(z^3) of standardised logits z; 0 for a normal distribution."""
     kurtosis: Float[Tensor, " n"]
@@ -58,7 +58,7 @@ def logit_lens(
         unembedding: W_U, of any floating type.
         top: Tokens listed at either end; all of them if the vocabulary has fewer; 0 lists none.
         block: Directions worked on at once.
-        bins: Of the histogram of T; 0 makes none.
+        bins: Bins of the histogram of T; 0 makes none.
     """
     if top < 0 or block < 1 or bins < 0:
         raise ValueError(f"top={top}, block={block}, bins={bins}: must be at least 0, 1 and 0")

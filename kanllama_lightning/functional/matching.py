@@ -51,7 +51,7 @@ class Judgement(NamedTuple):
     recall: Float[Tensor, " fact"]
     """0 for a fact that holds nowhere, as is F1."""
     auroc: Float[Tensor, " fact"]
-    """Of the latent, at all thresholds; NaN for a fact that holds nowhere or everywhere."""
+    """AUROC of the latent, at all thresholds; NaN for a fact that holds nowhere or everywhere."""
 
 
 def sparse_columns(
@@ -176,8 +176,8 @@ def _blocks(reach: list[int], block: int) -> Iterator[tuple[int, int]]:
 
 
 def _ranks(columns: Columns, lo: int, hi: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of latents lo to hi, for each entry: its latent, counted from lo; the number of tokens that
-    are at least as active; its rank among all tokens, the least active first, ties at their mean.
+    """For each entry of latents lo to hi: its latent, counted from lo; the number of tokens that are
+    at least as active; its rank among all tokens, the least active first, ties at their mean.
     For each latent: the rank of the tokens that are not listed.
     """
     starts = columns.starts[lo : hi + 1] - columns.starts[lo]
@@ -204,10 +204,10 @@ def _best(
     limits: Int[Tensor, " pairs"],
     n: int,
 ) -> tuple[Float[Tensor, " pairs"], Int[Tensor, " pairs"]]:
-    """Of each pair of a latent and a fact: the best F1, and the least tokens said to have it.
+    """For each pair of a latent and a fact: the best F1, and the least tokens said to have it.
 
     Args:
-        pair: Of each token with the fact on which the latent is listed.
+        pair: Pair of each token with the fact on which the latent is listed.
         above: How many tokens are at least as active as that one.
         common: Number of events of each pair.
         positives: Tokens of the fact.

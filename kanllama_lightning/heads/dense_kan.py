@@ -57,7 +57,7 @@ class DenseKAN(SAEHead, shipped=False):
     def straightness(
         self, latents: Int[Tensor, " n"], upto: Float[Tensor, " n"]
     ) -> Float[Tensor, " n"]:
-        """Of the curves a -> f(a e_j) - f(0), a from 0 to `upto` (of codes that are signed).
+        """Straightness of the curves a -> f(a e_j) - f(0), a from 0 to `upto`; codes are signed.
 
         Args:
             latents: Which.

@@ -35,11 +35,11 @@ from kanllama_lightning.storage.small_files import (
 from kanllama_lightning.types import Curves, InputError, SAEOutput, StepContext
 
 FORMAT = 3
-"""Of a saved head; 2 had no parts, 1 named its class by `class_path` besides."""
+"""Version of a saved head's format; 2 had no parts, 1 named its class by `class_path` besides."""
 FLOATS = ("F32", "F16", "BF16", "F64")
 """Number formats, in safetensors' words, that become a head's own on loading."""
 LARGEST = 1e8
-"""Of the numbers of a head: their products stay far from what a number can be."""
+"""Largest size of the numbers of a head: their products stay far from what a number can be."""
 AGAIN = "copy the folder anew from its run"
 UNIT = "x_variance"
 """The tensor that heads lack which were saved before the loss had one unit."""

@@ -181,7 +181,7 @@ def drawn(d_model: int, n_units: int, seed: int) -> Float[Tensor, "d_model hidde
 
 
 PLANES = 1 + 5 + 3
-"""Of KANEncoder's default layer: the base, and the bases of 5 cells at order 3."""
+"""Planes of KANEncoder's default layer: the base, and the bases of 5 cells at order 3."""
 
 
 def kan_size(d_model: int, d_sae: int) -> int:

@@ -37,7 +37,7 @@ class JudgeQuestion(NamedTuple):
 
     messages: Sequence[Mapping[str, str]]
     name: str
-    """Of the schema."""
+    """Name of the schema."""
     schema: Mapping[str, Any]
     """What the answer has to look like."""
 
@@ -55,7 +55,7 @@ class Answer(Generic[T]):
     calls: int
     """Replies received, now or earlier."""
     input_tokens: int | None
-    """Of all of them; None if the server does not say."""
+    """Tokens of all of them; None if the server does not say."""
     output_tokens: int | None
 
 

@@ -79,7 +79,7 @@ def estimate(
         judge: Knows what is on the disk; None: nothing is.
         prices: Of tokens.
         max_tokens: Longest reply.
-        cases: Of the head and the random directions.
+        cases: Cases of the head and the random directions.
         n_shuffled: Latents of the head that get another's explanation.
     """
     questions: list[JudgeQuestion] = []
@@ -131,7 +131,7 @@ def exchanged(latents: Sequence[int], n: int, seed: int = 0) -> list[tuple[int, 
     Args:
         latents: At least 2, in order.
         n: How many pairs at most.
-        seed: Of the order.
+        seed: Seed of the order.
     """
     order = list(latents)
     random.Random(f"{seed}:exchange").shuffle(order)
@@ -144,7 +144,7 @@ async def hear(judge: Judge, cases: dict[str, Sequence[Case]], n_shuffled: int,
 
     Args:
         judge: Whom; its `stopped` and `lost` say what is missing.
-        cases: Of the head and the random directions.
+        cases: Cases of the head and the random directions.
         n_shuffled: Latents of the head that get another's explanation.
         total: Calls that are expected, for the progress bar.
     """

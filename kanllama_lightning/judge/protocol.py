@@ -76,7 +76,7 @@ def choose(contexts: Contexts, latent: int, windows: int, seed: int) -> Choice |
         contexts: What was collected.
         latent: Which.
         windows: Documents it has to fire in.
-        seed: Of the split and the draws.
+        seed: Seed of the split and the draws.
     """
     largest = float(contexts.meter.largest[latent])
     top, sampled = (_strong(w, FLOOR * largest) for w in contexts.windows(latent))
@@ -116,7 +116,7 @@ def shown(
         latent: Which.
         choice: Its windows.
         pieces: The text that each token of a window adds.
-        seed: Of the order of those to tell apart.
+        seed: Seed of the order of those to tell apart.
     """
     largest = float(contexts.meter.largest[latent])
     lines = []

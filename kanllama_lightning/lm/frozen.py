@@ -442,7 +442,7 @@ def _explained(name: str, revision: str | None, part: str = "") -> Any:
 
     Args:
         name: Name or folder of the model.
-        revision: Of a hub model.
+        revision: Revision of a hub model.
         part: What is being read, where that is not the whole model.
     """
     try:

@@ -38,7 +38,7 @@ from kanllama_lightning.lm.frozen import FrozenLM
 from kanllama_lightning.types import DenseCodes
 
 SEED = 7
-"""Of the stories; those of training are 0 unless someone asks for another."""
+"""Seed of the stories; those of training are 0 unless someone asks for another."""
 LEAST = 20
 """Tokens with a fact that both halves need for it to count; it also holds on half of them at most,
 as one that holds on nearly all is told by a latent that always fires."""
@@ -101,9 +101,9 @@ class Recovery(NamedTuple):
     precision: Float[Tensor, " n"]
     recall: Float[Tensor, " n"]
     auroc: Float[Tensor, " n"]
-    """Of the same latent, over all tokens: those on which a sparse one is silent are one tie."""
+    """AUROC of the same latent, over all tokens; those on which it is silent are one tie."""
     best_auroc: Float[Tensor, " n"]
-    """Of the latent with the best AUROC on the choosing half."""
+    """AUROC of the latent with the best one on the choosing half."""
     split: Int[Tensor, " n"]
     """Number of latents that it is split over, found on the choosing half."""
     union_recall: Float[Tensor, " n"]
@@ -158,7 +158,7 @@ def read_stories(
     Args:
         lm: The world's own, loaded.
         n_stories: How many, of about 130 tokens each.
-        seed: Of the stories; not one that the head was trained on.
+        seed: Seed of the stories; not one that the head was trained on.
         norm_limit: Tokens whose activation has a larger norm are left out, as in training.
     """
     told = [story(seed, index) for index in range(n_stories)]
@@ -214,9 +214,9 @@ def recover(
     """Choose a latent and a threshold for every fact on one half, judge them on the other.
 
     Args:
-        codes_choose: Of the choosing half, on the CPU.
+        codes_choose: Codes of the choosing half, on the CPU.
         facts_choose: Which facts hold there.
-        codes_test: Of the other half.
+        codes_test: Codes of the other half.
         facts_test: Which facts hold there.
     """
     counts = _counts(facts_choose) & _counts(facts_test)

@@ -80,7 +80,7 @@ class Contexts:
         sampled: Random firings kept per latent: all of them put in a random order, the first of
             each document counts.
         silent: Random windows kept in all, whatever fires there.
-        seed: Of the random choices.
+        seed: Seed of the random choices.
     """
 
     def __init__(
@@ -289,7 +289,7 @@ class _Seen:
         self.doc, self.segments = doc.flatten(), segments.view(-1, 2)
         where = mask.flatten()
         self.place = where.nonzero().squeeze(1) + self.first
-        """Of every token that counts."""
+        """Place in the text of every token that counts."""
         self.row = torch.where(where, where.cumsum(0) - 1, -1)
         """Row of the codes of every position; -1 where there is none."""
         keys = codes.rows * codes.d_sae + codes.latents
@@ -378,7 +378,7 @@ def _extent(
 def _best_of(
     owners: Int[Tensor, " n"], docs: Int[Tensor, " n"], score: Float[Tensor, " n"]
 ) -> Int[Tensor, " m"]:
-    """Of each owner and document, the entry with the best score; the first of equals."""
+    """For each owner and document, the entry with the best score; the first of equals."""
     order = score.argsort(descending=True, stable=True)
     order = order[docs[order].argsort(stable=True)]
     order = order[owners[order].argsort(stable=True)]

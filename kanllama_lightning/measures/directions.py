@@ -35,7 +35,7 @@ class DirectionStats(NamedTuple):
     directions: Float[Tensor, "d_sae d_model"]
     """What each latent writes, per unit of its activation."""
     norm: Float[Tensor, " d_sae"]
-    """Of the direction: LM units written per LM unit of activation."""
+    """Norm of the direction: LM units written per LM unit of activation."""
     max_cosine: Float[Tensor, " d_sae"]
     """Largest cosine of its direction with another latent's."""
     straightness: Float[Tensor, " d_sae"]
@@ -69,12 +69,12 @@ def read_directions(
     Args:
         head: In evaluation mode, on the LM's device.
         lm: Loaded.
-        activations: Of the head, over as much text as there is.
+        activations: Activations of the head, over as much text as there is.
         x: Raw activations, a few thousand: over which latents that mix in the decoder are judged.
         top: Tokens listed per latent at either end.
         block: Latents worked on at once.
         judged: Most latents whose straightness is found, evenly spread (default: all).
-        bins: Of the histogram of each direction's logits; 0 makes none.
+        bins: Bins of the histogram of each direction's logits; 0 makes none.
     """
     with torch.autocast(x.device.type, enabled=False):
         directions = head.directions(activations.quantile(OPERATING_POINT).float(), x).float()

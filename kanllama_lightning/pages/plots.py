@@ -17,12 +17,12 @@ from kanllama_lightning.pages import PAGES
 from kanllama_lightning.types import Curves, InputError
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "rgba(153,153,153,0.5)"
-"""Of Okabe and Ito's palette, which the colour-blind can tell apart; lines differ in dash too."""
+"""Colours of Okabe and Ito's palette, for the colour-blind; lines differ in dash too."""
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444", "#8C6D00")
 """Colours in order of use; series also differ in symbol, dash or place, so that print does too."""
 SYMBOLS = ("circle", "square", "diamond", "cross", "triangle-up", "x", "star", "hexagon")
 HEIGHT = 420
-"""Of a plain figure, in pixels."""
+"""Height of a plain figure, in pixels."""
 COLUMNS = 4
 """Panels side by side."""
 PANEL, MARGIN = 230, 130

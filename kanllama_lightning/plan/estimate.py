@@ -21,7 +21,7 @@ FORWARD = 1 / 3
 CONTROLS = 3
 """In the final validation, of each head: PCA, random directions, the untrained head."""
 FEW_PERCENT = 0.1
-"""Of a step's time: a smaller share of the LM is not worth a cache."""
+"""Share of a step's time: a smaller share of the LM is not worth a cache."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class RunEstimate:
     """What a run takes. Bytes, seconds, and operations (one multiply-add is 2).
 
     Args:
-        costs: Of each head.
-        times: Of each head, on this machine.
+        costs: Costs of each head.
+        times: Times of each head, on this machine.
         lm_flops: Per position, up to the hook point.
         lm_seconds: The same in seconds, on this machine.
         tokens: Budget.
@@ -147,12 +147,12 @@ class RunEstimate:
 
     @property
     def head_seconds(self) -> float:
-        """Of all heads, per token trained on."""
+        """Seconds of all heads, per token trained on."""
         return sum(t.per_token + t.per_step / self.batch for t in self.times.values())
 
     @property
     def disk_seconds(self) -> float:
-        """Of writing or reading a token's activation."""
+        """Seconds of writing or reading a token's activation."""
         return self.d_model * ROW_DTYPE.itemsize / DISK_RATE
 
     @property
@@ -166,7 +166,7 @@ class RunEstimate:
         return self.head_seconds + (self.disk_seconds if self.cached else self.lm_seconds)
 
     def seconds(self, runs: int, cached: bool) -> float:
-        """Of several runs one after the other; reading text and validation left out.
+        """Seconds of several runs one after the other, without reading text and validation.
 
         Args:
             runs: How many, of this kind.
@@ -188,12 +188,12 @@ class RunEstimate:
 
     @property
     def validation_seconds(self) -> float:
-        """Of one validation; what looks at weights alone left out."""
+        """Seconds of one validation, without what looks at weights alone."""
         return self.val_sets * self.val_tokens * self.seen_seconds
 
     @property
     def all_validations_seconds(self) -> float:
-        """Of those in training and the final one, in which the first set is also read with three
+        """Seconds of all validations; in the final one the first set is also read with three
         controls of each head."""
         controls = CONTROLS * len(self.times) * self.val_tokens * self.lm_rest_seconds
         return (self.validations + 1) * self.validation_seconds + controls

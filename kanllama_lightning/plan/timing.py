@@ -16,11 +16,11 @@ BUDGET_S = 2.0
 REPEATS = 3
 FIRST_ROWS = 256
 MOST_ROWS = {"cpu": 1024, "cuda": 8192}
-"""Of a step: a GPU needs about a whole batch to be busy."""
+"""Rows of a step: a GPU needs about a whole batch to be busy."""
 MOST_POSITIONS = 4096
-"""Of a pass of the LM."""
+"""Tokens of a pass of the LM."""
 MOST_VOCABULARY = 8192
-"""Of the unembedding that is timed."""
+"""Tokens of the unembedding that is timed."""
 FEWER = 4
 """A step is measured on so many times fewer rows too: what both have in common is per step."""
 PROGRESS = 0.5

@@ -35,12 +35,12 @@ class Reading(NamedTuple):
     """What one run makes of a question."""
 
     rank: int
-    """Of the answer's first token: one more than there are tokens with a larger logit."""
+    """Rank of the answer's first token: one more than there are tokens with a larger logit."""
     logit: float
     probability: float
-    """Of the answer's first token."""
+    """Probability of the answer's first token."""
     log_prob: float
-    """Of the whole answer, teacher-forced, nats."""
+    """Log-probability of the whole answer, teacher-forced, nats."""
     kl: float
     """KL(original || run) at the last position of the prompt, nats."""
     agrees: bool

@@ -19,7 +19,7 @@ from kanllama_lightning.prompts.text_ids import bos, check_length, log_probs, se
 from kanllama_lightning.types import InputError, ValidationBatch
 
 RUNS = ("original", "sae")
-"""Of every trial; with latents steered there is the run STEERED too."""
+"""What every text is run with; with latents steered there is the run STEERED too."""
 STEERED = "steered"
 
 
@@ -35,7 +35,7 @@ class TokenTrial(NamedTuple):
     l0: int
     """Latents that fire; 0 where nothing was replaced."""
     cosine: float
-    """Of the activation and its reconstruction; NaN where nothing was replaced."""
+    """Cosine of the activation and its reconstruction; NaN where nothing was replaced."""
     latents: list[tuple[int, float]]
     """Those that fire most, with their activations."""
 
@@ -62,7 +62,7 @@ class Trial(NamedTuple):
     kl: float
     """KL(original || sae) of the prediction, nats."""
     continuations: dict[str, Continuation]
-    """Of the same runs."""
+    """Continuations of the same runs."""
     steer: dict[int, float]
     """Activations that latents were set to in the run `steered`; empty if there is none."""
 

@@ -54,7 +54,7 @@ def _sums() -> Iterator[tuple[str, str, str]]:
 
 
 def _comparisons() -> Iterator[tuple[str, str, str]]:
-    """Of the ends of the scales alone: what is in between may be more or less."""
+    """Opposites: the ends of the scales alone, as what is in between may be more or less."""
     sized = sorted(lex.SIZED, key=lambda kind: lex.ANIMALS[kind].size)
     yield "comparisons", f"{article(sized[0])} is", " smaller"
     yield "comparisons", f"{article(sized[-1])} is", " bigger"

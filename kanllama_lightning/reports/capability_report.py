@@ -19,7 +19,7 @@ from kanllama_lightning.storage.small_files import Like, Positive, Within, read_
 from kanllama_lightning.types import InputError
 
 SHOWN = 5
-"""Of the likeliest tokens, in the log; all `top` of them are in the table."""
+"""How many of the likeliest tokens the log has; all `top` of them are in the table."""
 LABELS = {
     "original": "original",
     "sae": "reconstruction",

@@ -32,7 +32,7 @@ from kanllama_lightning.types import InputError
 CONTROL_STORIES = 200
 """From which untrained heads get their scale and threshold."""
 CONTROL_SEED = 1_000_003
-"""Of those stories, and of an untrained BatchTopK head."""
+"""Seed of those stories, and of an untrained BatchTopK head."""
 DASHES = ("solid", "dash", "dot", "dashdot")
 PATTERNS = ("", "/", ".", "x")
 MOST_MIXED = 8

@@ -407,7 +407,7 @@ class _Made:
 
 
 def _encoder_cosine(run: EvalRun, found: DirectionStats) -> list[float | None]:
-    """Of what each latent reads, the column of a linear encoder, and what it writes."""
+    """Cosine of what each latent reads, the column of a linear encoder, and what it writes."""
     encoder = run.head.encoder if isinstance(run.head, SAE) else None
     if not isinstance(encoder, LinearEncoder | FrozenLinearEncoder):
         return [None] * run.head.d_sae

@@ -37,7 +37,7 @@ from kanllama_lightning.types import InputError
 log = logging.getLogger(__name__)
 
 CTX_LEN = 512
-"""Of a saved head without a run, unless another is asked for."""
+"""Tokens per row for a saved head without a run, unless another number is asked for."""
 
 
 class EvalSettings(NamedTuple):

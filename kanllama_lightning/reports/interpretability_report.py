@@ -55,7 +55,7 @@ from kanllama_lightning.types import InputError, ValidationBatch
 log = logging.getLogger(__name__)
 
 CONTROL_SEED = 1_000_003
-"""Of the random directions."""
+"""Seed of the random directions."""
 CHANCE, WORST = 0.5, 1.0
 """Detection and score of a latent that nothing is known of."""
 TOP_KEPT, SAMPLED, SILENT = 32, 100, 1000

@@ -19,7 +19,7 @@ TELLING = 0.5
 PEAKS, TOKENS = 10, 3
 """Strongest firings (one of a document) that its tokens are taken of, and how many tokens."""
 COLUMN = "label"
-"""Of `latents.csv`."""
+"""Column of `latents.csv`."""
 
 
 ANEW = "`--reports concepts interpretability --again true` makes it anew"

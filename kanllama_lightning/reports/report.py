@@ -30,7 +30,7 @@ class Seen(NamedTuple):
 
     batch: ValidationBatch
     number: int
-    """Of the batch within its set."""
+    """Number of the batch within its set."""
     losses: SplicedLosses | None
     """Next-token losses of every counted position: `clean`, `zero`, `mean`, and `recon` (this
     head's). None if no report of the pass has `splices`."""

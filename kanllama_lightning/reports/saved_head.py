@@ -44,7 +44,7 @@ class SavedHead(NamedTuple):
     summary: dict[str, Any]
     """`summary.json` of the run; empty for a saved head."""
     sha256: str
-    """Of the head's weights."""
+    """SHA-256 of the head's weights."""
     allow: Collection[str] = ()
     """Modules whose classes its files may name."""
 

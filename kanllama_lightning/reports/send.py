@@ -20,7 +20,7 @@ class LoggerArgs(TypedDict, total=False):
 
 
 MOST_ROWS = 10_000
-"""Of a table: W&B shows no more."""
+"""Rows of a table: W&B shows no more."""
 
 
 def send(run: EvalRun, config: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from kanllama_lightning.pages.plots import PALETTE, styled
 from kanllama_lightning.reports.report import EvalRun, Figures, Report, Seen
 
 MOST_BARS = 100
-"""Of the histogram of L0; from there on several values share one."""
+"""Bars of the histogram of L0; from there on several values share one."""
 
 
 class SparsityReport(Report):

@@ -27,8 +27,8 @@ MOST_BYTES = 64 << 20
 MOST_YAML = 1 << 20
 """Bytes of a YAML file, which is slow to read."""
 DEPTH, VALUES = 64, 1_000_000
-"""Of what a file may hold: lists in lists, and numbers, texts and keys, aliases counted as often
-as they stand there."""
+"""What a file may hold at most: lists in lists; and numbers, texts and keys, aliases counted as
+often as they stand there."""
 MOST_INT = 1 << 63
 ANEW = "delete it, it is made anew"
 WORDS = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false"}

@@ -34,7 +34,7 @@ SMALLEST_SHARD_ROWS = 1_024
 SHARDS_AT_LEAST = 8
 """A small cache is cut into as many, so that a killed writer loses little."""
 STREAM_SEED = 0
-"""Of the order the text is written in: the same whatever the run's seed, so that runs of all
+"""Seed of the order in which text is written: the same whatever the run's seed, so that runs of all
 seeds share, and extend, one cache. Reading shuffles by the run's own."""
 POLL_SECONDS = 0.5
 

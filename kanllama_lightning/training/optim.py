@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 EPS = 1e-12
-"""Of every Adam here: far below any gradient. The loss has no unit, so its gradients are small: at
-d_model 2,048 those of a latent that rarely fires are below torch's default of 1e-8."""
+"""The eps of every Adam here, far below any gradient. The loss has no unit, so gradients are
+small: at d_model 2,048 those of a latent that rarely fires are below torch's default of 1e-8."""
 
 
 class Adam(torch.optim.Adam):

@@ -11,7 +11,7 @@ from kanllama_lightning.pages.plots import PALETTE, SYMBOLS, styled
 from kanllama_lightning.reports.report import EvalRun, Figures, Report, Seen
 
 BINS = 24
-"""Bands of token frequency: the first holds the commonest tokens, the next one those half as common."""
+"""Bands of token frequency: the first holds the commonest tokens, then those half as common."""
 
 
 class Groups:

@@ -10,7 +10,7 @@ import shutil
 import signal
 import socket
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,6 +73,15 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", guarded)
     monkeypatch.setenv("WANDB_MODE", "offline")
     torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_idle_work() -> Iterator[None]:
+    """Files are not waited for, as only a loss of power would show; W&B lists no packages."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        patch.setenv("WANDB_X_SAVE_REQUIREMENTS", "false")
+        yield
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:

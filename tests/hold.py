@@ -1,12 +1,27 @@
 """Runs a command in a real process that waits at a named place, until a signal comes.
 
-python -m tests.hold MODULE:CLASS.FUNCTION CALL train.py fit ...
+    python -m tests.hold MODULE:CLASS.FUNCTION CALL train.py fit ...
+    python -m tests.hold
+
+The second imports everything once and then forks for every command that it reads; `Forks` is the
+other side of it.
 """
 
+import gc
 import importlib
+import json
+import os
+import pydoc
+import signal
+import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
 from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
 
 HERE = "@@here"
 SECONDS = 60.0
@@ -36,9 +51,125 @@ def wait_at(place: str, call: int) -> None:
     setattr(owner, name, waiting)
 
 
+class Fork:
+    """A command in a process of its own."""
+
+    def __init__(self, pid: int, log: Path, answers: Any) -> None:
+        self.pid, self.log, self._answers = pid, log, answers
+        self._code: int | None = None
+
+    def said(self) -> str:
+        """What it wrote to stderr up to now."""
+        return self.log.read_text()
+
+    def running(self) -> bool:
+        return Path(f"/proc/{self.pid}").exists()
+
+    def kill(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self) -> int:
+        """Its exit code; a negative one is that of the signal that took it."""
+        if self._code is None:
+            self._code = json.loads(self._answers.readline())["code"]
+        return self._code
+
+
+class Forks:
+    """A process that has imported everything and forks for each command; one at a time."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.hold"], cwd=ROOT, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+
+    def start(self, args: Sequence[Any], log: Path, place: str = "", call: int = 0) -> Fork:
+        """Begin a command such as `train.py fit ...`, held at a place if one is named."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        log.touch()
+        ask = {"args": [str(a) for a in args], "log": str(log), "place": place, "call": call}
+        self._process.stdin.write(json.dumps(ask) + "\n")
+        self._process.stdin.flush()
+        pid = json.loads(self._process.stdout.readline())["pid"]
+        return Fork(pid, log, self._process.stdout)
+
+    def __enter__(self) -> "Forks":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+
+
+def next_command() -> dict[str, Any] | None:
+    """What this process, a fork by now, is to run; None in the first one, at the end."""
+    while line := sys.stdin.readline():
+        ask: dict[str, Any] = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            return ask
+        sys.stdout.write(json.dumps({"pid": pid}) + "\n")
+        sys.stdout.flush()
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        sys.stdout.write(json.dumps({"code": code}) + "\n")
+        sys.stdout.flush()
+    return None
+
+
+def import_everything() -> None:
+    """So that no fork of this process has to, nor copies what the collector looks through."""
+    import train
+
+    named = ("cli", "reports.cli"), ("concepts", "kan_curves", "log_config", "logit_lens")
+    for package, names in zip(("kanllama_lightning", "callbacks"), named, strict=True):
+        for name in names:
+            importlib.import_module(f"{package}.{name}")
+    for class_path in (*train.ESSENTIAL, "wandb.apis.public", "openai"):
+        pydoc.locate(class_path)
+    gc.freeze()
+
+
+def serve() -> None:
+    """Import everything, and let forks run what is read from stdin."""
+    import_everything()
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    ask = next_command()
+    if ask is None:
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdin.close()
+    out = os.open(ask["log"], os.O_WRONLY | os.O_APPEND)
+    os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(out, 2)
+    sys.argv = ask["args"]
+    if ask["place"]:
+        wait_at(ask["place"], ask["call"])
+    sys.exit(importlib.import_module(sys.argv[0].removesuffix(".py")).main())
+
+
 if __name__ == "__main__":
-    place, call, program = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-    sys.argv = sys.argv[3:]
-    wait_at(place, call)
-    main = importlib.import_module(program.removesuffix(".py")).main
-    sys.exit(main())
+    if len(sys.argv) == 1:
+        serve()
+    else:
+        place, call, program = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+        sys.argv = sys.argv[3:]
+        wait_at(place, call)
+        main = importlib.import_module(program.removesuffix(".py")).main
+        sys.exit(main())

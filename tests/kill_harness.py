@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import json
 import os
-import pydoc
 import random
 import shutil
 import signal
@@ -29,6 +28,7 @@ import torch
 import kanllama_lightning.cli.evaluate_command as evaluate
 from kanllama_lightning.cli import train_command
 from tests.conftest import ALONE, SMALL, side_by_side_config
+from tests.hold import import_everything
 
 STEPS, BATCH, SAVED, VALIDATED = 24, 64, 5, 8
 HEADS = {"linear": {"class_path": "BatchTopK"}, "kan": {"class_path": "KANEncoder"}}
@@ -277,9 +277,7 @@ def contents(where: Path, kind: str) -> dict[str, Any]:
 def main(folder: Path, lm: Path, text: Path, part: str) -> int:
     """Kill at every point whose name holds `part`; print a table; the exit code."""
     torch.set_num_threads(1)
-    curves = "kanllama_lightning.callbacks.kan_curves.KANCurves"
-    for class_path in (*train_command.ESSENTIAL, curves):
-        pydoc.locate(class_path)  # so that no fork has to
+    import_everything()
     harness = Harness(folder, lm, text)
     began = time.perf_counter()
     kinds = dict.fromkeys(p.kind for p in POINTS if part in p.name and p.kind != "report")

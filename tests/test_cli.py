@@ -115,12 +115,10 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_stopped_and_continued_is_the_same_run(
-    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fit: Fit, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SIGTERM in the middle, then `--ckpt_path last`: same weights bit for bit, whole CSVs."""
-    assert fit(runs_dir=str(tmp_path / "undisturbed")) == 0
-    (undisturbed,) = (tmp_path / "undisturbed").iterdir()
-
+    undisturbed = finished.folder
     terminate_at(monkeypatch, 23, 30)
     assert fit() == 128 + signal.SIGTERM
     assert not (only_run(tmp_path) / "summary.json").exists()
@@ -280,16 +278,6 @@ def test_overlays_before_the_head_are_one_line(capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.slow
-def test_resolved_config_runs_again(run_folder: Path, tmp_path: Path) -> None:
-    config = yaml.safe_load((run_folder / "config.yaml").read_text())
-    assert not config.keys() & {"run", "runs_dir", "ckpt_path", "weights_only"}
-    runs_dir = f"--runs_dir={tmp_path / 'runs'}"
-    assert main(["fit", f"--config={run_folder / 'config.yaml'}", runs_dir]) == 0
-    again = next(f for f in (tmp_path / "runs").iterdir() if f != run_folder)
-    assert all(torch.equal(v, weights(again)[k]) for k, v in weights(run_folder).items())
-
-
-@pytest.mark.slow
 def test_same_seed_same_run(fit: Fit, tmp_path: Path) -> None:
     for name in ("a", "b"):
         assert fit(run=str(tmp_path / name), model__tokens="640") == 0
@@ -309,12 +297,15 @@ def figures(folder: Path) -> dict[str, float]:
 @pytest.mark.slow
 @pytest.mark.parametrize("buffered", [True, False])
 def test_ended_in_the_final_validation_and_continued_is_the_same_run(
-    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, buffered: bool
+    fit: Fit, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, buffered: bool
 ) -> None:
     """No training hook runs then; a head without a buffer is calibrated all the same."""
     given = {} if buffered else {"model.buffer.capacity_tokens": "0"}
     calm, ended = tmp_path / "calm", tmp_path / "ended"
-    assert fit(run=str(calm), trainer__logger="false", **given) == 0
+    if buffered:
+        calm = finished.folder
+    else:
+        assert fit(run=str(calm), trainer__logger="false", **given) == 0
 
     from kanllama_lightning.cli.train_command import KanllamaCLI
 
@@ -358,15 +349,18 @@ def test_a_finished_run_says_so_and_is_left_alone(
 def test_a_config_of_before_is_a_recipe(
     run_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """`ckpt_path` in it is said to be left out; `--run` counts."""
+    """It runs again, the same; `ckpt_path` in it is said to be left out; `--run` counts."""
     old = tmp_path / "old.yaml"
     config = yaml.safe_load((run_folder / "config.yaml").read_text())
+    assert not config.keys() & {"run", "runs_dir", "ckpt_path", "weights_only"}
     said = {"run": str(run_folder), "ckpt_path": str(run_folder)}
     old.write_text(yaml.safe_dump(config | said))
     before = (run_folder / "summary.json").read_bytes()
     assert main(["fit", f"--config={old}", f"--run={tmp_path / 'new'}"]) == 0
     assert (run_folder / "summary.json").read_bytes() == before
     assert figures(tmp_path / "new") == figures(run_folder)
+    again = weights(tmp_path / "new")
+    assert all(torch.equal(v, again[k]) for k, v in weights(run_folder).items())
     assert any(r.message.startswith("ckpt_path in a config") for r in caplog.records)
 
 
@@ -426,7 +420,7 @@ def test_a_folder_deleted_under_a_run(
 
 @pytest.mark.parametrize("precision", ["bf16-mixed"])
 def test_mixed_precision_keeps_fp32_weights(fit: Fit, tmp_path: Path, precision: str) -> None:
-    assert fit(trainer__precision=precision) == 0
+    assert fit(trainer__precision=precision, model__tokens="640") == 0
     head = weights(only_run(tmp_path))
     assert all(v.dtype == torch.float32 for v in head.values())
     summary = json.loads((only_run(tmp_path) / "summary.json").read_text())
@@ -437,7 +431,7 @@ def test_base_config_is_read_from_anywhere(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert fit(model__tokens="64") == 0
+    assert fit(model__tokens="64", trainer__logger="false") == 0
     assert (only_run(tmp_path) / "summary.json").exists()
 
 
@@ -540,22 +534,24 @@ def test_missing_column(fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture)
     refused(capsys, fit(data__train=str(file)), "'text'", "story")
 
 
-def test_what_a_checkpoint_of_other_tensors_is_told(fit: Fit, tmp_path: Path, capsys) -> None:
+def test_what_a_checkpoint_of_other_tensors_is_told(
+    fit: Fit, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """One from before heads had parts is told apart from one of another size."""
-    assert fit(model__head="DenseOnlyKAN", run=str(tmp_path / "dense"), model__tokens="640") == 0
-    given = ["validate", f"--config={tmp_path / 'dense' / 'config.yaml'}"]
-    given += [f"--runs_dir={tmp_path / 'others'}"]
+    given = {"model__tokens": "64", "trainer__logger": "false"}
+    assert fit(model__head="DenseOnlyKAN", run=str(tmp_path / "dense"), **given) == 0
+    again = ["validate", f"--config={tmp_path / 'dense' / 'config.yaml'}"]
+    again += [f"--runs_dir={tmp_path / 'others'}"]
     checkpoint = sorted((tmp_path / "dense" / "checkpoints").glob("*.ckpt"))[-1]
-    code = main([*given, f"--ckpt_path={checkpoint}", "--model.head.d_sae=48"])
+    code = main([*again, f"--ckpt_path={checkpoint}", "--model.head.d_sae=48"])
     refused(capsys, code, "of another head", "asked for")
-    assert fit(run=str(tmp_path / "parts"), model__tokens="640") == 0
-    given[1] = f"--config={tmp_path / 'parts' / 'config.yaml'}"
-    checkpoint = sorted((tmp_path / "parts" / "checkpoints").glob("*.ckpt"))[-1]
+    again[1] = f"--config={run_folder / 'config.yaml'}"
+    checkpoint = sorted((run_folder / "checkpoints").glob("*.ckpt"))[-1]
     saved = torch.load(checkpoint, weights_only=True)
     saved["state_dict"] = {flat_name(k): v for k, v in saved["state_dict"].items()}
     torch.save(saved, checkpoint)
     seal(checkpoint, [written(checkpoint), written(buffer_file(checkpoint, 0))])
-    code = main([*given, f"--ckpt_path={checkpoint}"])
+    code = main([*again, f"--ckpt_path={checkpoint}"])
     refused(capsys, code, "before heads had parts", "start a new run")
 
 

@@ -146,8 +146,13 @@ OF_ONE_FILE = {
 }
 
 
-@pytest.mark.parametrize("content", OF_ONE_FILE.values(), ids=OF_ONE_FILE)
-@pytest.mark.parametrize("form", ["argument", "config"])
+@pytest.mark.parametrize(
+    ("form", "content"),
+    [
+        *(("argument", content) for content in OF_ONE_FILE.values()),
+        *(("config", OF_ONE_FILE[name]) for name in ("prose", "a class")),
+    ],
+)
 def test_a_file_of_text_is_named_and_not_read_as_a_configuration(
     content: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,7 +23,7 @@ from kanllama_lightning.runs.checkpoints import checkpoints, damage
 from kanllama_lightning.storage.small_files import plain, write_json
 from kanllama_lightning.training.module import SAEModule
 from kanllama_lightning.types import InputError, Prefix, TokenBatch
-from tests.conftest import Fit, only_run
+from tests.conftest import Fit, only_run, rest_slow
 from train import main
 
 HOOKED = "model.layers.1.mlp.down_proj.weight"
@@ -253,7 +253,7 @@ UNFIT = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", UNFIT)
+@pytest.mark.parametrize("case", rest_slow(UNFIT, ["zeros", "overflow", "window"]))
 def test_refused_before_the_first_step_in_one_line(
     damaged: Damaged, tmp_path: Path, capsys: pytest.CaptureFixture, case: str
 ) -> None:

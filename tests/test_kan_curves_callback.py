@@ -15,7 +15,7 @@ from plotly.offline import get_plotlyjs
 from kanllama_lightning.callbacks.kan_curves import COLUMNS, KANCurves
 from kanllama_lightning.pages.plots import curves_figure, page
 from kanllama_lightning.types import Curves, InputError
-from tests.conftest import SMALL, Fit, IdleTrainer, only_run
+from tests.conftest import SMALL, Fit, IdleTrainer, fit_for_many, only_run
 from tests.wandb_file import history
 from train import main
 
@@ -39,9 +39,19 @@ def fit(tiny_lm_dir: Path, text_file: Path, tmp_path: Path) -> Fit:
     return run
 
 
-def test_a_run_of_a_kan_head(fit: Fit, tmp_path: Path) -> None:
-    assert fit() == 0
-    folder = only_run(tmp_path)
+@pytest.fixture(scope="module")
+def undisturbed(
+    tiny_lm_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A finished run of a KAN head; not to be changed."""
+    folder = tmp_path_factory.mktemp("curves") / "run"
+    given = SMALL | {"model.head": "KANEncoder", "lm.name": tiny_lm_dir, "data.train": text_file}
+    fit_for_many(given | {"run": folder})
+    return folder
+
+
+def test_a_run_of_a_kan_head(undisturbed: Path) -> None:
+    folder = undisturbed
     table = pd.read_csv(folder / "curves.csv", keep_default_na=False)
     assert list(table.columns) == COLUMNS
     assert list(table["step"].unique()) == [10, 20, 30, 40]
@@ -83,7 +93,7 @@ def test_both_sides_of_a_kan_decoder(fit: Fit, tmp_path: Path) -> None:
 
 
 def test_nothing_for_a_head_without_curves(fit: Fit, tmp_path: Path) -> None:
-    assert fit(model__tokens="640", model__head="TopK") == 0
+    assert fit(model__tokens="640", model__head="TopK", trainer__logger="false") == 0
     folder = only_run(tmp_path)
     assert not list(folder.rglob("curves*"))
     assert not any("kan" in k for k in json.loads((folder / "summary.json").read_text()))
@@ -94,10 +104,8 @@ def test_stopped_and_continued_leaves_the_same_table(
     fit: Fit,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    undisturbed: Path,
 ) -> None:
-    assert fit(runs_dir=str(tmp_path / "undisturbed")) == 0
-    (undisturbed,) = (tmp_path / "undisturbed").iterdir()
-
     from kanllama_lightning.training.module import SAEModule
 
     original = SAEModule.on_before_optimizer_step

@@ -15,7 +15,7 @@ import torch
 from kanllama_lightning.console import stopping
 from kanllama_lightning.heads import SAEHead
 from tests.conftest import SMALL, Fit, only_run, read_rows
-from tests.hold import HERE
+from tests.hold import HERE, Forks
 
 ROOT = Path(__file__).resolve().parents[1]
 TERM, INT, HUP = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
@@ -187,44 +187,60 @@ def listens(pid: int) -> bool:
     return bool(int(caught.split()[1], 16) >> (HUP - 1) & 1)
 
 
-def stop_at(args: list[str], at: At, number: int) -> tuple[int, str]:
-    """Exit code and what was said of a command that gets a signal at a place."""
-    with start(args, at) as process:
+def stop_at_once(args: list[str], number: int) -> tuple[int, str]:
+    """Exit code and what was said of a command that gets a signal while it loads its libraries."""
+    with start(args) as process:
         assert process.stderr is not None
-        said: list[str] = []
-        if at.place:
-            while HERE not in (line := process.stderr.readline()):
-                assert line, "".join(said)
-                said.append(line)
-        else:  # as soon as it listens, it is loading its libraries
-            while not listens(process.pid):
-                assert process.poll() is None, process.stderr.read()
-                time.sleep(0.01)
-            time.sleep(0.2)
+        while not listens(process.pid):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
+        time.sleep(0.2)
         process.send_signal(number)
         began = time.monotonic()
-        said += process.stderr.readlines()
+        said = process.stderr.read()
     assert time.monotonic() - began < 60
-    return process.returncode, "".join(said)
+    return process.returncode, said
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    with Forks() as running:
+        yield running
+
+
+def stop_at(forks: Forks, args: list[str], at: At, number: int, tmp_path: Path) -> tuple[int, str]:
+    """Exit code and what was said of a command that gets a signal at a place."""
+    process = forks.start(args, tmp_path / "log", at.place, at.call)
+    while HERE not in process.said():
+        assert process.running(), process.said()
+        time.sleep(0.01)
+    process.kill(number)
+    began = time.monotonic()
+    code = process.wait()
+    assert time.monotonic() - began < 60
+    return code, process.said().rpartition(HERE)[2]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", PLACES)
 def test_every_phase_of_a_run(
-    phase: str, command: Callable[..., list[str]], tmp_path: Path
+    phase: str, command: Callable[..., list[str]], forks: Forks, tmp_path: Path
 ) -> None:
     at, folder = PLACES[phase], tmp_path / "runs" / "run"
     more = [f"--data.{name}={tmp_path / name}" for name in at.more]
-    code, said = stop_at([*command(folder), *more], at, SIGNALS[phase])
+    args = [*command(folder), *more]
+    if at.place:
+        code, said = stop_at(forks, args, at, SIGNALS[phase], tmp_path)
+    else:
+        code, said = stop_at_once(args, SIGNALS[phase])
     assert code == 128 + SIGNALS[phase], said
     assert at.says in said.splitlines()[-1], said
     assert "Traceback" not in said
     assert folder.exists() == at.left, list(folder.rglob("*"))
     if not at.left:
         return
-    last = [*command(folder), "--ckpt_path=last"]
-    process = subprocess.run([sys.executable, *last], cwd=ROOT, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
+    process = forks.start([*command(folder), "--ckpt_path=last"], tmp_path / "log")
+    assert process.wait() == 0, process.said()
     steps = [row["step"] for row in read_rows(folder / "l0.csv")]
     assert steps == ["10", "10", "20", "20"]
     assert not list(folder.rglob("*.tmp"))
@@ -255,13 +271,15 @@ def test_a_second_signal_leaves_at_once(command: Callable[..., list[str]], tmp_p
         "kanllama_lightning.reports.losses_report:LossesReport.finish",
     ],
 )
-def test_every_phase_of_a_record(place: str, run_folder: Path) -> None:
+def test_every_phase_of_a_record(
+    place: str, run_folder: Path, forks: Forks, tmp_path: Path
+) -> None:
     args = ["evaluate.py", "report", str(run_folder), "--documents", "19", "--wandb", "false"]
     args += ["--reports", "sparsity", "losses", "--losses.resamples", "50", "--lm.untrained=true"]
-    code, said = stop_at(args, At(place, 1, "", True), TERM)
+    code, said = stop_at(forks, args, At(place, 1, "", True), TERM, tmp_path)
     assert code == 143, said
     assert said.splitlines()[-1].startswith("stopped; finished reports are kept")
     assert "Traceback" not in said
-    process = subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
+    process = forks.start(args, tmp_path / "log")
+    assert process.wait() == 0, process.said()
     assert (run_folder / "eval" / "losses.csv").is_file()

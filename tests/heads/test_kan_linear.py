@@ -11,7 +11,8 @@ from kanllama_lightning.functional.splines import kan_linear, spline_bases
 from kanllama_lightning.heads.kan_linear import BASE_ACTIVATIONS, KANLinear
 from tests.shapes import unchecked
 
-SIZES = [(order, size) for order in range(1, 6) for size in range(1, 9)]
+SIZES = [(order, size) for order in (1, 2, 3, 5) for size in (1, 2, 5, 8)]
+SOME_SIZES = [(1, 1), (1, 5), (2, 3), (3, 5), (5, 1), (5, 8)]
 MODULES = {
     "silu": nn.SiLU,
     "relu": nn.ReLU,
@@ -118,7 +119,7 @@ def test_smoothness():
 
 
 @pytest.mark.parametrize("tails", [False, True])
-@pytest.mark.parametrize(("order", "size"), SIZES)
+@pytest.mark.parametrize(("order", "size"), SOME_SIZES)
 def test_edge_curves_sum_to_the_layer(order, size, tails):
     kan = layer(grid_size=size, spline_order=order, grid_range=(-2.0, 3.0), linear_tails=tails)
     kan.double()

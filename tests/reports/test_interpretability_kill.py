@@ -1,20 +1,17 @@
 """A record of judged latents that is killed again and again, and goes on each time."""
 
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+from tests.hold import Fork, Forks
 from tests.judge_server import Body, JudgeServer, is_explain, n_windows, wait_until
-from tests.test_configs import ROOT
 
 KILLS, CONCURRENCY = 10, 4
 
@@ -28,19 +25,23 @@ def judge(body: Body) -> str:
     return json.dumps({"labels": [(len(text) + i) % 2 for i in range(n_windows(body))]})
 
 
-def start(run: Path, text: Path, url: str) -> subprocess.Popen[bytes]:
-    args = ["report", run, "--reports", "interpretability", "--wandb", "false", "--text", text]
+def start(forks: Forks, run: Path, text: Path, url: str) -> Fork:
+    args = [
+        "evaluate.py",
+        "report",
+        run,
+        "--reports",
+        "interpretability",
+        "--wandb",
+        "false",
+        "--text",
+        text,
+    ]
     args += ["--documents", 120, "--device", "cpu"]
     given = {"latents": 16, "controls": 6, "windows": 20, "width": 12, "base_url": url}
     given |= {"concurrency": CONCURRENCY}
     args += [f"--interpretability.{k}={v}" for k, v in given.items()]
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "evaluate.py"), *map(str, args)],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    return forks.start(args, run.parent / "log")
 
 
 @pytest.mark.slow
@@ -54,29 +55,29 @@ def test_killed_ten_times(runs: Path, text_file: Path) -> None:
     draw = random.Random(time.time_ns())
     other = runs / "seed0_undisturbed"
     shutil.copytree(runs / "seed0", other)
-    with JudgeServer(judge, delay=0.1) as server:
-        assert start(other, text_file, server.url).wait(100) == 0
+    with JudgeServer(judge, delay=0.1) as server, Forks() as forks:
+        assert start(forks, other, text_file, server.url).wait() == 0
         calls = len(server.requests)
         assert max(server.asked.values()) == 1
         assert calls > KILLS * CONCURRENCY
     run = runs / "seed0"
-    with JudgeServer(judge, delay=0.1) as server:
+    with JudgeServer(judge, delay=0.1) as server, Forks() as forks:
         for kill in range(KILLS):
-            process = start(run, text_file, server.url)
+            process = start(forks, run, text_file, server.url)
             before = len(server.requests)
-            if kill == 5:  # while it reads the text, or imports
-                time.sleep(draw.uniform(0.5, 5))
+            if kill == 5:  # while it reads the text
+                time.sleep(draw.uniform(0, 1))
             else:
                 wanted = before + draw.randint(1, calls // (KILLS + 2))
                 reached = partial(lambda n: len(server.requests) >= n, wanted)
-                assert wait_until(reached, 120), (process.poll(), wanted, calls)
+                assert wait_until(reached, 120), (process.said(), wanted, calls)
                 time.sleep(draw.uniform(0, 0.12))
-            assert process.poll() is None
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+            assert process.running(), process.said()
+            process.kill(signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL
             on_disk = [p for p in (run / "eval").glob("*/judge/*.json") if len(p.stem) == 64]
             assert len(server.read) <= len(on_disk)
-        assert start(run, text_file, server.url).wait(100) == 0
+        assert start(forks, run, text_file, server.url).wait() == 0
         assert not +server.again
         assert len(server.asked) == calls
         assert calls < sum(server.asked.values()) <= calls + KILLS * CONCURRENCY

@@ -266,9 +266,9 @@ def test_what_is_not_like_for_like_is_refused(
         conflicts(runs)
     assert said in str(error.value)
     assert any(f.startswith("Not comparable: different") for f in conflicts(runs, force=True))
-    write(tmp_path / "out", runs, conflicts(runs, force=True))
-    verdicts = {r["verdict"] for r in differences(runs)}
     if key == "sets":
+        write(tmp_path / "out", runs, conflicts(runs, force=True))
+        verdicts = {r["verdict"] for r in differences(runs)}
         assert verdicts == {"not comparable: different documents"}
 
 

@@ -1,17 +1,28 @@
 """`evaluate.py compare` and `try`, as people call them, on runs of the tiny model."""
 
 import json
+import shutil
 
 import pandas as pd
 import pytest
 import yaml
 
 from kanllama_lightning.cli.evaluate_command import REPORTS, main
+from tests.judge_server import JudgeServer
 from tests.test_configs import ROOT
 
 
 def call(*args):
-    assert main([str(a) for a in args]) == 0
+    more = ["--wandb", "false"] if args[0] in ("report", "compare") else []
+    assert main([*map(str, args), *more]) == 0
+
+
+@pytest.fixture(scope="module")
+def recorded(trained, tmp_path_factory):
+    """Two finished runs, of which the first has a record of losses; not to be changed."""
+    folder = shutil.copytree(trained, tmp_path_factory.mktemp("recorded") / "runs")
+    call("report", folder / "seed0", "--reports", "losses", "--documents", 20)
+    return folder
 
 
 @pytest.mark.slow
@@ -38,12 +49,17 @@ def test_compare_makes_what_is_missing_and_nothing_else(runs, tmp_path, capsys):
 def test_compare_refuses_other_text(runs, tmp_path, capsys):
     call("report", runs / "seed0", "--reports", "losses", "--documents", 30)
     call("report", runs / "seed1", "--reports", "losses", "--documents", 20)
-    args = ["compare", str(runs / "seed0"), str(runs / "seed1"), "--out", str(tmp_path / "out")]
+    args = ["compare", str(runs / "seed0"), str(runs / "seed1"), "--wandb", "false"]
+    args += ["--out", str(tmp_path / "out")]
     # asked for nothing, it takes the records as they are
     assert main(args) == 2
     assert "like for like" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-    assert main([*args, "--force", "true"]) == 0
+    args += ["--force", "true"]
+    assert main(args) == 0
+    args[-3] = str(runs / "seed0" / "config.yaml")
+    assert main(args) == 2
+    assert "choose another with --out FOLDER" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -90,7 +106,8 @@ def test_a_closing_table_is_of_one_sample(runs, capsys):
 
 def test_a_part_of_the_sample_is_said_in_its_row(runs, capsys):
     run = runs / "seed0"
-    call("report", run, "--reports", "losses", "sparsity", "--losses.tokens", 128)
+    asked = ["--reports", "losses", "sparsity", "--documents", 20]
+    call("report", run, *asked, "--losses.tokens", 128)
     out = capsys.readouterr().out
     for row in ("CE, original", "delta CE (95 % interval)"):
         assert f"{row}, about the first 128 tokens" in out
@@ -109,9 +126,10 @@ def test_a_part_of_the_sample_is_said_in_its_row(runs, capsys):
     ],
     ids=str,
 )
-def test_other_questions_leave_the_record_alone(asked, folder, runs, text_file, capsys):
-    run = runs / "seed0"
-    call("report", run, "--reports", "losses", "--documents", 20)
+def test_other_questions_leave_the_record_alone(
+    asked, folder, recorded, tmp_path, text_file, capsys
+):
+    run = shutil.copytree(recorded / "seed0", tmp_path / "seed0")
     before = {p: p.read_bytes() for p in (run / "eval").rglob("*") if p.is_file()}
     capsys.readouterr()
     sample = [] if "--documents" in asked else ["--documents", 20]
@@ -128,7 +146,7 @@ def test_try_shows_predictions_latents_and_a_page(runs, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "w3" in out
     assert "<html" in page.read_text()
-    call("report", runs / "seed0", "--reports", "latents", "--documents", 20)
+    call("report", runs / "seed0", "--reports", "latents", "--documents", 12)
     call("try", runs / "seed0", "--text", "w1 w2", "--n_new", 0)
     assert (runs / "seed0/eval/try.html").exists()
     capsys.readouterr()
@@ -160,9 +178,14 @@ def test_capability_from_the_command_line(runs, capsys):
     assert "answer" in capsys.readouterr().err
 
 
-def test_every_report_of_a_run_at_once(runs):
+def test_every_report_of_a_run_at_once(runs, monkeypatch):
     run = runs / "seed0"
-    call("report", run, "--documents", 30)
+    with JudgeServer() as server:
+        monkeypatch.setenv("OPENAI_API_KEY", "key")
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        call("report", run, "--documents", 30)
+    assert not server.requests
+    assert not list((run / "eval").rglob("interpretability*"))
     summary = json.loads((run / "eval/summary.json").read_text())
     # concepts are of the story world; whoever wants to ask an LLM says so
     applied = {kind.name for kind in REPORTS} - {"concepts", "interpretability"}
@@ -206,7 +229,6 @@ def test_shipped_configs_parse(file, runs, monkeypatch):
         (["try", "RUN"], "text"),
         (["try", "RUN", "--text", "w1", "--top", "0"], "top=0"),
         (["try", "RUN", "--text", "w1", "--out", "RUN"], "is a folder; give the name of a file"),
-        (["compare", "RUN", "OTHER", "--out", "FILE"], "choose another with --out FOLDER"),
         (["try", "RUN", "--text", "w1", "--steer", "3"], "--steer '3': must be LATENT=STRENGTH"),
         (["try", "RUN", "--text", "w1", "--steer", "3=inf"], "must be set to a finite number"),
         (["try", "RUN", "--text", "w1", "--steer", "3=1", "3=2"], "latent 3 is given twice"),
@@ -215,8 +237,7 @@ def test_shipped_configs_parse(file, runs, monkeypatch):
     ids=str,
 )
 def test_mistakes_on_the_command_line(args, said, runs, capsys):
-    names = {"RUN": "seed0", "OTHER": "seed1", "FILE": "seed0/config.yaml"}
-    assert main([str(runs / names[a]) if a in names else a for a in args]) == 2
+    assert main([str(runs / "seed0") if a == "RUN" else a for a in args]) == 2
     err = capsys.readouterr().err
     assert said in err
     assert "Traceback" not in err

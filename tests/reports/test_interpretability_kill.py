@@ -45,7 +45,7 @@ def start(forks: Forks, run: Path, text: Path, url: str) -> Fork:
 
 
 @pytest.mark.slow
-def test_killed_ten_times(runs: Path, text_file: Path) -> None:
+def test_killed_ten_times(runs: Path, text_file: Path, forks: Forks) -> None:
     """No reply that the client has surely read is asked for twice, and the table is the same.
 
     Surely read: another request came on its connection afterwards, for the client's loop writes a
@@ -55,13 +55,13 @@ def test_killed_ten_times(runs: Path, text_file: Path) -> None:
     draw = random.Random(time.time_ns())
     other = runs / "seed0_undisturbed"
     shutil.copytree(runs / "seed0", other)
-    with JudgeServer(judge, delay=0.1) as server, Forks() as forks:
+    with JudgeServer(judge, delay=0.1) as server:
         assert start(forks, other, text_file, server.url).wait() == 0
         calls = len(server.requests)
         assert max(server.asked.values()) == 1
         assert calls > KILLS * CONCURRENCY
     run = runs / "seed0"
-    with JudgeServer(judge, delay=0.1) as server, Forks() as forks:
+    with JudgeServer(judge, delay=0.1) as server:
         for kill in range(KILLS):
             process = start(forks, run, text_file, server.url)
             before = len(server.requests)

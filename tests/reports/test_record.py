@@ -29,9 +29,23 @@ from tests.wandb_file import history
 PASS = ("sparsity", "losses", "reconstruction")
 
 
-def report(*args):
-    code = main(["report", *[str(a) for a in args], "--documents", "30", "--device", "cpu"])
-    assert code == 0
+def report(*args, wandb="false"):
+    how = ["--documents", "30", "--device", "cpu", "--wandb", wandb]
+    assert main(["report", *[str(a) for a in args], *how]) == 0
+
+
+@pytest.fixture(scope="module")
+def recorded(trained, tmp_path_factory):
+    """A run with a record of what one pass over the text gives; not to be changed."""
+    run = shutil.copytree(trained / "seed0", tmp_path_factory.mktemp("recorded") / "seed0")
+    report(run, "--reports", *PASS)
+    return run
+
+
+@pytest.fixture
+def known(recorded, tmp_path):
+    """A copy of it, to be changed at will."""
+    return shutil.copytree(recorded, tmp_path / "recorded")
 
 
 def figures(run):
@@ -43,8 +57,8 @@ def plain(folder):
     return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
-def test_every_figure_against_an_independent_computation(run, tiny_lm_dir):
-    report(run, "--reports", *PASS)
+def test_every_figure_against_an_independent_computation(recorded, tiny_lm_dir):
+    run = recorded
     found = figures(run)
     subject = read_subject(run)
     rows = run_sets(subject.data(word_tokenizer()), 30)["heldout"]
@@ -119,11 +133,10 @@ def test_every_figure_against_an_independent_computation(run, tiny_lm_dir):
     assert groups.groupby("by")["share_of_error"].sum().to_numpy() == pytest.approx([1, 1])
 
 
-def test_figures_do_not_depend_on_the_batch_size(run):
-    report(run, "--reports", *PASS, "--batch_seqs", 3)
-    first = figures(run)
-    report(run, "--reports", *PASS, "--batch_seqs", 7, "--again", "true")
-    second = figures(run)
+def test_figures_do_not_depend_on_the_batch_size(known):
+    first = figures(known)
+    report(known, "--reports", *PASS, "--batch_seqs", 3, "--again", "true")
+    second = figures(known)
     assert first.keys() == second.keys()
     for key, value in first.items():
         if "first_batch" in key or "error" in key or "everywhere" in key:
@@ -134,8 +147,8 @@ def test_figures_do_not_depend_on_the_batch_size(run):
             assert second[key] == value
 
 
-def test_tables_agree_with_the_summary(run):
-    report(run, "--reports", *PASS)
+def test_tables_agree_with_the_summary(recorded):
+    run = recorded
     found = figures(run)
     table = pd.read_csv(run / "eval" / "losses.csv")
     pooled, batches = table[table["batch"] == "all"], table[table["batch"] != "all"]
@@ -175,13 +188,13 @@ def test_heads_on_one_model_share_all_but_their_own_continuation(runs, monkeypat
     assert calls == {"prefix": n + 2, "resume": n * (3 + 3) + 1}
     together = figures(runs / "seed0")
     monkeypatch.undo()
-    report(runs / "seed0", "--reports", *PASS, "--batch_seqs", 4, "--again", "true")
+    report(runs / "seed0", "--reports", "losses", "--batch_seqs", 4, "--again", "true")
     alone = figures(runs / "seed0")
     assert alone["losses/heldout/ce_recon"] == together["losses/heldout/ce_recon"]
 
 
-def test_nothing_is_computed_twice(run, monkeypatch):
-    report(run, "--reports", *PASS)
+def test_nothing_is_computed_twice(known, monkeypatch):
+    run = known
     before = {p: p.stat().st_mtime_ns for p in (run / "eval").rglob("*")}
     with monkeypatch.context() as patch:
         patch.setattr(FrozenLM, "load_", lambda *_: pytest.fail("the LM was loaded"))
@@ -205,7 +218,7 @@ def test_what_is_finished_survives_what_fails_later(run, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(losses.LossesReport, "finish", fails)
-    args = ["report", str(run), "--documents", "30", "--reports", *PASS]
+    args = ["report", str(run), "--documents", "30", "--wandb", "false", "--reports", *PASS]
     assert main(args) == 130
     assert (run / "eval" / "l0.csv").exists()
     assert "sparsity/heldout/l0" in figures(run)
@@ -216,11 +229,11 @@ def test_what_is_finished_survives_what_fails_later(run, monkeypatch):
 
 def test_the_record_goes_to_the_runs_own_logger(run):
     before = set(run.rglob("*.wandb"))
-    report(run, "--reports", "sparsity")
+    report(run, "--reports", "sparsity", wandb="true")
     (new,) = set(run.rglob("*.wandb")) - before
     keys = {key for row in history(new)[0] for key in row}
     assert {"eval/l0", "eval/l0_0"} <= {k.split(".")[0] for k in keys}
-    report(run, "--reports", "losses", "--wandb", "false")
+    report(run, "--reports", "losses")
     assert len(set(run.rglob("*.wandb"))) == len(before) + 1
 
 
@@ -229,7 +242,8 @@ def test_a_saved_head_alone(run, text_file, tiny_lm_dir):
     card = json.loads((head / "head.json").read_text())
     args = ["--lm.name", tiny_lm_dir, "--text", text_file, "--ctx_len", "16"]
     args += ["--lm.hook_point", card["provenance"]["hook_point"]]
-    assert main(["report", str(head), *map(str, args), "--reports", "sparsity"]) == 2  # untrained
+    asked = ["report", str(head), *map(str, args), "--reports", "sparsity", "--wandb", "false"]
+    assert main(asked) == 2  # untrained
     report(head, *args, "--reports", "sparsity", "--lm.untrained", "true")
     assert figures(head)["sparsity/words/sparsity_tokens"] > 0
 
@@ -296,8 +310,8 @@ def test_a_head_trained_anew_has_no_old_figures(runs):
 def test_the_summary_keeps_what_the_losses_were_of(run):
     report(run, "--reports", "losses")
     before = figures(run)["sets"]
-    assert main(["report", str(run), "--reports", "sparsity", "--documents", "20"]) == 0
-    assert main(["report", str(run), "--reports", "capability"]) == 0
+    for asked in (["sparsity", "--documents", "20"], ["capability"]):
+        assert main(["report", str(run), "--wandb", "false", "--reports", *asked]) == 0
     assert figures(run)["sets"] == before
 
 

@@ -27,6 +27,7 @@ from kanllama_lightning.data.packing import join, pack
 from kanllama_lightning.lm.frozen import FrozenLM
 from kanllama_lightning.types import TokenBatch
 from tests.fuzz.harness import COUNTS
+from tests.hold import Forks
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 VOCAB = 64
@@ -233,6 +234,13 @@ def fit_for_many(given: Mapping[str, Any], *extra: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")
         assert main(["fit", *extra, *[f"--{k}={v}" for k, v in given.items()]]) == 0
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Runs commands in real processes that need not import anything."""
+    with Forks() as running:
+        yield running
 
 
 class Finished(NamedTuple):

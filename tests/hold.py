@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 
 HERE = "@@here"
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
 SECONDS = 60.0
 
 
@@ -54,47 +55,48 @@ def wait_at(place: str, call: int) -> None:
 class Fork:
     """A command in a process of its own."""
 
-    def __init__(self, pid: int, log: Path, answers: Any) -> None:
-        self.pid, self.log, self._answers = pid, log, answers
-        self._code: int | None = None
+    def __init__(self, pid: int, log: Path, ask: Callable[..., Any]) -> None:
+        self.pid, self.log, self._ask = pid, log, ask
 
     def said(self) -> str:
         """What it wrote to stderr up to now."""
         return self.log.read_text()
 
     def running(self) -> bool:
-        return Path(f"/proc/{self.pid}").exists()
+        """Whether it has not ended; not to be asked once it was waited for."""
+        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
 
     def kill(self, number: int) -> None:
         os.kill(self.pid, number)
 
     def wait(self) -> int:
-        """Its exit code; a negative one is that of the signal that took it."""
-        if self._code is None:
-            self._code = json.loads(self._answers.readline())["code"]
-        return self._code
+        """Its exit code, once; a negative one is that of the signal that took it."""
+        return int(self._ask(wait=self.pid))
 
 
 class Forks:
-    """A process that has imported everything and forks for each command; one at a time."""
+    """A process that has imported everything and forks for each command."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.hold"], cwd=ROOT, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"},
+            env={**os.environ, **ENVIRONMENT},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
 
     def start(self, args: Sequence[Any], log: Path, place: str = "", call: int = 0) -> Fork:
         """Begin a command such as `train.py fit ...`, held at a place if one is named."""
+        log.touch()
+        out = log.with_suffix(".out")
+        given = {"args": [str(a) for a in args], "log": str(log), "out": str(out)}
+        return Fork(self._ask(**given, place=place, call=call), log, self._ask)
+
+    def _ask(self, **what: Any) -> Any:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        log.touch()
-        ask = {"args": [str(a) for a in args], "log": str(log), "place": place, "call": call}
-        self._process.stdin.write(json.dumps(ask) + "\n")
+        self._process.stdin.write(json.dumps(what) + "\n")
         self._process.stdin.flush()
-        pid = json.loads(self._process.stdout.readline())["pid"]
-        return Fork(pid, log, self._process.stdout)
+        return json.loads(self._process.stdout.readline())
 
     def __enter__(self) -> "Forks":
         return self
@@ -120,13 +122,11 @@ def next_command() -> dict[str, Any] | None:
     """What this process, a fork by now, is to run; None in the first one, at the end."""
     while line := sys.stdin.readline():
         ask: dict[str, Any] = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
+        if pid := ask.get("wait", 0):
+            answer = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        elif not (answer := os.fork()):
             return ask
-        sys.stdout.write(json.dumps({"pid": pid}) + "\n")
-        sys.stdout.flush()
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        sys.stdout.write(json.dumps({"code": code}) + "\n")
+        sys.stdout.write(f"{answer}\n")
         sys.stdout.flush()
     return None
 
@@ -154,10 +154,9 @@ def serve() -> None:
         return
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdin.close()
-    out = os.open(ask["log"], os.O_WRONLY | os.O_APPEND)
-    os.dup2(os.open(os.devnull, os.O_RDWR), 0)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    os.dup2(out, 2)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for name, number in (("out", 1), ("log", 2)):
+        os.dup2(os.open(ask[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), number)
     sys.argv = ask["args"]
     if ask["place"]:
         wait_at(ask["place"], ask["call"])

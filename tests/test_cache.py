@@ -4,8 +4,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -26,8 +24,8 @@ from kanllama_lightning.training.cache_key import cache_key
 from kanllama_lightning.training.fill_cache import chunks, fill_
 from kanllama_lightning.types import ActivationBatch, InputError, TokenBatch
 from tests.conftest import SMALL, Fit, only_run, terminate_at
+from tests.hold import Fork, Forks
 
-ROOT = Path(__file__).resolve().parents[1]
 START = torch.zeros(3, dtype=torch.int64)
 KEY = {"d_model": 2, "lm": "a"}
 
@@ -440,23 +438,25 @@ def test_interrupted_writing_ends_with_a_line(
 
 
 @pytest.mark.slow
-def test_a_killed_writer_goes_on(tiny_lm_dir: Path, text_file: Path, tmp_path: Path) -> None:
+def test_a_killed_writer_goes_on(
+    tiny_lm_dir: Path, text_file: Path, tmp_path: Path, forks: Forks
+) -> None:
     """kill -9 while shards are being written, twice; two runs at once share one writer."""
 
-    def start(run: str) -> subprocess.Popen:
+    def start(run: str) -> Fork:
         given = SMALL | {"lm.name": tiny_lm_dir, "data.train": text_file, "trainer.logger": "false"}
         given |= {"run": tmp_path / run, "data.cache": tmp_path / "cache", "model.tokens": 5120}
         given |= {"data.lm_batch_seqs": 1}
         args = [f"--{k}={v}" for k, v in given.items()]
-        return subprocess.Popen([sys.executable, "train.py", "fit", *args], cwd=ROOT)
+        return forks.start(["train.py", "fit", *args], tmp_path / f"{run}.log")
 
     shards = tmp_path / "cache"
     written = 0
     for run in ("a", "b"):
         process = start(run)
-        while process.poll() is None and len(list(shards.glob("*.bf16"))) < written + 2:
+        while process.running() and len(list(shards.glob("*.bf16"))) < written + 2:
             time.sleep(0.002)
-        process.kill()
+        process.kill(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
         written = len(list(shards.glob("*.bf16")))
         assert json.loads((shards / MANIFEST).read_text())["rows"] < 5632, "killed while writing"

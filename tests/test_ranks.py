@@ -16,6 +16,7 @@ from kanllama_lightning.functional.losses import auxk
 from kanllama_lightning.functional.sparse import largest_positive
 from kanllama_lightning.heads import SAEHead
 from tests.conftest import ALONE, SMALL, WORDS, read_rows, side_by_side_config
+from train import main
 
 ROOT = Path(__file__).resolve().parents[1]
 CTX = 32
@@ -71,6 +72,18 @@ def child(folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+def children(n: int, folder: str) -> None:
+    """Fork a child for each rank, so that all is imported once."""
+    pids = []
+    for rank in range(n):
+        os.environ["RANK"] = str(rank)
+        if not (pid := os.fork()):
+            child(folder)
+            return
+        pids.append(pid)
+    sys.exit(any(os.waitpid(pid, 0)[1] for pid in pids))
+
+
 def launch(n: int, folder: Path) -> list[dict[str, torch.Tensor]]:
     environment = {
         **os.environ,
@@ -79,14 +92,8 @@ def launch(n: int, folder: Path) -> list[dict[str, torch.Tensor]]:
         "WORLD_SIZE": str(n),
         "OMP_NUM_THREADS": "1",
     }
-    code = f"from tests.test_ranks import child; child({str(folder)!r})"
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", code], cwd=ROOT, env=environment | {"RANK": str(rank)}
-        )
-        for rank in range(n)
-    ]
-    assert [process.wait(240) for process in started] == [0] * n
+    code = f"from tests.test_ranks import children; children({n}, {str(folder)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, timeout=240)
     return [torch.load(folder / f"{rank}.pt") for rank in range(n)]
 
 
@@ -127,18 +134,27 @@ def whole_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def train(folder: Path, processes: int, *extra: str, **changed: Any) -> subprocess.Popen[bytes]:
-    """`train.py fit` in a process of its own, which starts the others itself."""
+def command(folder: Path, processes: int, *extra: str, **changed: Any) -> list[str]:
     given: dict[str, Any] = SMALL | {"run": folder, "trainer.logger": "false"}
     given |= {k.replace("__", "."): v for k, v in changed.items()}
     given |= {"trainer.devices": processes}
     args = [f"--{k}={v}" for k, v in given.items() if v is not None]
     overlay = [f"--config={ROOT / 'configs' / 'multi_gpu.yaml'}"] if processes > 1 else []
+    return ["fit", *extra, *overlay, *args]
+
+
+def train(folder: Path, processes: int, *extra: str, **changed: Any) -> subprocess.Popen[bytes]:
+    """`train.py fit` in a process of its own, which starts the others itself."""
     return subprocess.Popen(
-        [sys.executable, "train.py", "fit", *extra, *overlay, *args],
+        [sys.executable, "train.py", *command(folder, processes, *extra, **changed)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+
+
+def train_alone(folder: Path, *extra: str, **changed: Any) -> int:
+    """The same with one process: this one."""
+    return main(command(folder, 1, *extra, **changed))
 
 
 @pytest.mark.slow
@@ -154,9 +170,9 @@ def test_two_processes_are_one_on_the_union(
         "model.start_tokens": 4 * batch, "model.buffer.capacity_tokens": 0,
         "data.val_fraction": 0.1, "data.val_tokens": 21 * CTX,
     }  # fmt: skip
-    one = train(tmp_path / "one", 1, config, **common, data__lm_batch_seqs=8)
     two = train(tmp_path / "two", 2, config, **common, data__lm_batch_seqs=4)
-    assert [one.wait(300), two.wait(300)] == [0, 0]
+    assert train_alone(tmp_path / "one", config, **common, data__lm_batch_seqs=8) == 0
+    assert two.wait(300) == 0
     for name in EVERY_KIND:
         a, b = (SAEHead.load(tmp_path / n / name / "head").state_dict() for n in ("one", "two"))
         for key, want in a.items():
@@ -226,13 +242,12 @@ def test_processes_share_the_text_and_end_alike_and_another_number_goes_on(
     first = train(run, 2, *spy, **common, trainer__max_steps=30)
     assert first.wait(300) == 0
     assert train(run, 3, *spy, **common, trainer__max_steps=60, ckpt_path=run).wait(300) == 0
-    assert train(run, 1, *spy, **common, ckpt_path=run).wait(300) == 0
+    assert train_alone(run, *spy, **common, ckpt_path=run) == 0
     assert json.loads((run / "summary.json").read_text())["tokens"] == 90 * batch
 
     other = tmp_path / "alone"
     spy[1] = f"--trainer.callbacks.folder={other}"
-    alone = train(tmp_path / "whole", 1, *spy, **common | {"model.tokens": 110 * batch})
-    assert alone.wait(300) == 0
+    assert train_alone(tmp_path / "whole", *spy, **common | {"model.tokens": 110 * batch}) == 0
     order = read_by(other, 1)[0]
     assert len(set(order)) == len(order), "the text is too short for this test: it repeats"
     sessions = [[row for rows in read_by(seen, n) for row in rows] for n in (2, 3, 1)]

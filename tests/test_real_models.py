@@ -31,7 +31,7 @@ def train(*args: str, timeout: int = 1800) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the real model and text are not here")
-@pytest.mark.parametrize("head", ["kan", "batch_topk"])
+@pytest.mark.parametrize("head", ["kan"])
 def test_stories260k(head: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     done = train(

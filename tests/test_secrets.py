@@ -17,6 +17,7 @@ from markupsafe import escape
 from kanllama_lightning.console.secrets import Discreet, Secrets, known, learn
 from kanllama_lightning.judge.endpoint import Endpoint
 from tests.conftest import SMALL
+from tests.hold import Forks
 from tests.judge_server import Body, JudgeServer, Reply, completion, plain_judge
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -160,14 +161,19 @@ def test_nothing_of_a_run_and_its_record_holds_one(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("option", ["--lm.name", "--data.train", "--data.val", "--runs_dir"])
-def test_an_address_in_a_wrong_place(option: str, tmp_path: Path, tiny_lm_dir: Path) -> None:
+def test_an_address_in_a_wrong_place(
+    option: str, tmp_path: Path, tiny_lm_dir: Path, forks: Forks
+) -> None:
     url = f"https://me:{quote(PASSWORD, safe='')}@127.0.0.1:1/x?token={quote(TOKEN, safe='')}"
     given = {f"--{k}": str(v) for k, v in (SMALL | {"lm.name": tiny_lm_dir}).items()}
     given |= {"--data.train": str(tmp_path / "none.jsonl"), "--runs_dir": str(tmp_path / "runs")}
     given[option] = f"[{url}]" if option == "--data.val" else url
-    ran = command("train.py", "fit", *(f"{k}={v}" for k, v in given.items()), HF_HUB_OFFLINE="1")
-    said = (ran.stdout + ran.stderr).decode()
-    assert ran.returncode == 2, said
+    ran = forks.start(
+        ["train.py", "fit", *(f"{k}={v}" for k, v in given.items())], tmp_path / "log"
+    )
+    code = ran.wait()
+    said = ran.said() + (tmp_path / "log.out").read_text()
+    assert code == 2, said
     assert "Traceback" not in said
     for form in forms(PASSWORD) | forms(TOKEN):
         assert form not in said, form

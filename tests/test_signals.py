@@ -202,12 +202,6 @@ def stop_at_once(args: list[str], number: int) -> tuple[int, str]:
     return process.returncode, said
 
 
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    with Forks() as running:
-        yield running
-
-
 def stop_at(forks: Forks, args: list[str], at: At, number: int, tmp_path: Path) -> tuple[int, str]:
     """Exit code and what was said of a command that gets a signal at a place."""
     process = forks.start(args, tmp_path / "log", at.place, at.call)

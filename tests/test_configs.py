@@ -46,10 +46,11 @@ def test_says_what_it_is_for(config: Path) -> None:
 
 
 @pytest.mark.parametrize("config", rest_slow(HEAD_CONFIGS, SOME), ids=lambda c: c.stem)
-def test_is_a_complete_run_on_the_real_target(
+def test_is_a_complete_run_on_the_real_target_or_on_the_embedded_model(
     config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parsed = parse(monkeypatch, config)
+    own = parsed.model.head.class_path
     assert parsed.lm.name == "meta-llama/Llama-3.2-1B"
     assert parsed.lm.hook_point == "model.layers.0.mlp"
     assert len(parsed.lm.revision) == 40
@@ -59,18 +60,12 @@ def test_is_a_complete_run_on_the_real_target(
     assert parsed.data.ctx_len == 512
     assert parsed.data.train.init_args.name == "roneneldan/TinyStories"
     assert parsed.data.val[0].init_args.sample_seed == 42
-
-
-@pytest.mark.parametrize("config", rest_slow(HEAD_CONFIGS, SOME), ids=lambda c: c.stem)
-def test_embedded_overlay_leaves_nothing_to_download(
-    config: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    # with the overlay nothing is left to download
     parsed = parse(monkeypatch, config, ROOT / "configs" / "embedded.yaml")
     assert parsed.lm.name == "embedded"
     assert parsed.lm.revision is None
     assert parsed.data.val is None
     assert "StoryWorldCorpus" in parsed.data.train.class_path
-    own = parse(monkeypatch, config).model.head.class_path
     assert parsed.model.head.class_path == own, "the overlay keeps the head"
 
 

@@ -52,10 +52,11 @@ SOME = [one for one in WRONG if any(part in one[0] for part in (*FIXED, *CHECKED
 """One of each kind of check."""
 
 
-@pytest.mark.parametrize(("given", "said"), rest_slow(WRONG, SOME), ids=str)
+@pytest.mark.parametrize("wrong", rest_slow(WRONG, SOME), ids=lambda wrong: wrong[0])
 def test_one_line_before_anything_is_loaded(
-    fit: Fit, given: str, said: str, capsys: pytest.CaptureFixture[str], tmp_path
+    fit: Fit, wrong: tuple[str, str], capsys: pytest.CaptureFixture[str], tmp_path
 ) -> None:
+    given, said = wrong
     if given.endswith("=gpu"):
         torch = pytest.importorskip("torch")
         if torch.cuda.is_available():

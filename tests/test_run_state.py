@@ -58,17 +58,12 @@ def held(tmp_path: Path) -> Iterator[tuple[Path, "subprocess.Popen[str]"]]:
 # ---------------------------------------------------------------------------- locks
 
 
-def test_a_folder_in_use_is_refused_and_says_by_whom(held) -> None:
+def test_a_folder_in_use_is_refused_by_whom_and_free_once_that_was_killed(held) -> None:
     folder, process = held
     assert look(folder).kind == Kind.IN_USE
     said = f"in use by process {process.pid} on {socket.gethostname()} since 20"
     with pytest.raises(InputError, match=said):
         RunLock.take(folder)
-    assert (folder / LOCK).exists()
-
-
-def test_a_process_that_was_killed_holds_nothing(held) -> None:
-    folder, process = held
     process.kill()
     process.wait()
     assert (folder / LOCK).exists()

@@ -24,7 +24,7 @@ FAST: dict[str, int] = {
 }
 """Cases in the default suite; in the slow one `SLOW` times as many."""
 SLOW = 18
-PLANS = 40
+PLANS = 15
 """Cases in the slow suite of what takes longest, a whole `plan`."""
 
 

@@ -105,7 +105,8 @@ def test_a_head_saved_as_random_dictionary_still_loads(tmp_path: Path) -> None:
 def test_record_and_comparison_name_controls_for_what_they_are(fit: Fit, tmp_path: Path) -> None:
     for kind in (FrozenEncoder, BatchTopK):
         folder = tmp_path / kind.__name__
-        assert fit(run=str(folder), **{"model.head": kind.__name__}) == 0
+        given = {"model.head": kind.__name__, "trainer.logger": "false"}
+        assert fit(run=str(folder), model__tokens="640", **given) == 0
     folders = [str(tmp_path / kind.__name__) for kind in (FrozenEncoder, BatchTopK)]
     out = tmp_path / "comparison"
     given = ["--documents", "10", "--wandb", "false", "--lm.untrained", "true"]

@@ -1237,7 +1237,7 @@ def test_saved_files_have_the_mode_of_the_umask(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [TopK, BatchTopK, KANEncoder])
+@pytest.mark.parametrize("kind", [TopK, KANEncoder])
 def test_recovers_a_planted_dictionary(kind):
     """48 atoms in 32 dimensions, three of them per token, strengths from 0.5 to 1.5."""
     d, atoms, active = 32, 48, 3

@@ -441,8 +441,9 @@ SOME_PLANTS = [PLANTS[i] for i in (0, 4, 8, 10, 14, 15, 20, 21, 25, 26)]
 """Any two of the values together, and all the largest."""
 
 
-@pytest.mark.parametrize(("steepness", "lag", "level"), rest_slow(PLANTS, SOME_PLANTS))
-def test_l0_ends_at_its_target(steepness, lag, level):
+@pytest.mark.parametrize("planted", rest_slow(PLANTS, SOME_PLANTS), ids=str)
+def test_l0_ends_at_its_target(planted):
+    steepness, lag, level = planted
     c = SparsityController(1.0, 16, 0.05)
     found = plant(c, level, steepness, lag)
     assert found[-1] == pytest.approx(16, rel=0.03)

@@ -195,10 +195,9 @@ def test_no_term_depends_on_the_units_of_the_activations(kind):
 
 # ------------------------------------------------------------------------- revival
 
-# one of each way of reading, selecting and writing; a frozen encoder cannot revive, and of
-# kan_relu_dense AuxK leaves half of the dead (its docstring)
-REVIVED = [TopK, BatchTopK, KANEncoder, KANDirect, SplineLatent, CurvedDictionary, OnlyKAN]
-REVIVED += PENALISED
+# one of each way of reading, selecting and writing, two of them in a wide model; a frozen encoder
+# cannot revive, and of kan_relu_dense AuxK leaves half of the dead (its docstring)
+REVIVED = [TopK, KANEncoder, SplineLatent, CurvedDictionary, OnlyKAN, Gated, JumpReLU]
 LATENTS, SILENT, BATCH = 512, 128, 512
 SCHEDULE = Schedule.of(1_000_000, BATCH)  # dead after 100,000 tokens
 

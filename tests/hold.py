@@ -84,14 +84,11 @@ class Forks:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
 
-    def start(
-        self, args: Sequence[Any], log: Path, place: str = "", call: int = 0, **environment: str
-    ) -> Fork:
+    def start(self, args: Sequence[Any], log: Path, place: str = "", call: int = 0) -> Fork:
         """Begin a command such as `train.py fit ...`, held at a place if one is named."""
         log.touch()
         out = log.with_suffix(".out")
         given = {"args": [str(a) for a in args], "log": str(log), "out": str(out)}
-        given |= {"environment": environment}
         return Fork(self._ask(**given, place=place, call=call), log, self._ask)
 
     def _ask(self, **what: Any) -> Any:
@@ -160,7 +157,6 @@ def serve() -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for name, number in (("out", 1), ("log", 2)):
         os.dup2(os.open(ask[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), number)
-    os.environ.update(ask["environment"])
     sys.argv = ask["args"]
     if ask["place"]:
         wait_at(ask["place"], ask["call"])

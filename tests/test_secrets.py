@@ -4,7 +4,11 @@ import base64
 import html
 import json
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, quote_plus
 
 import pytest
@@ -16,6 +20,7 @@ from tests.conftest import SMALL
 from tests.hold import Forks
 from tests.judge_server import Body, JudgeServer, Reply, completion, plain_judge
 
+ROOT = Path(__file__).resolve().parents[1]
 PASSWORD, TOKEN = 'pä&"s5/+w', "tok<en>77"
 KEYS = {
     "OPENAI_API_KEY": "sk-very-secret-0123456789",
@@ -105,16 +110,21 @@ def test_log_records(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.Monke
     assert KEYS["HF_TOKEN"] not in caplog.text
 
 
+def command(*args: Any, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    environment = {**os.environ, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1", **environment}
+    given = [sys.executable, *map(str, args)]
+    return subprocess.run(given, cwd=ROOT, env=environment, capture_output=True)
+
+
 @pytest.mark.slow
 def test_nothing_of_a_run_and_its_record_holds_one(
-    tiny_lm_dir: Path, text_file: Path, tmp_path: Path, forks: Forks
+    tiny_lm_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
     """A real run and record, logged offline by W&B, against a server that repeats what it hears."""
     run = tmp_path / "run"
     given = SMALL | {"lm.name": tiny_lm_dir, "data.train": text_file, "run": run}
-    args = ["train.py", "fit", *(f"--{k}={v}" for k, v in given.items())]
-    fit = forks.start(args, tmp_path / "fit", **KEYS)
-    assert fit.wait() == 0, fit.said()
+    fit = command("train.py", "fit", *(f"--{k}={v}" for k, v in given.items()), **KEYS)
+    assert fit.returncode == 0, fit.stderr.decode()
 
     def echo(body: Body, _: int) -> Reply:
         heard = server.headers[-1]
@@ -128,21 +138,19 @@ def test_nothing_of_a_run_and_its_record_holds_one(
     with JudgeServer(misbehave=echo) as server:
         secret = f"me:{quote(PASSWORD, safe='')}@127.0.0.1:{server.port}"
         url = f"http://{secret}/v1?k={quote(TOKEN, safe='')}"
-        args = [
+        record = command(
             "evaluate.py", "report", run, "--reports", "interpretability", "--text", text_file,
             "--documents", 200, "--interpretability.base_url", url,
             *[f"--interpretability.{k}" + f"={v}" for k, v in
               {"latents": 4, "controls": 2, "windows": 20, "width": 12}.items()],
-            "--lm.untrained=true",
-        ]  # fmt: skip
-        record = forks.start(args, tmp_path / "record", **KEYS)
-        assert record.wait() == 0, record.said()
+            "--lm.untrained=true", **KEYS,
+        )  # fmt: skip
+    assert record.returncode == 0, record.stderr.decode()
     assert len(server.requests) > 4
     files = [path for path in run.rglob("*") if path.is_file()]
     assert sum(path.suffix == ".wandb" for path in files) == 2
-    streams = [tmp_path / name for name in ("fit", "fit.out", "record", "record.out")]
-    assert all(path.stat().st_size for path in streams)
-    everything = b"".join(path.read_bytes() for path in (*streams, *files))
+    streams = [s for ran in (fit, record) for s in (ran.stdout, ran.stderr)]
+    everything = b"".join([*streams, *(path.read_bytes() for path in files)])
     assert b"[secret]" in next((run / "eval").rglob("interpretability.csv")).read_bytes()
     wanted = {secret, url} | forms(PASSWORD) | forms(TOKEN) | forms(f"me:{PASSWORD}")
     for key in KEYS.values():

@@ -75,7 +75,10 @@ class Fork:
 
 
 class Forks:
-    """A process that has imported everything and forks for each command."""
+    """A process that has imported everything and forks for each command.
+
+    The first fork that ends takes W&B's folder for tables with it, so none may log a table.
+    """
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(

@@ -136,13 +136,13 @@ def next_command() -> dict[str, Any] | None:
 
 def import_everything() -> None:
     """So that no fork of this process has to, nor copies what the collector looks through."""
-    import train
+    from kanllama_lightning.cli import train_command
 
-    named = ("cli", "reports.cli"), ("concepts", "kan_curves", "log_config", "logit_lens")
-    for package, names in zip(("kanllama_lightning", "callbacks"), named, strict=True):
-        for name in names:
-            importlib.import_module(f"{package}.{name}")
-    for class_path in (*train.ESSENTIAL, "wandb.apis.public", "openai"):
+    for name in ("evaluate_command", "plan_command"):
+        importlib.import_module(f"kanllama_lightning.cli.{name}")
+    for name in ("concepts", "kan_curves", "log_config", "logit_lens"):
+        importlib.import_module(f"kanllama_lightning.callbacks.{name}")
+    for class_path in (*train_command.ESSENTIAL, "wandb.apis.public", "openai"):
         pydoc.locate(class_path)
     gc.freeze()
 

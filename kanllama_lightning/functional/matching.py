@@ -177,8 +177,8 @@ def _blocks(reach: list[int], block: int) -> Iterator[tuple[int, int]]:
 
 def _ranks(columns: Columns, lo: int, hi: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """For each entry of latents lo to hi: its latent, counted from lo; the number of tokens
-    that are at least as active; its rank among all tokens, the least active first, ties at their mean.
-    For each latent: the rank of the tokens that are not listed.
+    that are at least as active; its rank among all tokens, the least active first, ties at their
+    mean. For each latent: the rank of the tokens that are not listed.
     """
     starts = columns.starts[lo : hi + 1] - columns.starts[lo]
     values = columns.values[int(columns.starts[lo]) : int(columns.starts[hi])]

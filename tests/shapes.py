@@ -1,8 +1,7 @@
 """Every annotation of the project is checked in the tests, in whatever is imported later.
 
-A call whose arguments or result are not as annotated raises jaxtyping.TypeCheckError. Axes bind
-within one call. What jaxtyping leaves alone: what `async` functions are given, and an annotation
-that names the class it stands in.
+A call whose arguments or result are not as annotated raises beartype's BeartypeCallHintViolation.
+Axes bind within one call; of generators and `async` functions every annotation stands alone.
 """
 
 import functools
@@ -12,12 +11,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import beartype
 import jaxtyping
 import torch
+from jaxtyping._storage import pop_shape_memo, push_shape_memo
 
 PACKAGES = ("kanllama_lightning", "train", "evaluate")
 # ints are floats; of a list the first item is looked at, the same one in every run
-CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True, is_random=False))"
+CHECK = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True, is_random=False))
 
 
 @contextmanager
@@ -31,29 +32,31 @@ def unchecked() -> Iterator[None]:
         jaxtyping.config.update("jaxtyping_disable", before)
 
 
-def _fields_too(jaxtyped: Callable[..., Any]) -> Callable[..., Any]:
-    """The decorator that the hook puts everywhere, which does not know the fields of tuples.
+def _checked(**_: Any) -> Callable[[Any], Any]:
+    """What the hook puts on every function and class, in the place of `jaxtyping.jaxtyped`.
 
-    Functions are decorated when they are first called, as that takes milliseconds each.
+    That one checks arguments twice, before a call and with its result, and binds them by name each
+    time, which makes short calls three times as long. Functions are decorated when they are first
+    called, as that takes milliseconds each.
     """
 
-    def decorator(*, typechecker: Any) -> Callable[[Any], Any]:
-        decorate = jaxtyped(typechecker=typechecker)
+    def decorate(given: Any) -> Any:
+        if isinstance(given, type):
+            if "_fields" in vars(given):  # of named tuples, which have no constructor of their own
+                given.__new__ = decorate(given.__new__)
+            return given
+        if isinstance(given, classmethod | staticmethod):
+            return type(given)(decorate(given.__func__))
+        if isinstance(given, property):
+            parts = (given.fget, given.fset, given.fdel)
+            return property(*(part and decorate(part) for part in parts))
+        return _at_first_call(given) if inspect.isfunction(given) else given
 
-        def decorated(given: Any) -> Any:
-            if isinstance(given, type) and "_fields" in vars(given):
-                given.__new__ = _at_first_call(decorate, given.__new__)
-            return _at_first_call(decorate, given) if inspect.isfunction(given) else decorate(given)
-
-        return decorated
-
-    return decorator
+    return decorate
 
 
-def _at_first_call(
-    decorate: Callable[[Callable[..., Any]], Callable[..., Any]], function: Callable[..., Any]
-) -> Callable[..., Any]:
-    checked = None
+def _at_first_call(function: Callable[..., Any]) -> Callable[..., Any]:
+    checked: Callable[..., Any] | None = None
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -62,8 +65,12 @@ def _at_first_call(
             return function(*args, **kwargs)
         nonlocal checked
         if checked is None:
-            checked = decorate(function)
-        return checked(*args, **kwargs)
+            checked = CHECK(function)
+        push_shape_memo({})  # axes are bound from here on
+        try:
+            return checked(*args, **kwargs)
+        finally:
+            pop_shape_memo()
 
     return call
 
@@ -87,8 +94,8 @@ def _compiles_unchecked(compile_: Callable[..., Any]) -> Callable[..., Any]:
 def check_annotations() -> None:
     """Let every annotation be checked, in whatever is imported later."""
     assert not set(PACKAGES) & set(sys.modules), "imported before its annotations could be checked"
-    jaxtyping.install_import_hook(PACKAGES, CHECKER)
-    jaxtyping.jaxtyped = _fields_too(jaxtyping.jaxtyped)
+    jaxtyping.install_import_hook(PACKAGES, "beartype.beartype")
+    jaxtyping.jaxtyped = _checked
     torch.compile = _compiles_unchecked(torch.compile)
 
 

@@ -5,9 +5,9 @@ import pkgutil
 import subprocess
 import sys
 
-import jaxtyping
 import pytest
 import torch
+from beartype.roar import BeartypeCallHintViolation
 
 from kanllama_lightning.functional.curves import line_residual
 from kanllama_lightning.functional.sparse import SparseCodes
@@ -17,7 +17,7 @@ from tests.shapes import PACKAGES, unchecked
 def test_shapes_of_arguments_are_checked_and_bind_within_a_call():
     x = torch.zeros(3, 2)
     line_residual(x, x)
-    with pytest.raises(jaxtyping.TypeCheckError, match="parameter 'y'"):
+    with pytest.raises(BeartypeCallHintViolation, match="parameter y="):
         line_residual(x, torch.zeros(4, 2))
     with unchecked(), pytest.raises(RuntimeError, match="size of tensor"):
         line_residual(x, torch.zeros(4, 2))
@@ -26,7 +26,7 @@ def test_shapes_of_arguments_are_checked_and_bind_within_a_call():
 def test_fields_of_named_tuples_are_checked():
     two, three = torch.arange(2), torch.arange(3)
     SparseCodes(two.float(), two, two, 2, 2)
-    with pytest.raises(jaxtyping.TypeCheckError, match="parameter 'latents'"):
+    with pytest.raises(BeartypeCallHintViolation, match="parameter latents="):
         SparseCodes(two.float(), two, three, 2, 2)
 
 

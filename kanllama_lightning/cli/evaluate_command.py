@@ -1,7 +1,9 @@
 """The command line of the record: `report`, `compare`, `try`."""
 
+import importlib
 import math
 import os
+import pkgutil
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kanllama_lightning import comparison
+from kanllama_lightning import comparison, reports
 from kanllama_lightning.cli.evaluate_options import ABOUT, CONFIG, PLACES, SETTINGS
 from kanllama_lightning.console.entry import Aftermath, guarded
 from kanllama_lightning.console.quiet import quiet
@@ -44,7 +46,7 @@ from kanllama_lightning.storage.files import write_text
 from kanllama_lightning.storage.small_files import read_json, there
 from kanllama_lightning.types import InputError
 
-REPORTS: tuple[type[Report], ...] = (
+ORDER: tuple[type[Report], ...] = (
     CapabilityReport,
     ConceptsReport,
     SparsityReport,
@@ -54,7 +56,11 @@ REPORTS: tuple[type[Report], ...] = (
     LatentsReport,
     DashboardReport,
 )
-"""In the order they are made; a new report adds its class here."""
+for _module in pkgutil.iter_modules(reports.__path__):
+    if _module.name.endswith("_report"):
+        importlib.import_module(f"{reports.__name__}.{_module.name}")
+REPORTS = (*ORDER, *(kind for kind in Report.__subclasses__() if kind not in ORDER))
+"""Those of the folder, in the order they are made."""
 PAGES = (InterpretabilityReport, DashboardReport)
 """What is about one run alone: nothing that runs are compared by."""
 Form = str | Callable[[Mapping[str, Any]], str]

@@ -1,5 +1,6 @@
-"""The section "A new head" of CONTRIBUTING.md, followed to the letter."""
+"""The sections of CONTRIBUTING.md on heads, metrics and reports, followed to the letter."""
 
+import json
 import os
 import re
 import shutil
@@ -30,14 +31,25 @@ def written(section: str) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_a_head_is_a_file_and_a_config(tmp_path: Path) -> None:
+def test_a_head_a_metric_and_a_report_are_files(tmp_path: Path) -> None:
     files = written("A new head")
     assert len(files) == 2
+    files |= written("A new metric") | written("A new report")
+    assert len(files) == 4
     tree = tmp_path / "tree"
-    for name in ("kanllama_lightning", "callbacks", "configs", "train.py", "pyproject.toml"):
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+    for name in (
+        "kanllama_lightning",
+        "callbacks",
+        "configs",
+        "train.py",
+        "evaluate.py",
+        "pyproject.toml",
+    ):
         tree.mkdir(exist_ok=True)
-        copy(ROOT / name, tree / name)
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, tree / name, symlinks=True)
+        else:
+            shutil.copy(ROOT / name, tree / name)
     for name, text in files.items():
         assert not (tree / name).exists()
         (tree / name).write_text(text)
@@ -58,7 +70,9 @@ def test_a_head_is_a_file_and_a_config(tmp_path: Path) -> None:
 
     configs = ["--config", "configs/half_topk.yaml", "--config", "configs/embedded.yaml"]
     cut = [f"--{name}={value}" for name, value in CUT.items()]
-    python("train.py", "fit", *configs, "--run", "run", *cut, "--model.head.share", "4")
+    metric = "--trainer.callbacks+=kanllama_lightning.callbacks.strongest.Strongest"
+    head = ["--model.head.share", "4"]
+    python("train.py", "fit", *configs, "--run", "run", *cut, *head, metric)
     said = python(
         "-c",
         "from kanllama_lightning.heads import SAEHead;"
@@ -68,5 +82,11 @@ def test_a_head_is_a_file_and_a_config(tmp_path: Path) -> None:
     )
     assert said.splitlines()[0].split() == ["HalfTopK", "4", "True"]
     assert "--model.head.share" in said
-    assert "By which target_l0 is divided." in said
+    assert "By which target_l0 is divided (default: 2)." in said
     assert "Weight of AuxK" in said
+    assert json.loads((tree / "run" / "summary.json").read_text())["val/strongest"] > 0
+    assert "--strongest.tokens" in python("evaluate.py", "report", "--help")
+    python("evaluate.py", "report", "run", "--reports", "strongest", "--documents", "20")
+    rows = (tree / "run" / "eval" / "strongest.csv").read_text().splitlines()
+    assert rows[0] == "set,batch,strongest"
+    assert float(rows[1].split(",")[2]) > 0

@@ -960,7 +960,7 @@ def test_a_folder_without_a_head(tmp_path):
         ({"head": "Nothing"}, "'Nothing': there is no such class in kanllama_lightning"),
         ({"head": "KANLinear"}, "'KANLinear': is no SAEHead"),
         ({"head": "SAEHead"}, "'SAEHead': there is no such class"),
-        ({"head": "DenseKAN", "init_args": DENSE_CARD}, "DenseKAN cannot be built"),
+        ({"head": "DenseKAN", "init_args": DENSE_CARD}, "'DenseKAN': there is no such class"),
         ({"head": "SAE"}, "'SAE': there is no such class"),
         ({"head": ""}, "'': there is no such class"),
         ({"head": ".."}, r"'\.\.': there is no such class"),

@@ -22,7 +22,7 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerState
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import tests.shapes  # noqa: F401  # comes before what it is to check
+import tests.shapes  # comes before what it is to check
 from kanllama_lightning.data.packing import join, pack
 from kanllama_lightning.lm.frozen import FrozenLM
 from kanllama_lightning.types import TokenBatch
@@ -58,6 +58,12 @@ SMALL = {
     "trainer.accelerator": "cpu",
     "trainer.precision": "32-true",
 }
+
+
+@pytest.fixture(autouse=True)
+def _checked_anew() -> None:
+    """In every test the first calls of a function are checked against its annotations."""
+    tests.shapes.next_test()
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,8 @@
 """Every annotation of the project is checked in the tests, in whatever is imported later.
 
 A call whose arguments or result are not as annotated raises beartype's BeartypeCallHintViolation.
-Axes bind within one call; of generators and `async` functions every annotation stands alone.
+Axes bind within one call; of generators and `async` functions every annotation stands alone. In
+every test the first calls of each function are checked: training steps are all alike.
 """
 
 import functools
@@ -19,6 +20,9 @@ from jaxtyping._storage import pop_shape_memo, push_shape_memo
 PACKAGES = ("kanllama_lightning", "train", "evaluate")
 # ints are floats; of a list the first item is looked at, the same one in every run
 CHECK = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True, is_random=False))
+
+CALLS, INNER_CALLS = 16, 2
+"""Calls that are checked in every test, of a function, and of one defined inside another."""
 
 
 @contextmanager
@@ -55,13 +59,44 @@ def _checked(**_: Any) -> Callable[[Any], Any]:
     return decorate
 
 
+class _Calls:
+    """Calls of a function that are still to be checked in this test."""
+
+    def __init__(self, at_most: int) -> None:
+        self.at_most, self.left, self.test = at_most, 0, -1
+
+    def counts(self) -> bool:
+        """Whether this call is one of them."""
+        if self.test != _tests.begun:
+            self.test, self.left = _tests.begun, self.at_most
+        self.left -= 1
+        return self.left >= 0
+
+
+class _Tests:
+    begun = 0
+
+
+_tests = _Tests()
+_inner: dict[Any, _Calls] = {}
+"""Of functions that are made anew again and again, by their code."""
+
+
+def next_test() -> None:
+    """From here on calls are checked again."""
+    _tests.begun += 1
+
+
 def _at_first_call(function: Callable[..., Any]) -> Callable[..., Any]:
     checked: Callable[..., Any] | None = None
+    calls = _Calls(CALLS)
+    if "<locals>" in function.__qualname__:
+        calls = _inner.setdefault(function.__code__, _Calls(INNER_CALLS))
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         __tracebackhide__ = True
-        if jaxtyping.config.jaxtyping_disable:
+        if not calls.counts() or jaxtyping.config.jaxtyping_disable:
             return function(*args, **kwargs)
         nonlocal checked
         if checked is None:

@@ -90,13 +90,24 @@ FIRST = {Matryoshka: 1 / 5}
 """Share of the reconstruction that the first loss is, where it is not all of it."""
 NOTHING_DEAD = StepContext(torch.zeros(0, dtype=torch.int64), 0.0, 0.1)
 
-every_head = pytest.mark.parametrize("kind", HEADS)
-every_selecting_head = pytest.mark.parametrize("kind", SELECTING)
+OF_EACH_KIND = [
+    Gated,
+    JumpReLU,
+    TopK,
+    Matryoshka,
+    SoftlyFrozenDecoder,
+    KANEncoder,
+    SplineLatent,
+    OnlyKAN,
+]
+"""Every encoder, selection and decoder is in one of these; the others are for `make test-slow`."""
+every_head = pytest.mark.parametrize("kind", rest_slow(HEADS, OF_EACH_KIND))
+every_selecting_head = pytest.mark.parametrize("kind", rest_slow(SELECTING, OF_EACH_KIND))
 every_trained_encoder = pytest.mark.parametrize(
-    "kind", [h for h in SELECTING if h is not FrozenEncoder]
+    "kind", rest_slow([h for h in SELECTING if h is not FrozenEncoder], OF_EACH_KIND)
 )
-every_thresholded_head = pytest.mark.parametrize("kind", THRESHOLDED)
-every_dictionary = pytest.mark.parametrize("kind", DIRECTIONS)
+every_thresholded_head = pytest.mark.parametrize("kind", rest_slow(THRESHOLDED, OF_EACH_KIND))
+every_dictionary = pytest.mark.parametrize("kind", rest_slow(DIRECTIONS, OF_EACH_KIND))
 
 
 def rows(n=64, seed=0, d=D):

@@ -278,6 +278,19 @@ def run_folder(finished: Finished, tmp_path: Path) -> Path:
     return folder
 
 
+LONGEST = (
+    "test_llama_1b_shapes_fit_on_a_cpu",
+    "test_llama_1b_in_blocks",
+    "test_killed_at_named_and_random_points",
+    "test_a_judge_that_knows_the_facts",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes minutes, so that no process waits for another one at the end."""
+    items.sort(key=lambda item: getattr(item, "originalname", item.name) not in LONGEST)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden/*.json")
 

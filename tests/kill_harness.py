@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-import kanllama_lightning.cli.evaluate_command as evaluate
+import tests.shapes  # noqa: F401  # comes before what it is to check
+from kanllama_lightning.cli import evaluate_command as evaluate
 from kanllama_lightning.cli import train_command
 from tests.conftest import ALONE, SMALL, side_by_side_config
 from tests.hold import import_everything

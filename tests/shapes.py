@@ -96,7 +96,7 @@ def _at_first_call(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         __tracebackhide__ = True
-        if not calls.counts() or jaxtyping.config.jaxtyping_disable:
+        if jaxtyping.config.jaxtyping_disable or not calls.counts():
             return function(*args, **kwargs)
         nonlocal checked
         if checked is None:

@@ -108,18 +108,18 @@ def test_llama_1b_shapes_fit_on_a_cpu(llama_1b: Path, tmp_path: Path) -> None:
 def test_capture_stops_at_the_hook(llama_1b: Path) -> None:
     lm = FrozenLM(str(llama_1b), "model.layers.0.mlp", dtype="bfloat16", untrained=True).load_()
     model = AutoModelForCausalLM.from_pretrained(llama_1b, dtype=torch.bfloat16)
-    ids = torch.randint(2, 1000, (2, 128))
+    ids = torch.randint(2, 1000, (1, 32))
     seen = []
     handle = model.model.layers[0].mlp.register_forward_hook(lambda *a: seen.append(a[2]))
     model(ids, use_cache=False)
     handle.remove()
     assert torch.equal(seen[0], lm.acts(ids))
     ratios = []
-    for _ in range(5):
+    for _ in range(3):
         began = time.perf_counter()
         lm.acts(ids)
         middle = time.perf_counter()
         model(ids, use_cache=False)
         ratios.append((time.perf_counter() - middle) / (middle - began))
     sys.stdout.write(f"\nfull forward / capture at layer 0: {sorted(ratios)}\n")
-    assert sorted(ratios)[2] > 10
+    assert sorted(ratios)[1] > 10

@@ -145,8 +145,12 @@ PLACES = {
     "validation": At(f"{MODULE}.validation_step", 2, f"step 10, {GONE_ON}", True),
     "a CSV row": At("kanllama_lightning.runs.folder:Table.put", 2, f"step 10, {GONE_ON}", True),
     "final validation": At(f"{MODULE}.validation_step", 6, f"step 20, {GONE_ON}", True),
-    "controls": At("callbacks.baselines:Baselines._add", 1, f"step 20, {GONE_ON}", True),
-    "saving the head": At("callbacks.save_head:SaveHead._provenance", 1, "step 20", True),
+    "controls": At(
+        "kanllama_lightning.callbacks.baselines:Baselines._add", 1, f"step 20, {GONE_ON}", True
+    ),
+    "saving the head": At(
+        "kanllama_lightning.callbacks.save_head:SaveHead._provenance", 1, "step 20", True
+    ),
 }
 SIGNALS = dict(zip(PLACES, [INT, TERM, HUP] * len(PLACES), strict=False))
 

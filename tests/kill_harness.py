@@ -81,7 +81,7 @@ POINTS = [
     Point("last step", "call", "module.py:on_train_batch_end", STEPS),
     Point("last checkpoint: state renamed", "os.rename", f"{LAST}.ckpt"),
     Point("last checkpoint: seal renamed", "os.rename", f"{LAST}.json"),
-    Point("final validation", "call", "cli.py:after_fit"),
+    Point("final validation", "call", "cli/fit.py:after_fit"),
     Point("final calibration", "call", "selections.py:calibrate_", 2 * (STEPS // VALIDATED) + 2),
     Point("controls", "call", "baselines.py:_add", 2),
     Point("final rows of l0.csv", "os.rename", "kan/l0.csv", STEPS // VALIDATED + 1),

@@ -92,7 +92,8 @@ def launch(n: int, folder: Path) -> list[dict[str, torch.Tensor]]:
         "WORLD_SIZE": str(n),
         "OMP_NUM_THREADS": "1",
     }
-    code = f"import tests.shapes; from tests.test_ranks import children; children({n}, {str(folder)!r})"
+    code = "import tests.shapes; from tests.test_ranks import children; "
+    code += f"children({n}, {str(folder)!r})"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, timeout=240)
     return [torch.load(folder / f"{rank}.pt") for rank in range(n)]
 

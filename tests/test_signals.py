@@ -125,6 +125,7 @@ class At(NamedTuple):
     more: tuple[str, ...] = ()
 
 
+CALLBACKS = "kanllama_lightning.callbacks"
 MODULE = "kanllama_lightning.training.module:SAEModule"
 PLACES = {
     "imports": At("", 0, NOTHING, False),

@@ -13,6 +13,7 @@ from kanllama_lightning import heads
 from kanllama_lightning.cli import train_command as cli
 from kanllama_lightning.cli.arguments import BASE_CONFIG, with_shipped
 from kanllama_lightning.heads import SAEHead
+from kanllama_lightning.storage.named import current_path
 from tests.conftest import rest_slow
 from train import main
 
@@ -210,5 +211,6 @@ def test_classes_are_found_where_earlier_configurations_have_them(tmp_path, monk
     parsed = parse(monkeypatch, ROOT / "configs" / "kan.yaml", also=also)
     assert parsed.model.optimizer.class_path == "kanllama_lightning.training.optim.Adam"
     assert parsed.trainer.logger.class_path == "kanllama_lightning.runs.wandb_logger.RunLogger"
+    assert current_path("callbacks.jsonl") == "callbacks.jsonl", "a file of that name"
     (callback,) = parsed.trainer.callbacks
     assert callback.class_path == "kanllama_lightning.callbacks.logit_lens.LogitLens"

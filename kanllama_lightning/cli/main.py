@@ -13,6 +13,15 @@ EVALUATE = ("report", "compare", "try")
 
 def train(args: Sequence[str] | None = None) -> int:
     """`train.py`; returns the exit code."""
+    return answered(lambda: _train(args))
+
+
+def evaluate(args: Sequence[str] | None = None) -> int:
+    """`evaluate.py`; returns the exit code."""
+    return answered(lambda: _evaluate(args))
+
+
+def _train(args: Sequence[str] | None) -> int:
     given = list(sys.argv[1:] if args is None else args)
     quick = _quick(given, "python train.py", TRAIN, help.TRAIN, _train_help)
     if quick is not None:
@@ -23,16 +32,12 @@ def train(args: Sequence[str] | None = None) -> int:
         say(help.no_such_option(wrong, f"python train.py {given[0]}", known))
         return 2
 
-    def run() -> int:
-        from kanllama_lightning.cli import train_command
+    from kanllama_lightning.cli import train_command
 
-        return train_command.main(args)
-
-    return answered(run)
+    return train_command.main(args)
 
 
-def evaluate(args: Sequence[str] | None = None) -> int:
-    """`evaluate.py`; returns the exit code."""
+def _evaluate(args: Sequence[str] | None) -> int:
     given = list(sys.argv[1:] if args is None else args)
     quick = _quick(given, "python evaluate.py", EVALUATE, help.EVALUATE, _evaluate_help)
     if quick is not None:
@@ -45,12 +50,9 @@ def evaluate(args: Sequence[str] | None = None) -> int:
         say(help.no_such_option(wrong, f"python evaluate.py {given[0]}", known))
         return 2
 
-    def run() -> int:
-        from kanllama_lightning.cli import evaluate_command
+    from kanllama_lightning.cli import evaluate_command
 
-        return evaluate_command.main(args)
-
-    return answered(run)
+    return evaluate_command.main(args)
 
 
 def kanllama() -> int:

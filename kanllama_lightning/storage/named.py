@@ -45,9 +45,14 @@ def ship(kind: Kind, name: str = "") -> Kind:
 
 
 def current_path(name: str) -> str:
-    """The path of a class, given that or the one it had in an earlier version."""
-    return next((new + name.removeprefix(old) for old, new in MOVED.items()
-                 if name.startswith(old)), name)  # fmt: skip
+    """The path of a class, given that or the one it had in an earlier version.
+
+    What does not end like a class, such as the file `callbacks.jsonl`, stays what it is.
+    """
+    if not name.rpartition(".")[2][:1].isupper():
+        return name
+    moved = ((new + name.removeprefix(old)) for old, new in MOVED.items() if name.startswith(old))
+    return next(moved, name)
 
 
 def current_paths(tree: Any) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from kanllama_lightning.cli import main
 from kanllama_lightning.runs.wandb_logger import check_mode
 from kanllama_lightning.types import InputError
 from tests.conftest import Fit, only_run, terminate_at
@@ -70,8 +71,23 @@ def test_modes_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
         check_mode()
 
 
+@pytest.mark.parametrize(("program", "command"), [("train", "fit"), ("evaluate", "report")])
+def test_the_service_of_a_process_that_ended_is_not_asked(
+    program: str, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_SERVICE", "3-1-unix-/tmp/nowhere/socket")
+    asked: list[bool] = []
+    monkeypatch.setattr(
+        f"kanllama_lightning.cli.{program}_command.main",
+        lambda _: asked.append("WANDB_SERVICE" in os.environ) or 0,
+    )
+    assert getattr(main, program)([command, "last"] if program == "evaluate" else [command]) == 0
+    assert asked == [False]
+
+
 FALLBACK = """
 import sys
+from kanllama_lightning.cli import main
 from kanllama_lightning.runs.wandb_logger import RunLogger
 run = RunLogger(save_dir=sys.argv[1], name="x", id="abcd1234").experiment
 run.log({"a": 1})

@@ -1,5 +1,7 @@
 """Where commands begin: help and misspelt options are answered before torch is loaded."""
 
+import itertools
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -9,6 +11,9 @@ from kanllama_lightning.console.stopping import answered, say
 
 TRAIN = ("fit", "validate", "plan")
 EVALUATE = ("report", "compare", "try")
+WANDB_SERVICE = "WANDB_SERVICE"
+"""Where W&B looks for the service of the process that started this one, which may have ended:
+a command starts its own."""
 
 
 def train(args: Sequence[str] | None = None) -> int:
@@ -34,6 +39,7 @@ def _train(args: Sequence[str] | None) -> int:
 
     from kanllama_lightning.cli import train_command
 
+    os.environ.pop(WANDB_SERVICE, None)
     return train_command.main(args)
 
 
@@ -52,6 +58,7 @@ def _evaluate(args: Sequence[str] | None) -> int:
 
     from kanllama_lightning.cli import evaluate_command
 
+    os.environ.pop(WANDB_SERVICE, None)
     return evaluate_command.main(args)
 
 
@@ -96,7 +103,7 @@ def _quick(
 def _train_help(given: list[str]) -> str | None:
     if any(arg in ("-h", "--help") for arg in given[1:]):
         return help.fit_help(given[0])
-    for arg, value in zip(given[1:], [*given[2:], ""], strict=True):
+    for arg, value in itertools.pairwise([*given[1:], ""]):
         option, equals, given_value = arg.partition("=")
         if option == "--model.head.help":
             return help.head_help(given_value if equals else value)

@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from kanllama_lightning.lm.gguf_file import SUFFIX, GGUFFile, gguf_in
 from kanllama_lightning.lm.hook_points import HookPoint, parse_hook_point, whole
 from kanllama_lightning.lm.lm_files import COPY, broken, check_config, check_config_file
 from kanllama_lightning.storage.small_files import Wrong
@@ -54,7 +55,7 @@ class FrozenLM:
     checkpoint, optimizer or gradient bucket.
 
     Args:
-        name: Hub name or local folder of a Llama-like causal LM with its tokenizer;
+        name: Hub name, local folder or GGUF file of a Llama-like causal LM with its tokenizer;
             `embedded` is the small model shipped with the project.
         hook_point: Where activations are read: a module path (`model.layers.0.mlp`: MLP output,
             `model.layers.0.self_attn`: attention output, `model.layers.8`: block output) or
@@ -81,14 +82,22 @@ class FrozenLM:
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.path, self._local = self._locate(name)
         with _explained(name, revision):
-            if self._local:
+            found = gguf_in(Path(self.path)) if self._local else None
+            self.gguf = GGUFFile(found) if found else None
+            if self._local and self.gguf is None:
                 check_config_file(Path(self.path))
             self._local = self._local or hub_is_offline(name, revision)
             kwargs = {"revision": revision, "local_files_only": self._local}
-            self.config = AutoConfig.from_pretrained(self.path, **kwargs)
+            self.config: Any = (
+                self.gguf.config if self.gguf else AutoConfig.from_pretrained(self.path, **kwargs)
+            )
         self._check_config()
         with _explained(name, revision, "its tokenizer (tokenizer.json, tokenizer_config.json)"):
-            self.tokenizer = AutoTokenizer.from_pretrained(self.path, **kwargs)
+            self.tokenizer = (
+                self.gguf.tokenizer()
+                if self.gguf
+                else AutoTokenizer.from_pretrained(self.path, **kwargs)
+            )
         self._check_tokenizer()
         self.bos = bos
         if bos is not None:
@@ -144,12 +153,14 @@ class FrozenLM:
             from kanllama_lightning.embedded import MODEL_DIR
 
             return str(MODEL_DIR), True
-        if Path(name).is_dir():
+        if Path(name).is_dir() or (name.lower().endswith(SUFFIX) and Path(name).is_file()):
             return name, True
+        if name.lower().endswith(SUFFIX):
+            raise InputError(f"lm.name={name!r}: no such file; give a GGUF file that is there")
         if name.startswith((".", "/", "~")) or name.count("/") != 1:
             raise InputError(
-                f"lm.name={name!r}: no such folder; give a folder that holds config.json, a hub "
-                "name like meta-llama/Llama-3.2-1B, or `embedded`"
+                f"lm.name={name!r}: no such folder; give a folder that holds config.json, a GGUF "
+                "file, a hub name like meta-llama/Llama-3.2-1B, or `embedded`"
             )
         return name, False
 
@@ -223,15 +234,20 @@ class FrozenLM:
         """
         if self._model is None:
             with _explained(self.name, self.revision):
-                self._model, loaded = AutoModelForCausalLM.from_pretrained(
-                    self.path,
-                    revision=self.revision,
-                    dtype=self.dtype,
-                    attn_implementation="sdpa",
-                    local_files_only=self._local,
-                    output_loading_info=True,
-                    ignore_mismatched_sizes=True,  # they are listed then, and refused below
-                )
+                how = {
+                    "dtype": self.dtype,
+                    "attn_implementation": "sdpa",
+                    "output_loading_info": True,
+                    "ignore_mismatched_sizes": True,  # they are listed then, and refused below
+                }
+                if self.gguf:
+                    self._model, loaded = LlamaForCausalLM.from_pretrained(
+                        None, config=self.config, state_dict=self.gguf.weights(), **how
+                    )
+                else:
+                    self._model, loaded = AutoModelForCausalLM.from_pretrained(
+                        self.path, revision=self.revision, local_files_only=self._local, **how
+                    )
             self._check_loaded(loaded)
             self._check_formats()
             blocks = getattr(getattr(self._model, "model", None), "layers", [None])
@@ -288,6 +304,8 @@ class FrozenLM:
 
     def _weight_files(self) -> list[Path]:
         """The files that the weights were read from, of a folder or in the hub's cache."""
+        if self.gguf:
+            return []  # made into numbers one by one
         folder = Path(self.path)
         if not folder.is_dir():
             from huggingface_hub import try_to_load_from_cache

@@ -48,6 +48,8 @@ def _validated(data: TokenData) -> dict[str, str]:
 def _weights(lm: FrozenLM) -> str:
     """Hub name and commit, or a fingerprint of the files of a local folder."""
     folder = Path(lm.path)
+    if lm.gguf:
+        return fingerprint([lm.gguf.path])
     if not folder.is_dir():
         return f"{lm.path}@{getattr(lm.config, '_commit_hash', None) or lm.revision}"
     files = [f for f in sorted(folder.iterdir()) if f.suffix in WEIGHTS]

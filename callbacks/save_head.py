@@ -60,6 +60,7 @@ class SaveHead(L.Callback):
             "hook_point": lm.hook.name,
             "bos": lm.bos,
             "lm_dtype": str(lm.dtype).removeprefix("torch."),
+            "text": trainer.datamodule.train_corpus.description(),
             "tokens": pl_module.tokens_seen,
             "passes": round(pl_module.tokens_seen / epoch, 3) if epoch else None,
             "step": trainer.global_step,

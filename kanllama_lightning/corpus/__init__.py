@@ -1,5 +1,6 @@
 """Where text comes from: one class for each kind of source, chosen by `class_path` in YAML."""
 
+from kanllama_lightning.corpus.documentation import DocumentationCorpus
 from kanllama_lightning.corpus.hub import HubCorpus
 from kanllama_lightning.corpus.local import LocalCorpus
 from kanllama_lightning.corpus.mixture import Mixture, parts
@@ -10,6 +11,7 @@ from kanllama_lightning.corpus.story_world import StoryWorldCorpus
 __all__ = [
     "Corpus",
     "Document",
+    "DocumentationCorpus",
     "HubCorpus",
     "LocalCorpus",
     "Mixture",

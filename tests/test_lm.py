@@ -398,3 +398,22 @@ def test_slow_number_formats_are_named(make_lm, monkeypatch, caplog, able):
     assert not caplog.text
     make_lm(dtype="bfloat16")
     assert ("--lm.dtype float32 is faster" in caplog.text) is not able
+
+
+@pytest.mark.parametrize("kind", ["resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"])
+def test_single_places_at_once_equal_one_run_each(make_lm, kind: str) -> None:
+    """Several in one row, one at its first and one at its last token, none in another row."""
+    lm = make_lm(hook_point=f"blocks.0.hook_{kind}")
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, lm.vocab_size, (3, 9), generator=generator)
+    prefix = lm.prefix(ids)
+    row, pos = torch.tensor([0, 2, 0, 2, 2]), torch.tensor([4, 0, 8, 4, 3])
+    acts = torch.randn(5, lm.d_model, generator=generator)
+    clean, changed = lm.resume_at(prefix, row, pos, acts)
+    whole = lm.resume(prefix, prefix.acts)
+    torch.testing.assert_close(clean, whole[row, pos])
+    for i, (r, p) in enumerate(zip(row.tolist(), pos.tolist(), strict=True)):
+        new = prefix.acts.clone()
+        new[r, p] = acts[i]
+        torch.testing.assert_close(changed[i], lm.resume(prefix, new)[r, p])
+        assert not torch.allclose(changed[i], clean[i])

@@ -12,9 +12,12 @@ from kanllama_lightning.functional.losses import kl_divergence
 from kanllama_lightning.heads.head import SAEHead
 from kanllama_lightning.lm.frozen import FrozenLM
 from kanllama_lightning.lm.token_text import token_text
+from kanllama_lightning.types import Prefix
 
 LISTED = 5
 """Tokens named at either end."""
+AT_ONCE = 64
+"""Places whose logits exist at once."""
 
 
 class AblatedPlace(NamedTuple):
@@ -43,35 +46,55 @@ def ablate(
         batch_seqs: Rows the LM runs at once.
     """
     totals: dict[int, _Total] = {}
-    ordered = sorted(places, key=lambda place: len(place.ids))
-    for first in range(0, len(ordered), batch_seqs):
-        some = ordered[first : first + batch_seqs]
-        changes, kl = _changes(head, lm, some)
-        for place, change, far in zip(some, changes, kl.tolist(), strict=True):
-            totals.setdefault(place.latent, _Total()).add(change, far, place.follows)
+    rows = _rows(places)
+    for first in range(0, len(rows), batch_seqs):
+        some = rows[first : first + batch_seqs]
+        prefix = lm.prefix(_ids(some).to(lm.device))
+        flat = [(row, place) for row, mine in enumerate(some) for place in mine]
+        for part in range(0, len(flat), AT_ONCE):
+            those = flat[part : part + AT_ONCE]
+            changes, kl = _changes(head, lm, prefix, those)
+            for (_, place), change, far in zip(those, changes, kl.tolist(), strict=True):
+                totals.setdefault(place.latent, _Total()).add(change, far, place.follows)
     return {latent: total.mean(lm) for latent, total in totals.items()}
 
 
+def _rows(places: Sequence[AblatedPlace]) -> list[list[AblatedPlace]]:
+    """Places of the same row of text together, the longest last; short rows first."""
+    rows: list[list[AblatedPlace]] = []
+    for place in sorted(places, key=lambda place: (place.ids.tolist(), place.latent)):
+        before = rows[-1][-1].ids if rows else place.ids[:0]
+        if len(before) and place.ids[: len(before)].equal(before):
+            rows[-1].append(place)
+        else:
+            rows.append([place])
+    return sorted(rows, key=lambda row: len(row[-1].ids))
+
+
+def _ids(rows: Sequence[list[AblatedPlace]]) -> Int[Tensor, "row pos"]:
+    """Each row up to its last place; what is behind that, a causal LM does not see."""
+    ids = torch.zeros(len(rows), max(len(row[-1].ids) for row in rows), dtype=torch.int64)
+    for filled, row in zip(ids, rows, strict=True):
+        filled[: len(row[-1].ids)] = row[-1].ids
+    return ids
+
+
 def _changes(
-    head: SAEHead, lm: FrozenLM, places: Sequence[AblatedPlace]
+    head: SAEHead, lm: FrozenLM, prefix: Prefix, places: Sequence[tuple[int, AblatedPlace]]
 ) -> tuple[Float[Tensor, "n vocab"], Float[Tensor, " n"]]:
-    """Change of every log-probability at the last token of each row, and its KL; fp64."""
-    lengths = torch.tensor([len(p.ids) for p in places])
-    ids = torch.zeros(len(places), int(lengths.max()), dtype=torch.int64)
-    for row, place in zip(ids, places, strict=True):
-        row[: len(place.ids)] = place.ids  # what is behind it, a causal LM does not see
+    """Change of every log-probability at each place, and its KL; fp64."""
     device = lm.device
-    line, last = torch.arange(len(places), device=device), (lengths - 1).to(device)
-    prefix = lm.prefix(ids.to(device))
-    x = prefix.acts[line, last].float()
+    row = torch.tensor([row for row, _ in places], device=device)
+    pos = torch.tensor([len(place.ids) - 1 for _, place in places], device=device)
+    latent = torch.tensor([place.latent for _, place in places], device=device)
+    x = prefix.acts[row, pos].float()
     codes = head.encode(x)
     without = codes.clone()
-    without[line, torch.tensor([p.latent for p in places], device=device)] = 0
-    acts = prefix.acts.clone()
-    acts[line, last] = (x + head.decode(without) - head.decode(codes)).to(acts.dtype)
+    without[torch.arange(len(places), device=device), latent] = 0
+    acts = x + head.decode(without) - head.decode(codes)
     was, now = (
-        lm.logits(lm.resume(prefix, a)[line, last]).double().log_softmax(-1)
-        for a in (prefix.acts, acts)
+        lm.logits(hidden).double().log_softmax(-1)
+        for hidden in lm.resume_at(prefix, row, pos, acts)
     )
     return now - was, kl_divergence(was, now)
 

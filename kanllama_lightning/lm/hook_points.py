@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from kanllama_lightning.types import InputError, Prefix
@@ -25,14 +26,24 @@ SPELLINGS: dict[str, Kind] = {
 
 Block = Any
 """A block of transformers' Llama: two norms, `self_attn` and `mlp`."""
-Rotary = tuple[Tensor, Tensor]
 
 
-def attention_out(block: Block, h: Tensor, rotary: Rotary) -> Tensor:
+class Sight(NamedTuple):
+    """Where the tokens of a run stand, and what they see."""
+
+    rotary: tuple[Tensor, Tensor]
+    """Cosines and sines of their positions."""
+    mask: Bool[Tensor, "batch 1 pos pos"] | None = None
+    """Which tokens (last axis) each one sees; None for all before it and itself."""
+
+
+def attention_out(block: Block, h: Tensor, sight: Sight) -> Tensor:
     """What a block's attention adds to the residual stream `h`."""
-    # no mask: scaled_dot_product_attention is causal by itself then
+    # without a mask scaled_dot_product_attention is causal by itself
     out: Tensor = block.self_attn(
-        hidden_states=block.input_layernorm(h), position_embeddings=rotary, attention_mask=None
+        hidden_states=block.input_layernorm(h),
+        position_embeddings=sight.rotary,
+        attention_mask=sight.mask,
     )[0]
     return out
 
@@ -43,31 +54,31 @@ def mlp_out(block: Block, h: Tensor) -> Tensor:
     return out
 
 
-def whole(block: Block, h: Tensor, rotary: Rotary) -> Tensor:
+def whole(block: Block, h: Tensor, sight: Sight) -> Tensor:
     """The residual stream after a block, from that before it."""
-    return after_attention(block, h + attention_out(block, h, rotary), rotary)
+    return after_attention(block, h + attention_out(block, h, sight), sight)
 
 
-def after_attention(block: Block, h: Tensor, _: Rotary) -> Tensor:
+def after_attention(block: Block, h: Tensor, _: Sight) -> Tensor:
     """The residual stream after a block, from that between its attention and its MLP."""
     return h + mlp_out(block, h)
 
 
-def _nothing(_: Block, h: Tensor, __: Rotary) -> Tensor:
+def _nothing(_: Block, h: Tensor, __: Sight) -> Tensor:
     return h
 
 
-def _read_mlp(block: Block, h: Tensor, rotary: Rotary) -> Prefix:
-    h = h + attention_out(block, h, rotary)
+def _read_mlp(block: Block, h: Tensor, sight: Sight) -> Prefix:
+    h = h + attention_out(block, h, sight)
     return Prefix(mlp_out(block, h), h)
 
 
 class Site(NamedTuple):
     """What a hook point is in its block."""
 
-    read: Callable[[Block, Tensor, Rotary], Prefix]
+    read: Callable[[Block, Tensor, Sight], Prefix]
     """From the residual stream before the block to the activation, and what it is added to."""
-    resume: Callable[[Block, Tensor, Rotary], Tensor]
+    resume: Callable[[Block, Tensor, Sight], Tensor]
     """From the residual stream at the hook point to that after the block."""
     watched: Callable[[Block], tuple[nn.Module, bool]]
     """The module of the model that has the activation, and whether it is its input."""
@@ -78,18 +89,18 @@ SITES: dict[Kind, Site] = {
         lambda _, h, __: Prefix(h, None), whole, lambda block: (block.input_layernorm, True)
     ),
     "attn_out": Site(
-        lambda block, h, rotary: Prefix(attention_out(block, h, rotary), h),
+        lambda block, h, sight: Prefix(attention_out(block, h, sight), h),
         after_attention,
         lambda block: (block.self_attn, False),
     ),
     "resid_mid": Site(
-        lambda block, h, rotary: Prefix(h + attention_out(block, h, rotary), None),
+        lambda block, h, sight: Prefix(h + attention_out(block, h, sight), None),
         after_attention,
         lambda block: (block.post_attention_layernorm, True),
     ),
     "mlp_out": Site(_read_mlp, _nothing, lambda block: (block.mlp, False)),
     "resid_post": Site(
-        lambda block, h, rotary: Prefix(whole(block, h, rotary), None),
+        lambda block, h, sight: Prefix(whole(block, h, sight), None),
         _nothing,
         lambda block: (block, False),
     ),

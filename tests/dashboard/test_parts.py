@@ -26,7 +26,7 @@ def test_ablation_equals_a_hook_in_plain_transformers(make_lm, tiny_lm_dir, batc
     # rows of several lengths, one without a token that follows; another latent among them
     places = [AblatedPlace(latent, row[: 4 + i % 3], int(row[8])) for i, row in enumerate(rows)]
     places[2] = places[2]._replace(follows=None)
-    places.insert(3, AblatedPlace((latent + 1) % 32, rows[0], 5))
+    places.insert(3, AblatedPlace((latent + 1) % 32, rows[0], 5))  # in one row with another
     found = ablate(head, lm, places, batch_seqs)
     assert set(found) == {latent, (latent + 1) % 32}
 

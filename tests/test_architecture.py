@@ -35,6 +35,7 @@ ROOMS = (
     "judge",
     "comparison",
     "reports",
+    "interactive",
     "callbacks",
     "cli",
 )

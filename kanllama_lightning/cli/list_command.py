@@ -189,7 +189,7 @@ def _count(n: Any) -> str:
 def _changed(folder: Path) -> float:
     cards = [path for path in (folder / HEAD / SAVED[0], folder / SAVED[0]) if path.exists()]
     files = [*cards, folder / SUMMARY, folder / CONFIG, *checkpoints(folder)[-1:]]
-    times = []
+    times: list[float] = []
     for path in (*files, folder):
         if path != folder or not times:
             with contextlib.suppress(OSError):

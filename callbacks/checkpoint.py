@@ -16,15 +16,9 @@ from torch import Tensor
 from kanllama_lightning.console import stopping
 from kanllama_lightning.console.entry import error_number
 from kanllama_lightning.functional import ranks
-from kanllama_lightning.runs.checkpoints import (
-    Written,
-    buffer_file,
-    outdated,
-    remove,
-    seal,
-    written,
-)
+from kanllama_lightning.runs.checkpoints import buffer_file, outdated, remove, seal
 from kanllama_lightning.runs.folder import CHECKPOINTS
+from kanllama_lightning.runs.seals import Written, written
 from kanllama_lightning.storage.files import replacing
 from kanllama_lightning.storage.lock import confirm_mine
 from kanllama_lightning.types import InputError

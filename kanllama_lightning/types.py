@@ -14,16 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from kanllama_lightning.errors import InputError as InputError
 from kanllama_lightning.functional.sparse import SparseCodes
-
-
-class InputError(ValueError):
-    """Something the user gave cannot be used.
-
-    The message names the argument, its value, what is allowed and the remedy; the command line
-    prints it alone (no traceback) and exits with code 2.
-    """
-
 
 Acts = Callable[[Int[Tensor, "batch pos"]], Float[Tensor, "batch pos d_model"]]
 """Token ids to the activations at the hook point: `FrozenLM.acts`."""

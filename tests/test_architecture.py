@@ -15,6 +15,7 @@ FILES = {  # by module; callbacks lie beside the package, which has a link to th
 }
 FILES = {m if m.startswith(PACKAGE) else f"{PACKAGE}.{m}": path for m, path in FILES.items()}
 ROOMS = (
+    "errors",
     "functional",
     "types",
     "storage",
@@ -34,6 +35,7 @@ ROOMS = (
     "judge",
     "comparison",
     "reports",
+    "interactive",
     "callbacks",
     "cli",
 )
@@ -82,7 +84,7 @@ def room(module: str) -> str:
 
 def test_the_root_holds_rooms() -> None:
     modules = [path.name for path in (ROOT / PACKAGE).glob("*.py")]
-    assert sorted(modules) == ["__init__.py", "types.py"]
+    assert sorted(modules) == ["__init__.py", "errors.py", "types.py"]
     assert {room(module) for module in FILES} == {"", *ROOMS}
 
 

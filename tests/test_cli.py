@@ -17,7 +17,8 @@ from kanllama_lightning.heads import BatchTopK, SAEHead
 from kanllama_lightning.heads.sae import flat_name
 from kanllama_lightning.lm.frozen import FrozenLM
 from kanllama_lightning.measures.metrics import ReconstructionMetric, SparsityMetric
-from kanllama_lightning.runs.checkpoints import buffer_file, seal, written
+from kanllama_lightning.runs.checkpoints import buffer_file, seal
+from kanllama_lightning.runs.seals import written
 from tests.conftest import Finished, Fit, only_run, terminate_at, word_tokenizer
 from tests.wandb_file import history
 from train import main

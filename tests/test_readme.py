@@ -17,7 +17,7 @@ SHELL = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL))
 COMMANDS = re.findall(r"^python train\.py (.+?)(?:\s+#.*)?$", SHELL, re.MULTILINE)
 
 
-RECORD = re.findall(r"^python evaluate\.py (.+?)(?:\s+#.*)?$", SHELL, re.MULTILINE)
+RECORD = re.findall(r"^python evaluate\.py (?!list\b)(.+?)(?:\s+#.*)?$", SHELL, re.MULTILINE)
 
 
 class Parsed(Exception):  # noqa: N818

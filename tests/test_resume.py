@@ -10,7 +10,8 @@ import torch
 import yaml
 
 from kanllama_lightning.cli.resume import compare, find_checkpoint
-from kanllama_lightning.runs.checkpoints import remove, seal, written
+from kanllama_lightning.runs.checkpoints import remove, seal
+from kanllama_lightning.runs.seals import written
 from kanllama_lightning.types import InputError
 from tests.fuzz.areas import CHECKPOINT, run_folder
 from tests.fuzz.areas import CONFIG as OWN
@@ -318,7 +319,8 @@ def test_a_damaged_neighbour_is_named_and_left_out(tmp_path, caplog, name, what)
 
 
 def test_a_pickle_in_place_of_a_checkpoint_is_not_opened(tmp_path):
-    from kanllama_lightning.runs.checkpoints import damage, seal, written
+    from kanllama_lightning.runs.checkpoints import damage, seal
+    from kanllama_lightning.runs.seals import written
 
     folder = run_folder(tmp_path / "run")
     path = folder / "checkpoints" / "step=000000020.ckpt"

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kanllama_lightning.runs.checkpoints import outdated, seal, written
+from kanllama_lightning.runs.checkpoints import outdated, seal
+from kanllama_lightning.runs.seals import written
 from kanllama_lightning.runs.state import Kind, clear, look, states
 from kanllama_lightning.storage.files import replacing, write_text
 from kanllama_lightning.storage.lock import LOCK, RunLock, confirm_mine, holder_of

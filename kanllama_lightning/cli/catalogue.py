@@ -33,8 +33,8 @@ RUN = {
     "head_seed": "Seed of the head's start, where it is not that of the run.",
     "run": "Folder of this run (default: a new one).",
     "runs_dir": "Folder that new run folders are made in.",
-    "ckpt_path": "What to go on from: a run folder, one of its checkpoints, or `last`, the newest "
-    "unfinished run of the same configuration.",
+    "ckpt_path": "What to go on from: a run by folder or name, one of its checkpoints, or `last`, "
+    "the newest unfinished run of the same configuration.",
     "allow": "Modules whose classes the config.yaml of a run folder may name, beside what is "
     "shipped; importing a module runs its code.",
     "print_config": "Print the configuration that the other options make, and end.",

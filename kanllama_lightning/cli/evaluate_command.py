@@ -1,5 +1,6 @@
 """The command line of the record: `report`, `compare`, `try`."""
 
+import contextlib
 import importlib
 import math
 import os
@@ -33,15 +34,10 @@ from kanllama_lightning.reports.losses_report import LossesReport
 from kanllama_lightning.reports.one_pass import finished, stale
 from kanllama_lightning.reports.reconstruction_report import ReconstructionReport
 from kanllama_lightning.reports.report import EvalRun, Report
-from kanllama_lightning.reports.saved_head import (
-    LM_KEYS,
-    folder_named,
-    folders_named,
-    read_subject,
-    shared_lm,
-)
+from kanllama_lightning.reports.saved_head import LM_KEYS, read_subject, shared_lm
 from kanllama_lightning.reports.sparsity_report import SparsityReport
 from kanllama_lightning.runs.folder import EVAL, SUMMARY, make_folder, remove_parts
+from kanllama_lightning.runs.lookup import folder_named, folders_named
 from kanllama_lightning.storage.files import write_text
 from kanllama_lightning.storage.small_files import read_json, there
 from kanllama_lightning.types import InputError
@@ -333,7 +329,9 @@ def _run(given: list[str], places: list[Path]) -> int:
     parsed = parser.parse_args(given)
     settings = parsed[parsed.subcommand]
     runs = settings.get("runs") or [settings.get("run")]
-    places += [Path(str(run).rpartition("=")[2]) for run in runs]
+    for run in runs:
+        with contextlib.suppress(InputError):  # the command says it
+            places.append(folder_named(str(run).rpartition("=")[2], settings.runs_dir))
     try:
         COMMANDS[parsed.subcommand](settings)
     except BrokenPipeError:

@@ -40,7 +40,7 @@ TEXT = (
     ),
 )
 MACHINE = (
-    Setting("runs_dir", "Folder in which `last` is looked for.", str, "runs"),
+    Setting("runs_dir", "Folder in which `last` and names of runs are looked for.", str, "runs"),
     Setting(
         "allow",
         "Modules whose classes a run's files may name, beside those shipped here; importing a "
@@ -111,19 +111,23 @@ TRY = (
     ),
     Setting("out", "HTML file (default: RUN/eval/try.html).", str | None),
 )
+LIST = (Setting("runs_dir", "Folder that the runs lie in.", str, "runs"),)
 SETTINGS = {
     "report": (*REPORT, *TEXT, *MACHINE),
     "compare": (*COMPARE, *TEXT, *MACHINE),
     "try": (*TRY, *MACHINE),
 }
 PLACES = {
-    "report": "Folders of finished runs, or of saved heads; `last` is the run finished last.",
-    "compare": "Folders of finished runs, or LABEL=FOLDER; a run of heads side by side is all of "
+    "report": "Finished runs by folder, name or the beginning of a name, or folders of saved "
+    "heads; `last` is the run finished last.",
+    "compare": "Finished runs, or LABEL=RUN; a run of heads side by side is all of "
     "them; several seeds of a head are taken together.",
-    "try": "Folder of a finished run, or of a saved head; or `last`.",
+    "try": "A finished run by folder or name, or the folder of a saved head; or `last`.",
 }
 """What each command is given first."""
 ABOUT = {
+    "list": "Lists runs, the newest first: state, heads, hook point, L0, FVU, delta CE (nats per "
+    "token), tokens trained on, date.",
     "report": "Writes the record of finished runs, or of saved heads, into their eval/ folders. "
     "What is there is not made again.",
     "compare": "Compares finished runs, like for like; what is missing of their records is made "
@@ -143,6 +147,8 @@ def _options(settings: Sequence[Setting]) -> list[Option]:
 
 def groups(command: str) -> dict[str, list[Option]]:
     """The options of a command, by what they are about."""
+    if command == "list":
+        return {"where": _options(LIST)}
     config = [Option("config", CONFIG)]
     found = {"what to do": config + _options([s for s in SETTINGS[command] if s not in MACHINE])}
     found["where, and on which model"] = _options(MACHINE)
@@ -166,6 +172,10 @@ def wrong_option(command: str, args: Sequence[str]) -> str | None:
 
 def help_of(command: str) -> str:
     """The help of a command."""
+    if command == "list":
+        return laid_out(
+            "python evaluate.py list [--runs_dir FOLDER]", ABOUT[command], groups(command)
+        )
     place = "RUN" if command == "try" else "RUN ..."
     usage = f"python evaluate.py {command} {place} [--option VALUE ...]"
     about = f"{ABOUT[command]} {place}: {PLACES[command]}"

@@ -23,6 +23,7 @@ Each has its own help: `python train.py fit --help`. To begin with:
 EVALUATE = """\
 Measures finished runs: what a head keeps of the language model, what its latents stand for.
 
+  list       list the runs there are, with their state and figures
   report     write the record of runs, or of saved heads, into their eval/ folders
   compare    compare runs like for like, with intervals
   try        run the language model with and without its head on a text, and show which latents fire

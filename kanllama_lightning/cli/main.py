@@ -10,7 +10,7 @@ from kanllama_lightning.cli import catalogue, help
 from kanllama_lightning.console.stopping import answered, say
 
 TRAIN = ("fit", "validate", "plan")
-EVALUATE = ("report", "compare", "try")
+EVALUATE = ("list", "report", "compare", "try")
 WANDB_SERVICE = "WANDB_SERVICE"
 """Where W&B looks for the service of the process that started this one, which may have ended:
 a command starts its own."""
@@ -55,6 +55,10 @@ def _evaluate(args: Sequence[str] | None) -> int:
         known = evaluate_options.names(given[0])
         say(help.no_such_option(wrong, f"python evaluate.py {given[0]}", known))
         return 2
+    if given[0] == "list":
+        from kanllama_lightning.cli import list_command
+
+        return list_command.main(given[1:])
 
     from kanllama_lightning.cli import evaluate_command
 

@@ -7,6 +7,7 @@ from typing import Any
 from kanllama_lightning.cli.options import fixed
 from kanllama_lightning.runs.checkpoints import checkpoints, damage, newest_whole
 from kanllama_lightning.runs.folder import CONFIG, around, read_config
+from kanllama_lightning.runs.lookup import folder_named
 from kanllama_lightning.runs.state import Kind, look, states
 from kanllama_lightning.storage.lock import in_use
 from kanllama_lightning.storage.named import current_paths
@@ -41,7 +42,7 @@ def find_checkpoint(asked: Any, runs_dir: str, config: str, run: str | None, exa
 
     Args:
         asked: `last` (the newest unfinished run of the same configuration, or the run named), a
-            run folder, or a checkpoint file.
+            run by its folder or name, or a checkpoint file.
         runs_dir: Where runs are.
         config: The resolved configuration, as YAML.
         run: The run named with `--run`, if any.
@@ -55,6 +56,8 @@ def find_checkpoint(asked: Any, runs_dir: str, config: str, run: str | None, exa
     if last and run is None:
         return _newest(Path(runs_dir), config)
     path = Path(run) if run and last else Path(str(asked))
+    if not last and not path.exists() and len(path.parts) == 1 and not path.suffix:
+        path = folder_named(str(asked), runs_dir, "ckpt_path")
     inside = around(path)
     if inside is not None and path.suffix != ".ckpt":
         raise InputError(

@@ -1,5 +1,6 @@
 """One text under a head: what fires on it, and how the LM goes on with the reconstruction."""
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from rich.text import Text
 from torch import Tensor
 
 from kanllama_lightning.functional.losses import kl_divergence
+from kanllama_lightning.functional.sparse import SparseCodes
 from kanllama_lightning.heads.head import SAEHead
 from kanllama_lightning.lm.frozen import FrozenLM
 from kanllama_lightning.lm.splice import put
@@ -99,11 +101,8 @@ def try_text(
         if value < least:
             raise InputError(f"{name}={value}: whole numbers from {least} up")
     set_to = dict(steer or {})
-    for latent in set_to:
-        if not 0 <= latent < head.d_sae:
-            raise InputError(f"steer={latent}: there are latents 0 to {head.d_sae - 1}")
-    ids = [bos(lm), *text_ids(lm, text, "text")]
-    check_length(lm, text, len(ids), "text")
+    check_steering(head, set_to)
+    ids = given_ids(lm, text)
     seen = seen_by(head, lm, ids)
     runs = (*RUNS, STEERED) if set_to else RUNS
     log_p = {run: log_probs(_logits(head, lm, seen, run, set_to)) for run in runs}
@@ -118,9 +117,33 @@ def try_text(
         tokens=_tokens(lm, text, ids, seen, latents),
         predictions=predictions,
         kl=float(kl_divergence(log_p["original"], log_p["sae"])),
-        continuations={run: _continue(head, lm, ids, run, n_new, set_to) for run in runs},
+        continuations={run: continuation(head, lm, ids, run, n_new, set_to) for run in runs},
         steer=set_to,
     )
+
+
+def given_ids(lm: FrozenLM, text: str) -> list[int]:
+    """What the LM is given of a text: BOS and its tokens.
+
+    Raises:
+        InputError: The text is empty, or longer than the LM's context.
+    """
+    ids = [bos(lm), *text_ids(lm, text, "text")]
+    check_length(lm, text, len(ids), "text")
+    return ids
+
+
+def check_steering(head: SAEHead, steer: Mapping[int, float]) -> None:
+    """Refuse latents that there are not, and activations that are no finite numbers.
+
+    Raises:
+        InputError: There is one.
+    """
+    for latent, value in steer.items():
+        if not (type(latent) is int and 0 <= latent < head.d_sae):
+            raise InputError(f"steer={latent!r}: there are latents 0 to {head.d_sae - 1}")
+        if not (isinstance(value, int | float) and math.isfinite(value)):
+            raise InputError(f"steer={latent}: {value!r} is no activation; give a finite number")
 
 
 def _logits(
@@ -146,7 +169,7 @@ def steered(
     return x + head.decode(changed) - head.decode(latents)
 
 
-def _continue(
+def continuation(
     head: SAEHead,
     lm: FrozenLM,
     ids: list[int],
@@ -154,6 +177,16 @@ def _continue(
     n_new: int,
     steer: Mapping[int, float],
 ) -> Continuation:
+    """What the LM writes on from ids, BOS first, in one of the runs.
+
+    Args:
+        head: In evaluation mode, on the LM's device.
+        lm: Loaded LM.
+        ids: From `given_ids`.
+        run: Of RUNS, or STEERED.
+        n_new: Tokens to write, at most.
+        steer: What the run STEERED sets latents to.
+    """
     new: list[int] = []
     ends = _ends(lm)
     stopped = "length"
@@ -209,14 +242,23 @@ def _tokens(
         if row < 0:
             made.append(TokenTrial(part, name, False, 0, float("nan"), []))
             continue
-        own = codes.rows == row
-        values, which = codes.values[own], codes.latents[own]
-        fired = values != 0
-        values, which = values[fired], which[fired]
-        best = values.abs().topk(min(latents, len(values))).indices
-        top = list(zip(which[best].tolist(), values[best].tolist(), strict=True))
+        top = strongest(codes, row, latents)
         made.append(TokenTrial(part, name, True, l0[row], cosine[row], top))
     return made
+
+
+def strongest(codes: SparseCodes, row: int, n: int) -> list[tuple[int, float]]:
+    """Latents that fire most on one token, with their activations.
+
+    Args:
+        codes: Of some tokens.
+        row: Which of them.
+        n: How many latents at most.
+    """
+    own = (codes.rows == row) & (codes.values != 0)
+    values, which = codes.values[own], codes.latents[own]
+    best = values.abs().topk(min(n, len(values))).indices
+    return list(zip(which[best].tolist(), values[best].tolist(), strict=True))
 
 
 def _parts(lm: FrozenLM, text: str, ids: list[int]) -> list[str]:

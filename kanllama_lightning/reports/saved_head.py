@@ -27,7 +27,6 @@ from kanllama_lightning.types import InputError
 
 log = logging.getLogger(__name__)
 
-LAST = "last"
 LM_KEYS = ("name", "hook_point", "revision", "untrained", "bos")
 
 
@@ -82,41 +81,6 @@ class SavedHead(NamedTuple):
         given = {k: v for k, v in given.items() if k not in ("seed", "workers", "tokenizer")}
         made = parser.instantiate_classes(parser.parse_object({"data": given})).data
         return TokenData(tokenizer, **made.as_dict() if hasattr(made, "as_dict") else made)
-
-
-def folder_named(name: str, runs_dir: str) -> Path:
-    """The folder meant; `last` is the run finished last.
-
-    Raises:
-        InputError: `last`, and there is no finished run.
-    """
-    if name != LAST or Path(name).is_dir():
-        return Path(name)
-    folders: dict[Path, float] = {}
-    for path in sorted(Path(runs_dir).glob("*/")):
-        try:
-            if cards := _cards(path):
-                folders[path] = max(card.stat().st_mtime for card in cards)
-        except (InputError, OSError) as e:
-            log.warning("%s is left out: %s", path, e)
-    if not folders:
-        raise InputError(
-            f"RUN={LAST}: there is no finished run in --runs_dir {runs_dir}; train one "
-            "(`make demo`) or name its folder"
-        )
-    return max(folders, key=lambda path: folders[path])
-
-
-def _cards(folder: Path) -> list[Path]:
-    """The saved heads of a run; empty if one is missing."""
-    cards = [one / HEAD / CARD for one in members(folder) or [folder]]
-    return cards if all(there(card) for card in cards) else []
-
-
-def folders_named(name: str, runs_dir: str) -> list[Path]:
-    """The folder meant, or, of a run of several heads, that of each of them."""
-    folder = folder_named(name, runs_dir)
-    return members(folder) or [folder]
 
 
 def read_subject(folder: Path, allow: Collection[str] = ()) -> SavedHead:

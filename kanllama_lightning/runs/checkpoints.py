@@ -2,30 +2,17 @@
 
 import logging
 import pickle
-import re
-import zlib
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypedDict
+from typing import Any, TypedDict
 
 import torch
 from safetensors.torch import load_file
 
 from kanllama_lightning.data.buffer import ShuffleBuffer, dealt
-from kanllama_lightning.runs.folder import CHECKPOINTS
-from kanllama_lightning.storage.small_files import Count, FileName, Wrong, check, read_json, write_json
-from kanllama_lightning.types import InputError
+from kanllama_lightning.runs.seals import Written, checkpoints, torn
+from kanllama_lightning.storage.small_files import Count, Wrong, check, write_json
 
 log = logging.getLogger(__name__)
-
-CHUNK = 1 << 24
-NAME = re.compile(r"step=\d{9,}\.ckpt")
-
-
-class Sealed(TypedDict):
-    """What a seal says of a file."""
-
-    size: Count
-    crc32: Count
 
 
 class Held(TypedDict):
@@ -38,38 +25,10 @@ class Held(TypedDict):
     epoch: Count
 
 
-class Written(NamedTuple):
-    """A file as it was written."""
-
-    name: str
-    size: int
-    crc32: int
-
-
-def written(path: Path) -> Written:
-    """What a seal has to say of a file that was just written."""
-    with path.open("rb") as file:
-        return Written(path.name, path.stat().st_size, _crc32(file))
-
-
-def _crc32(file: BinaryIO) -> int:
-    crc = 0
-    while chunk := file.read(CHUNK):
-        crc = zlib.crc32(chunk, crc)
-    return crc
-
-
 def seal(checkpoint: Path, files: list[Written]) -> None:
     """Say that a checkpoint is whole, and of which files it consists. Written last, and at once."""
     listed = {file.name: {"size": file.size, "crc32": file.crc32} for file in files}
     write_json(checkpoint.with_suffix(".json"), listed)
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints of a run, oldest first, whole or not."""
-    return sorted(
-        path for path in (folder / CHECKPOINTS).glob("step=*.ckpt") if NAME.fullmatch(path.name)
-    )
 
 
 def remove(checkpoint: Path) -> None:
@@ -110,33 +69,13 @@ def load_buffer_(buffer: ShuffleBuffer, checkpoint: Path, rank: int, world: int)
     return n > 0
 
 
-def damage(checkpoint: Path, through: bool = True) -> str | None:
+def damage(checkpoint: Path) -> str | None:
     """Why a checkpoint cannot be gone on from; None if it is whole.
 
     Args:
-        checkpoint: Its `.ckpt` file.
-        through: Whether its files are read through; if not, that they are there, as long as they
-            were, has to do.
+        checkpoint: Its `.ckpt` file, which is read through, as are those beside it.
     """
-    seal_path = checkpoint.with_suffix(".json")
-    if not seal_path.is_file():
-        return f"{seal_path.name}, which is written last, is missing"
-    try:
-        said = read_json(seal_path, dict[FileName, Sealed], "it is never gone on from")
-    except InputError as e:
-        return str(e)
-    listed = {name: Written(name, file["size"], file["crc32"]) for name, file in said.items()}
-    if checkpoint.name not in listed:
-        return f"{seal_path.name} does not list it"
-    for name, want in listed.items():
-        path = checkpoint.with_name(name)
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != want.size:
-            return f"{name} has {path.stat().st_size:,} bytes instead of {want.size:,}"
-        if through and written(path).crc32 != want.crc32:
-            return f"{name} is not what was written (its checksum differs)"
-    return _unusable(checkpoint) if through else None
+    return torn(checkpoint) or _unusable(checkpoint)
 
 
 def _unusable(checkpoint: Path) -> str | None:

@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kanllama_lightning.errors import InputError
 from kanllama_lightning.storage.lock import LOCK, Holder, holder_of
 from kanllama_lightning.runs.folder import CHECKPOINTS, CONFIG, EVAL, HEAD, HEADS, LOGGER_ID, SESSIONS, SUMMARY, members, read_config, read_summary
-from kanllama_lightning.runs.checkpoints import checkpoints, damage
-from kanllama_lightning.types import InputError
+from kanllama_lightning.runs.seals import checkpoints, torn
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def look(folder: Path, mine: bool = False, was_left: bool = False) -> RunState:
     if holder is not None:
         return RunState(folder, Kind.IN_USE, holder=holder)
     summary = read_summary(folder)
-    whole = [path for path in checkpoints(folder) if damage(path, through=False) is None]
+    whole = [path for path in checkpoints(folder) if torn(path, through=False) is None]
     step = step_of(whole[-1]) if whole else _number(summary.get("steps"))
     heads = [one / HEAD / "head.json" for one in members(folder) or [folder]]
     saved = all(head.is_file() for head in heads)

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 from typing import Annotated, NamedTuple, TypedDict
 
+from kanllama_lightning.errors import InputError
 from kanllama_lightning.storage.small_files import Within, Wrong, check, from_json
-from kanllama_lightning.types import InputError
 
 LOCK = "run.lock"
 

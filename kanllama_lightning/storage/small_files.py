@@ -20,8 +20,8 @@ from typing import Annotated, Any, Literal, NamedTuple, NotRequired, Required, U
 
 import yaml
 
+from kanllama_lightning.errors import InputError
 from kanllama_lightning.storage.files import write_text
-from kanllama_lightning.types import InputError
 
 MOST_BYTES = 64 << 20
 MOST_YAML = 1 << 20

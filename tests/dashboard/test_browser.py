@@ -7,9 +7,9 @@ import time
 import pytest
 
 from kanllama_lightning.dashboard.dashboard_page import write_dashboard
+from kanllama_lightning.dashboard.unpack import read_dashboard
 from tests.browser import Browser, find_browser
 from tests.dashboard.made_up import HOSTILE, made_up
-from tests.dashboard.unpack import read_dashboard
 
 CHROME = find_browser()
 pytestmark = [

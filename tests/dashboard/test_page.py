@@ -12,8 +12,8 @@ import pytest
 
 from kanllama_lightning.dashboard import dashboard_page as page
 from kanllama_lightning.dashboard.dashboard_page import write_dashboard
+from kanllama_lightning.dashboard.unpack import blocks, read_dashboard
 from tests.dashboard.made_up import HOSTILE, made_up
-from tests.dashboard.unpack import blocks, read_dashboard
 
 
 class Tags(HTMLParser):

@@ -29,9 +29,11 @@ from kanllama_lightning.judge.protocol import parse_explanation, parse_labels
 from kanllama_lightning.lm.frozen import FrozenLM
 from kanllama_lightning.reports.labels import CONCEPTS, SCORES, read_labels
 from kanllama_lightning.reports.one_pass import read_done
-from kanllama_lightning.reports.saved_head import folder_named, read_subject
-from kanllama_lightning.runs.checkpoints import seal, written
+from kanllama_lightning.reports.saved_head import read_subject
+from kanllama_lightning.runs.checkpoints import seal
 from kanllama_lightning.runs.folder import Table
+from kanllama_lightning.runs.lookup import folder_named
+from kanllama_lightning.runs.seals import written
 from kanllama_lightning.storage.small_files import read_csv
 from kanllama_lightning.training.drought import Drought
 from tests.fuzz.damage import Edit, broken, damaged_json, edited

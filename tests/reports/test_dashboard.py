@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from kanllama_lightning.cli.evaluate_command import main
+from kanllama_lightning.dashboard.unpack import read_dashboard
 from kanllama_lightning.heads import SAEHead
 from kanllama_lightning.reports import token_sets as texts
 from kanllama_lightning.reports.saved_head import read_subject, shared_lm
-from tests.dashboard.unpack import read_dashboard
 
 LEAST = 50
 

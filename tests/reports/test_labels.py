@@ -5,8 +5,8 @@ import pytest
 
 from kanllama_lightning.cli.evaluate_command import main
 from kanllama_lightning.dashboard.contents import Concept, Scores
+from kanllama_lightning.dashboard.unpack import read_dashboard
 from kanllama_lightning.reports.labels import Known, read_labels
-from tests.dashboard.unpack import read_dashboard
 
 SAID = Scores("names of boys", "", 5, 0.9, "judge")
 

@@ -21,8 +21,9 @@ from kanllama_lightning.lm.frozen import FrozenLM
 from kanllama_lightning.reports import losses_report as losses
 from kanllama_lightning.reports import one_pass as record
 from kanllama_lightning.reports.reconstruction_report import BINS, bands
-from kanllama_lightning.reports.saved_head import folder_named, read_subject
+from kanllama_lightning.reports.saved_head import read_subject
 from kanllama_lightning.reports.token_sets import run_sets
+from kanllama_lightning.runs.lookup import folder_named
 from tests.conftest import word_tokenizer
 from tests.wandb_file import history
 

@@ -34,7 +34,8 @@ def read_dashboard(path: Path) -> dict[str, Any]:
         + [_tokens(found[f"pool-{i}"], index["planes"])
            for i in range(-(-index["pool"] // index["pool_chunk"]))]
     )  # fmt: skip
-    assert len(pool) == index["pool"]
+    if len(pool) != index["pool"]:
+        raise ValueError(f"{len(pool)} tokens, but the index says {index['pool']}")
 
     @cache
     def chunk(i: int) -> list[Any]:

@@ -1,0 +1,1 @@
+"""A trained head from Python: text to latents, steering, the logit lens."""

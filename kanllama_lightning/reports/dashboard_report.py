@@ -84,6 +84,7 @@ class DashboardReport(Report):
     name = "dashboard"
     files = ("dashboard.html",)
     reads = READS
+    picture = "latents_3"  # how often latents fire
 
     def __init__(
         self,

@@ -3,7 +3,7 @@ PY := .venv/bin/python
 # one core to a process; every process has a finished run and imports of its own
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help demo record test test-slow lint format
+.PHONY: help demo record watch test test-slow lint format
 .DEFAULT_GOAL := help
 
 help:  ## what there is to make
@@ -19,6 +19,10 @@ demo: .venv/.ok  ## train a KAN SAE on the embedded model: four minutes, and as 
 
 record: .venv/.ok  ## the research record of that run, in its folder eval/
 	$(PY) evaluate.py report last
+
+watch: .venv/.ok  ## the newest log of the runs, in the terminal, as W&B shows it: no account
+	@log=$$(ls -td runs/*/wandb/*run-*/ 2>/dev/null | head -n 1); \
+	if [ -n "$$log" ]; then .venv/bin/wandb leet run "$$log"; else echo "runs/ holds no run with a W&B log: make demo"; exit 2; fi
 
 test: .venv/.ok  ## the tests for every commit
 	$(PYTEST)

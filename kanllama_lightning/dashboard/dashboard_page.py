@@ -26,7 +26,7 @@ DIGITS, CURVE_DIGITS, INDEX_DIGITS = 3, 5, 6
 """Significant digits kept of activations and the like, of curves, and of the index."""
 
 
-def write_dashboard(path: Path, data: Dashboard) -> None:
+def write_dashboard(path: Path, data: Dashboard, up: str | None = None) -> None:
     """Write the page, whole or not at all; it opens from disk and fetches nothing.
 
     Latents are packed and written a block at a time, as they are made.
@@ -34,6 +34,7 @@ def write_dashboard(path: Path, data: Dashboard) -> None:
     Args:
         path: The file.
         data: What it shows; its latents are used up.
+        up: The page that leads to it; None for none.
 
     Raises:
         ValueError: There are not as many latents as the index has rows.
@@ -43,6 +44,7 @@ def write_dashboard(path: Path, data: Dashboard) -> None:
     page = PAGES.get_template("dashboard.html.j2").generate(
         policy=policy(style, script),
         title=visible(data.title),
+        up=up,
         style=style,
         index=_packed(_index(data)),
         script=script,
@@ -106,6 +108,8 @@ def _index(data: Dashboard) -> dict[str, Any]:
         "labels": data.labels,
         "sparklines": [_sparkline(bins) for bins in data.sparklines],
         "columns": [_column(column) for column in data.columns],
+        "order": data.order,
+        "start": list(data.start),
     }
 
 

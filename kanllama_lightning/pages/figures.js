@@ -14,7 +14,8 @@
       font: { ...layout.font, color: colour("--ink") },
       modebar: { bgcolor: clear, color: colour("--soft"), activecolor: colour("--ink") } };
     delete made.title; // it stands above the figure, where no button covers it
-    made.margin = { ...margin, t: Math.max(40, (margin.t || 0) - 20) };
+    const above = layout.legend?.y >= 1 ? 66 : 40; // a legend there keeps clear of the buttons
+    made.margin = { ...margin, t: Math.max(above, (margin.t || 0) - 20) };
     for (const name of Object.keys(made).filter((key) => /^[xy]axis/.test(key))) {
       made[name] = { ...made[name], gridcolor: colour("--line"), zerolinecolor: colour("--soft"),
         zerolinewidth: 1, linecolor: colour("--soft") };

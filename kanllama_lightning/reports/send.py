@@ -56,7 +56,7 @@ def send(run: EvalRun, config: dict[str, Any]) -> None:
             texts = {c: str for c in table.columns if table[c].dtype == object}
             shown = table.head(MOST_ROWS).astype(texts)
             tracker.log({f"{under}/{name}": wandb.Table(dataframe=shown)}, step=row)
-        named = {f"{under}/{_titled(name, f)}": f for name, f in run.figures.items()}
+        named = {f"{under}/{titled(name, f)}": f for name, f in run.figures.items()}
         tracker.log(named, step=row)
         # a report that failed may have left tables before there was any summary
         known = read_json(run.out / SUMMARY) if there(run.out / SUMMARY) else {}
@@ -65,7 +65,7 @@ def send(run: EvalRun, config: dict[str, Any]) -> None:
         tracker.finish()
 
 
-def _titled(name: str, figure: go.Figure) -> str:
+def titled(name: str, figure: go.Figure) -> str:
     """What a figure goes by: its page and its title, in letters that W&B takes."""
     words = re.sub(r"\W+", "_", unescape(figure.layout.title.text or "")).strip("_").lower()
     return f"{name.rpartition('_')[0]}_{words}" if words else name

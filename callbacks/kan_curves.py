@@ -1,6 +1,7 @@
 """What a KAN head has learned: which of its curves bend, how, and over what they see."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -12,9 +13,8 @@ from torch import Tensor
 from kanllama_lightning.callbacks.looking import LookingCallback
 from kanllama_lightning.functional import ranks
 from kanllama_lightning.functional.curves import reading
-from kanllama_lightning.pages.plots import curves_figure, page
+from kanllama_lightning.pages.plots import curves_figure, write_page
 from kanllama_lightning.runs.folder import Table, head_folder, prefixed
-from kanllama_lightning.storage.files import write_text
 from kanllama_lightning.types import Curves, InputError
 
 log = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ class KANCurves(LookingCallback):
             f"curves are in {TABLE}."
         )
         path = head_folder(trainer.default_root_dir, name) / PAGE
-        write_text(path, page(title, text, list(figures.values())))
+        write_page(path, title, text, list(figures.values()), Path(trainer.default_root_dir))
         if isinstance(trainer.logger, WandbLogger):
             named = {f"val/curves/{k.replace(' ', '_')}": f for k, f in figures.items()}
             drawn = prefixed(name, named) | {"tokens": pl_module.tokens_seen}

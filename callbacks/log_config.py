@@ -16,6 +16,9 @@ from kanllama_lightning.storage.files import write_text
 from kanllama_lightning.storage.small_files import read_json, there, write_json
 from kanllama_lightning.training.side_by_side import SideBySide, alone_config
 
+TAG = 64
+"""Characters of a tag: W&B takes no more."""
+
 
 class Sessions(TypedDict):
     """`sessions.json`."""
@@ -53,7 +56,11 @@ class LogConfig(SaveConfigCallback):
                 own = yaml.safe_dump(alone_config(config, together, name), sort_keys=False)
                 write_text(head_folder(root, name) / CONFIG, own)
         if isinstance(trainer.logger, WandbLogger):
-            trainer.logger.experiment.config.update({"cli": config}, allow_val_change=True)
+            run = trainer.logger.experiment
+            run.config.update({"cli": config}, allow_val_change=True)
+            heads = {head.title for head in pl_module.heads().values()}
+            found = {*heads, pl_module.lm.hook.name, Path(pl_module.lm.name).name}
+            run.tags = tuple(sorted({*(run.tags or ()), *(tag[:TAG] for tag in found)}))
 
     def _note_session(self, root: Path) -> None:
         """Add this session to those of the run."""

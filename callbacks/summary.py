@@ -16,6 +16,7 @@ from kanllama_lightning.callbacks.baselines import Baselines
 from kanllama_lightning.measures import cells
 from kanllama_lightning.measures.metrics import score
 from kanllama_lightning.runs.folder import SUMMARY, head_folder
+from kanllama_lightning.runs.wandb_logger import watch_command
 from kanllama_lightning.storage.small_files import plain, write_json
 
 DELTA_CE = "delta CE (95 % interval)"
@@ -98,7 +99,11 @@ class Summary(L.Callback):
             trainer.logger.experiment.summary.update(plain(summary))
         console = Console(width=max(100, Console().width))
         console.print(self._table(trainer, shared, found, baselines))
-        console.print(f"Everything is in {root}", soft_wrap=True, highlight=False)
+        said = f"Everything is in {root}"
+        if isinstance(trainer.logger, WandbLogger):
+            watch = watch_command(trainer.logger.experiment)
+            said += f"; `{watch}` shows its course" if watch else ""
+        console.print(said, soft_wrap=True, highlight=False)
 
     @staticmethod
     def _of_head(

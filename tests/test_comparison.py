@@ -26,6 +26,7 @@ from kanllama_lightning.comparison import (
     table,
     write,
 )
+from kanllama_lightning.pages.plots import LIBRARY
 from kanllama_lightning.types import InputError
 
 N_DOC = 40
@@ -378,13 +379,21 @@ def test_files(tmp_path: Path, seeded: list[Path]) -> None:
         "comparison.csv",
         "differences.csv",
         "seeds.csv",
+        "loss_against_sparsity.svg",
+        "reconstruction_against_sparsity.svg",
+        "dead_latents.svg",
+        "concepts_against_sparsity.svg",
+        "reconstruction_against_size.svg",
+        "comparison.md",
+        "comparison.tex",
         "comparison.html",
     ]
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(p.name for p in written)
+    there = [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
+    assert {p.name for p in there} == {p.name for p in written} | {LIBRARY}
     frame = pd.read_csv(written[0])
     assert frame["fvu"].tolist() == [row["fvu"] for row in table(runs)]
     assert list(pd.read_csv(written[1]).columns) == list(comparison.PAIR)
-    html = written[3].read_text()
+    html = written[-1].read_text()
     assert "Run by run" in html
     assert "KAN, 64 latents, L0 8 (3 seeds)" in html
     before = written[1].read_bytes()

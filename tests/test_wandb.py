@@ -4,11 +4,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import plotly.graph_objects as go
 import pytest
 
 from kanllama_lightning.cli import main
-from kanllama_lightning.runs.wandb_logger import check_mode
+from kanllama_lightning.reports.send import titled
+from kanllama_lightning.runs.wandb_logger import check_mode, watch_command
 from kanllama_lightning.types import InputError
 from tests.conftest import Fit, only_run, terminate_at
 from tests.wandb_file import history
@@ -113,3 +116,18 @@ def test_a_key_without_a_network(tmp_path: Path) -> None:
     assert "logging offline" in ran.stderr
     (piece,) = pieces(tmp_path)
     assert [row["a"] for row in history(piece)[0]] == [1]
+
+
+def test_a_log_is_watched_where_there_is_one(tmp_path: Path) -> None:
+    folder = tmp_path / "offline-run-1"
+    (folder / "files").mkdir(parents=True)
+    run = SimpleNamespace(dir=str(folder / "files"))
+    assert watch_command(run) is None
+    (folder / "run-1.wandb").touch()
+    assert watch_command(run) == f"wandb leet run {folder}"
+
+
+def test_figures_go_by_their_titles() -> None:
+    figure = go.Figure().update_layout(title="Latents&#x27; logits: <b>of</b> x")
+    assert titled("losses_3", figure) == "losses_latents_logits_b_of_b_x"
+    assert titled("losses_3", go.Figure()) == "losses_3"

@@ -27,6 +27,7 @@ from kanllama_lightning.reports.capability_report import CapabilityReport
 from kanllama_lightning.reports.concepts_report import ConceptsReport
 from kanllama_lightning.reports.dashboard_report import DashboardReport
 from kanllama_lightning.reports.evaluation import EvalSettings, complete, device_named, report
+from kanllama_lightning.reports.index_page import Closing, write_index
 from kanllama_lightning.reports.interpretability_report import InterpretabilityReport
 from kanllama_lightning.reports.labels import read_labels
 from kanllama_lightning.reports.latents_report import LatentsReport
@@ -91,6 +92,10 @@ OF_THEIR_OWN = {
 """Reports that are of something else than the sample: the figure that counts it, and its name."""
 
 
+OF_A_RECORD = ("documents", "text", "ctx_len", "dtype", "lm.name", "lm.hook_point")
+"""Options that say what a record is of."""
+
+
 def add_arguments(parser: ArgumentParser, command: str) -> None:
     """The arguments of a command; those of `report` have a group for every report."""
     places: dict[str, Any] = {} if command == "try" else {"nargs": "+"}
@@ -142,7 +147,29 @@ def run_report(given: Namespace) -> None:
         shown = overview(run)
         if shown.row_count and len(answers) < len(run.reports):
             console.print(shown)
-        console.print(f"Everything is in {run.out}", soft_wrap=True, highlight=False)
+        said = f"Everything is in {run.out}"
+        if run.out.is_dir():
+            index = write_index(run, _closing(shown), REPORTS, _options(given))
+            said += f"; open {index}"
+        console.print(said, soft_wrap=True, highlight=False)
+
+
+def _closing(table: Table) -> Closing:
+    """The table as text, for a page."""
+    rows = list(zip(*(map(str, column.cells) for column in table.columns), strict=True))
+    notes = str(table.caption or "").splitlines()
+    return Closing([str(column.header) for column in table.columns], rows, notes)
+
+
+def _options(given: Namespace) -> list[str]:
+    """What the record is of, as it was asked for."""
+    found = []
+    for setting in SETTINGS["report"]:
+        value = given[setting.name] if "." not in setting.name else given.get(setting.name)
+        if setting.name in OF_A_RECORD and value not in (None, setting.default):
+            many = value if isinstance(value, list) else [value]
+            found += [f"--{setting.name}", *map(str, many)]
+    return found
 
 
 def run_compare(given: Namespace) -> None:

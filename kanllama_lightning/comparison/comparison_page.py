@@ -1,8 +1,9 @@
 """The comparison for people: files, HTML, terminal."""
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 from rich.console import Group as Lines
@@ -11,6 +12,7 @@ from rich.text import Text
 
 from kanllama_lightning.comparison.charts import Row, figures
 from kanllama_lightning.comparison.loading import Evaluated
+from kanllama_lightning.comparison.print_tables import latex, markdown, points
 from kanllama_lightning.comparison.tables import (
     MATCHED,
     PAIR,
@@ -21,7 +23,7 @@ from kanllama_lightning.comparison.tables import (
 )
 from kanllama_lightning.measures.cells import SHARE, fine, footnote
 from kanllama_lightning.measures.metrics import NOT_MEANINGFUL, meaningful
-from kanllama_lightning.pages.plots import page
+from kanllama_lightning.pages.plots import write_page, write_svg
 from kanllama_lightning.runs.folder import make_folder
 from kanllama_lightning.storage.files import write_text
 
@@ -71,7 +73,9 @@ def write(
     """Write the comparison into a folder; returns the files.
 
     `comparison.csv` (`table`), `differences.csv` (`differences`), `seeds.csv` (`seed_table`, where
-    there are several seeds of a head) and `comparison.html`, which opens without a network.
+    there are several seeds of a head), their tables in `comparison.md` and, for a paper,
+    `comparison.tex`, the plots as `svg/*.svg`, and last `comparison.html`, which opens without a
+    network.
 
     Args:
         out: The folder; made if it is missing.
@@ -94,21 +98,49 @@ def write(
         f"interval, bootstrap over documents. {SHARE}: what the reconstruction costs as a share of "
         "what the mean activation in its place costs; 0 is perfect, 1 no better than the mean."
     )
-    html = page(
+    drawn, shown = figures(runs), _tables(rows, means, pairs)
+    drawings = {re.sub(r"\W+", "_", str(f.layout.title.text)).lower(): f for f in drawn}
+    written += write_svg(out / "svg", drawings)
+    written.append(write_text(out / "comparison.md", _markdown(text, shown, flags)))
+    brief = [row for row in rows if row["set"] == rows[0]["set"]]
+    grid = _of_runs(brief, [c for c in _used(brief) if c in BRIEF])
+    caption = f"{text.split('. ')[0]}, on {rows[0]['set']}; 95 % intervals over documents."
+    written.append(write_text(out / "comparison.tex", latex(caption, grid)))
+    html = write_page(
+        out / "comparison.html",
         "Comparison",
         text,
-        figures(runs),
-        "comparison.html.j2",
+        drawn,
+        template="comparison.html.j2",
         flags=flags,
         tolerance=f"{tolerance:.0%}",
         footnote=footnote(_cell(row, key) for row in rows for key in SHARES),
-        **_tables(rows, means, pairs),
+        **shown._asdict(),
     )
-    return [*written, write_text(out / "comparison.html", html)]
+    return [*written, html]
 
 
-def _tables(rows: Sequence[Row], means: Sequence[Row], pairs: Sequence[Row]) -> dict[str, object]:
-    """Tables of the page, each its head and its rows of cells."""
+class Tables(NamedTuple):
+    """Tables of the page, each its title or meaning, its head and its rows of cells."""
+
+    sets: list[tuple[str, list[str], list[list[str]]]]
+    beside: tuple[list[str], list[list[str]]] | None
+    means: tuple[list[str], list[list[str]]] | None
+    pairs: list[tuple[str, list[str], list[list[str]]]]
+
+
+def _markdown(text: str, shown: Tables, flags: Sequence[str]) -> str:
+    parts = [f"# Comparison\n\n{text}\n", points("Not alike", flags)]
+    parts += [markdown(title, (head, rows)) for title, head, rows in shown.sets]
+    if shown.beside:
+        parts.append(markdown("Latents, concepts, training", shown.beside))
+    if shown.means:
+        parts.append(markdown("Over seeds: means", shown.means, words=1))
+    parts += [markdown(meaning, (head, rows), words=3) for meaning, head, rows in shown.pairs]
+    return "\n".join(part for part in parts if part)
+
+
+def _tables(rows: Sequence[Row], means: Sequence[Row], pairs: Sequence[Row]) -> Tables:
     sets = []
     for name in dict.fromkeys(row["set"] for row in rows):
         own = [row for row in rows if row["set"] == name]
@@ -120,16 +152,16 @@ def _tables(rows: Sequence[Row], means: Sequence[Row], pairs: Sequence[Row]) -> 
     keys = [k for k in COLUMNS if any(row.get(k) is not None for row in means)]
     of_means = [[row["group"], *(_cell(row, c) for c in keys)] for row in means]
     levels = {lv: [row for row in pairs if row["level"] == lv] for lv in ("seeds", "run")}
-    return {
-        "sets": sets,
-        "beside": _of_runs(main, beside) if beside else None,
-        "means": (["group", *(COLUMNS[c][0] for c in keys)], of_means) if means else None,
-        "pairs": [
+    return Tables(
+        sets,
+        _of_runs(main, beside) if beside else None,
+        (["group", *(COLUMNS[c][0] for c in keys)], of_means) if means else None,
+        [
             (MEANING[lv], ["a", "b", "L0", *QUANTITIES.values()], _paired(own))
             for lv, own in levels.items()
             if own
         ],
-    }
+    )
 
 
 MEANING = {

@@ -1,6 +1,6 @@
 """What the dashboard shows; plain data, made by the report and packed by the page."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -145,3 +145,7 @@ class Dashboard(NamedTuple):
     """int32: which of `texts` each token of the pool is; windows are stretches of the pool."""
     latents: Iterable[Latent]
     """In order of their number; made one after the other, so that they never exist all at once."""
+    order: str = "latent"
+    """Key of the column that the index opens sorted by, the largest first; "latent": by number."""
+    start: Sequence[int] = ()
+    """Latents to look at first."""

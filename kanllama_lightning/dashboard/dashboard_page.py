@@ -5,7 +5,6 @@ import math
 import zlib
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
-from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 
 from kanllama_lightning.dashboard.contents import Column, Curve, Dashboard, Latent
 from kanllama_lightning.lm.token_text import visible
-from kanllama_lightning.pages import PAGES
+from kanllama_lightning.pages import PAGES, policy
 from kanllama_lightning.storage.files import replacing
 
 CHUNK = 64
@@ -27,7 +26,7 @@ DIGITS, CURVE_DIGITS, INDEX_DIGITS = 3, 5, 6
 """Significant digits kept of activations and the like, of curves, and of the index."""
 
 
-def write_dashboard(path: Path, data: Dashboard) -> None:
+def write_dashboard(path: Path, data: Dashboard, up: str | None = None) -> None:
     """Write the page, whole or not at all; it opens from disk and fetches nothing.
 
     Latents are packed and written a block at a time, as they are made.
@@ -35,6 +34,7 @@ def write_dashboard(path: Path, data: Dashboard) -> None:
     Args:
         path: The file.
         data: What it shows; its latents are used up.
+        up: The page that leads to it; None for none.
 
     Raises:
         ValueError: There are not as many latents as the index has rows.
@@ -42,8 +42,9 @@ def write_dashboard(path: Path, data: Dashboard) -> None:
     style, script = _beside("page.css"), _beside("page.js")
     by_count = _by_count(data)
     page = PAGES.get_template("dashboard.html.j2").generate(
-        policy=_policy(style, script),
+        policy=policy(style, script),
         title=visible(data.title),
+        up=up,
         style=style,
         index=_packed(_index(data)),
         script=script,
@@ -55,15 +56,6 @@ def write_dashboard(path: Path, data: Dashboard) -> None:
 
 def _beside(name: str) -> str:
     return (Path(__file__).parent / name).read_text(encoding="utf-8")
-
-
-def _policy(style: str, script: str) -> str:
-    """Nothing may load, and nothing run, but this style and this script."""
-    of_style, of_script = (b64encode(sha256(t.encode()).digest()).decode() for t in (style, script))
-    return (
-        f"default-src 'none'; script-src 'sha256-{of_script}'; style-src 'sha256-{of_style}'; "
-        "img-src data:; base-uri 'none'; form-action 'none'"
-    )
 
 
 def _blocks(data: Dashboard, by_count: np.ndarray) -> Iterator[tuple[str, str]]:
@@ -116,6 +108,8 @@ def _index(data: Dashboard) -> dict[str, Any]:
         "labels": data.labels,
         "sparklines": [_sparkline(bins) for bins in data.sparklines],
         "columns": [_column(column) for column in data.columns],
+        "order": data.order,
+        "start": list(data.start),
     }
 
 

@@ -226,14 +226,18 @@
 
   // ---------------------------------------------------------------- state, in the address
 
-  const initial = () => ({ q: "", sort: "latent", desc: false, kinds: new Set(), ranges: {},
-    page: 0, latent: null });
+  /** The order that the index opens in; before it is read, that of the numbers. */
+  const opening = () => (index && byKey.has(index.order) ? index.order : "latent");
+  const initial = () => ({ q: "", sort: opening(), desc: opening() !== "latent", kinds: new Set(),
+    ranges: {}, page: 0, latent: null });
   let state = initial();
 
   function query(s) {
     const made = new URLSearchParams();
     if (s.q) made.set("q", s.q);
-    if (s.sort !== "latent" || s.desc) made.set("sort", s.sort + (s.desc ? "-" : ""));
+    if (s.sort !== opening() || s.desc !== (s.sort !== "latent")) {
+      made.set("sort", s.sort + (s.desc ? "-" : ""));
+    }
     if (s.kinds.size) made.set("kind", [...s.kinds].join(","));
     for (const [key, [low, high]] of Object.entries(s.ranges)) {
       if (low !== null) made.set("min." + key, low);
@@ -254,7 +258,7 @@
     if (number !== undefined) made.latent = Number(number);
     const q = new URLSearchParams(rest);
     made.q = q.get("q") || "";
-    const sort = q.get("sort") || "latent", key = sort.replace(/-$/, "");
+    const sort = q.get("sort") || "", key = sort.replace(/-$/, "");
     if (key === "latent" || byKey.has(key)) [made.sort, made.desc] = [key, sort.endsWith("-")];
     for (const kind of (q.get("kind") || "").split(",")) if (KINDS.includes(kind)) made.kinds.add(kind);
     for (const column of numeric) {
@@ -411,7 +415,31 @@
   const main = document.getElementById("main");
   let view = null, scrolled = 0;
 
+  /** Whether a column tells latents apart: its numbers differ by a tenth, its words at all. */
+  function telling(column) {
+    const values = column.values.filter((v) => v !== null);
+    if (column.key === "kind" || new Set(column.values).size > 1 && values.length < index.n) return true;
+    if (column.form === "text") return new Set(values).size > 1;
+    const [low, high] = values.reduce(([a, b], v) => [Math.min(a, v), Math.max(b, v)],
+      [Infinity, -Infinity]);
+    return high - low > 0.1 * Math.max(Math.abs(low), Math.abs(high));
+  }
+
+  let seen = [];
+
+  /** A few latents to begin with. */
+  function startRow() {
+    const why = byKey.get(index.order);
+    return index.start.length ? [el("h2", {}, "Start here"), el("ul", { class: "start" },
+      index.start.map((j) => el("li", {}, el("a", { href: hashOf({ latent: j }) }, "Latent " + j), " ",
+        why ? el("span", { class: "none" }, plain(why.title) + " " + formatted(why, why.values[j])) : null,
+        el("div", {}, words(byKey.get("label")?.values[j] || index.labels[j].slice(0, 4).join(" "), 90)),
+        spark(index.sparklines[j]))))] : null;
+  }
+
   function buildIndex() {
+    seen = index.columns.filter(telling);
+    const alike = index.columns.filter((c) => !seen.includes(c));
     const input = el("input", { type: "search", id: "search", autocomplete: "off", spellcheck: "false",
       placeholder: "Number, token, words of an explanation or a context", "aria-label": "Search",
       oninput: () => change({ q: input.value }) });
@@ -430,7 +458,7 @@
     }
     const select = el("select", { id: "sort", onchange: () => change({ sort: select.value }) },
       el("option", { value: "latent" }, "number"),
-      index.columns.map((c) => el("option", { value: c.key }, plain(cut(c.title, 40)))));
+      seen.map((c) => el("option", { value: c.key }, plain(cut(c.title, 40)))));
     const turn = el("button", { type: "button", onclick: () => change({ desc: !state.desc }) });
     const ranges = new Map();
     const filters = el("div", { class: "filters" }, numeric.map((c) => {
@@ -473,20 +501,22 @@
       el("span", { class: "pad" }, title));
     const row = el("tr", { role: "row" }, head("latent", "latent", "number of the latent", "n"),
       plainHead("tokens"), plainHead("activations"),
-      index.columns.map((c) => head(c.key, plain(cut(c.title, 40)), plain(c.help), side(c))));
+      seen.map((c) => head(c.key, plain(cut(c.title, 40)), plain(c.help), side(c))));
     const table = el("table", { class: "index", role: "table" },
       el("caption", { class: "note", hidden: true }, "Latents"),
       el("thead", { role: "rowgroup" }, row), body);
     const about = el("details", {}, el("summary", {}, "What the figures mean"),
       index.about.slice(1).map((p) => el("p", {}, words(p, 3000))),
       el("p", {}, "Tokens: those it fires on most. Activations: their density, weak to strong."),
+      alike.length ? el("p", {}, "Much the same for all latents, so no column: ",
+        alike.map((c) => plain(cut(c.title, 40))).join(", ") + ".") : null,
       el("dl", {}, index.columns.map((c) => [el("dt", {}, el("b", {}, words(c.title, 80))),
         el("dd", {}, words(c.help))])));
     const keys = el("p", { class: "note keys" }, "Keys: ", el("kbd", {}, "/"), " search; on a latent ",
       el("kbd", {}, "←"), " ", el("kbd", {}, "→"), " the latents beside it in this order, ",
       el("kbd", {}, "Esc"), " or ", el("kbd", {}, "u"), " back here.");
     const root = el("div", { id: "of-index" }, el("h1", {}, ...shown(index.title, 200)),
-      index.about.slice(0, 1).map((p) => el("p", {}, words(p, 1500))), about,
+      index.about.slice(0, 1).map((p) => el("p", {}, words(p, 1500))), about, startRow(),
       el("div", { class: "search", role: "search" }, input, kinds,
         el("span", { class: "sorting" }, el("label", { for: "sort" }, "Sort by"), select, turn), clear),
       filterBox,
@@ -568,7 +598,7 @@
       cell({ class: "n" }, el("a", { href: hashOf({ latent: j }) }, String(j))),
       cell({ class: "toks" + (labels.length ? "" : " missing") }, labels),
       cell({ class: index.sparklines[j].match(/[^0]/) ? "" : "missing" }, spark(index.sparklines[j])),
-      index.columns.map((c) => {
+      seen.map((c) => {
         const v = c.values[j], missing = v === null ? " missing" : "";
         if (c.key === "kind") return cell({}, kindOf(j));
         const title = plain(cut(c.title, 40));
@@ -779,7 +809,6 @@
   }
 
   function explanation(scores) {
-    if (!scores) return none("No explanation was asked for.");
     const [text, category, score, detection, judge] = scores;
     const facts = [
       category ? ["Category: ", el("bdi", {}, ...shown(category, 80)), ". "] : [],
@@ -792,14 +821,12 @@
   }
 
   function concepts(list) {
-    if (!list.length) return none("It is no known fact's best latent, or none were looked for.");
     return table([["fact", ""], ["F1", "n"], ["precision", "n"], ["recall", "n"]],
       list.map(([fact, f1, precision, recall]) => [[words(fact, 300), ""], [number(f1), "n"],
         [percent(precision), "n"], [percent(recall), "n"]]));
   }
 
   function curveSection(curve) {
-    if (!curve) return none("No learned curve belongs to it.");
     const [title, xAxis, yAxis, x, y, density] = curve;
     return [el("p", { class: "note" }, words(title, 300)),
       curveChart({ xAxis, yAxis, x, y, density }) || none("Nothing in the sample reaches it."),
@@ -807,7 +834,6 @@
   }
 
   function relatedTable(list) {
-    if (!list.length) return none("None fires on enough of the same tokens.");
     return table([["latent", "n"], ["tokens", ""],
       ["Jaccard", "n", "both fire, out of either fires"], ["both", "n", "tokens on which both fire"],
       ["Pearson", "n", "correlation of the activations"]],
@@ -817,13 +843,25 @@
       [number(jaccard), "n"], [grouped(joint), "n"], [number(pearson), "n"]]));
   }
 
-  function ablationSection(found, dead) {
-    if (!found) return none(dead ? "It never fired." : "Not measured for this latent.");
+  function ablationSection(found) {
     const [n, kl, rise, raised, lowered] = found;
     return [el("p", {}, `Set to zero at ${grouped(n)} positions where it fires most: the next token's `
       + `distribution moves by ${number(kl)} nats (KL), its loss by ${number(rise)} nats.`),
     el("div", { class: "pair" }, tokenTable("likelier without it", raised),
       tokenTable("less likely without it", lowered))];
+  }
+
+  /** One line on what is not shown, and what would show it. */
+  function lacking(found, dead) {
+    const said = [
+      found.scores || dead ? null : "an explanation (--reports interpretability asks a language model)",
+      found.concepts.length || dead ? null : byKey.has("concept") ? "a known fact that it tells best"
+        : "known facts (--reports concepts, where the text's are known)",
+      found.curve || !byKey.has("bend") ? null : "a learned curve",
+      found.ablation || dead ? null : "the next token without it (--dashboard.ablated N measures more latents)",
+      found.related.length || dead ? null : "latents that fire on enough of the same tokens",
+    ].filter(Boolean);
+    return said.length ? el("p", { class: "none", id: "lacking" }, "Not there: " + said.join("; ") + ".") : null;
   }
 
   let placed = null;
@@ -871,15 +909,15 @@
     const lead = [el("h1", { tabindex: "-1" }, "Latent " + j + " ", kindOf(j)),
       dead ? el("p", {}, "Dead: it never fired on these tokens.") : null, figures(j)];
     const sides = [
-      section("Density of activations", fired ? densityChart(found.density) : none("It never fired.")),
+      fired ? section("Density of activations", densityChart(found.density)) : null,
       section("Logit lens", found.lens || found.boosted.length ? [
         el("div", { class: "pair" }, tokenTable("boosted", found.boosted),
           tokenTable("suppressed", found.suppressed)),
         found.lens ? [el("h3", {}, "logits over the vocabulary"), lensChart(found.lens)]
           : none("No histogram.")] : none("It writes in no single direction.")),
-      section("Learned curve", curveSection(found.curve)),
-      section("Without it", ablationSection(found.ablation, dead)),
-      section("Related latents", relatedTable(found.related)),
+      found.curve ? section("Learned curve", curveSection(found.curve)) : null,
+      found.ablation ? section("Without it", ablationSection(found.ablation)) : null,
+      found.related.length ? section("Related latents", relatedTable(found.related)) : null,
       section("Coordinates of what it writes", found.coordinates.length
         ? table([["index", "n"], ["value", "n"], ["share of L1", "n"]], found.coordinates.map(
           ([i, v, share]) => [[String(i), "n"], [number(v), "n"], [percent(share), "n"]]))
@@ -888,11 +926,11 @@
         ? "Cosine with what it reads: it reads through no single direction."
         : "Cosine with what it reads: " + number(found.cosine) + ".")),
     ];
-    const middle = [section("Explanation", explanation(found.scores)),
-      section("Known facts", concepts(found.concepts)),
+    const middle = [found.scores ? section("Explanation", explanation(found.scores)) : null,
+      found.concepts.length ? section("Known facts", concepts(found.concepts)) : null,
       section("Contexts", contexts(pieces, found))];
     main.replaceChildren(placed, ...lead.filter(Boolean), el("div", { class: "latent" },
-      el("div", {}, middle), el("div", { class: "side" }, sides)));
+      el("div", {}, middle), el("div", { class: "side" }, sides, lacking(found, dead))));
     renderPlace();
     document.title = "Latent " + j + " – " + plain(cut(index.title, 150));
     scrollTo(0, 0);

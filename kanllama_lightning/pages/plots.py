@@ -1,19 +1,26 @@
 """Figures of reports, and pages that hold them and open without a network."""
 
+import functools
 import importlib.util
+import os
 import shutil
+import zlib
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
-from html import escape
+from html import escape, unescape
 from pathlib import Path
+from typing import Any
 
 import plotly.graph_objects as go
 from jaxtyping import Float
-from plotly.offline import get_plotlyjs
+from plotly.offline import get_plotlyjs, get_plotlyjs_version
 from plotly.subplots import make_subplots
 from torch import Tensor
 
 from kanllama_lightning.functional.curves import reading
-from kanllama_lightning.pages import PAGES
+from kanllama_lightning.pages import PAGES, beside, policy
+from kanllama_lightning.pages.svg import svg
+from kanllama_lightning.storage.files import write_text
 from kanllama_lightning.types import Curves, InputError
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "rgba(153,153,153,0.5)"
@@ -21,6 +28,8 @@ BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "rgba(153,153,153,0.5)"
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444", "#8C6D00")
 """Colours in order of use; series also differ in symbol, dash or place, so that print does too."""
 SYMBOLS = ("circle", "square", "diamond", "cross", "triangle-up", "x", "star", "hexagon")
+LIBRARY = "plotly.packed.js"
+"""One file for all pages of a folder, by which its figures answer to the pointer."""
 HEIGHT = 420
 """Height of a plain figure, in pixels."""
 COLUMNS = 4
@@ -148,23 +157,85 @@ def page(
     text: str,
     figures: Sequence[go.Figure],
     template: str = "figures.html.j2",
+    library: str = LIBRARY,
+    up: str | None = None,
     **values: object,
 ) -> str:
-    """A page of HTML with the figures, complete in itself: nothing is fetched.
+    """A page of HTML with drawings of the figures, which a script beside it lets one point at.
 
     Args:
         title: Heading; escaped, as is the text.
         text: A paragraph below it.
         figures: In order; what they show is escaped by whoever made them.
         template: One that extends `figures.html.j2`, with `values`, which are escaped too.
+        library: Where plotly.js is, seen from the page.
+        up: The page that leads to it; None for none.
     """
+    script = beside("figures.js")
+    shown = [
+        {
+            "title": unescape(figure.layout.title.text or ""),
+            "columns": len({panel.domain for panel in figure.select_xaxes()}) or 1,
+            "drawing": svg(figure, alone=False),
+        }
+        for figure in figures
+    ]
+    data = ",".join(str(figure.to_json()).replace("<", "\\u003c") for figure in figures)
     return PAGES.get_template(template).render(
         title=title,
         text=text,
-        plotly=get_plotlyjs(),
-        figures=[f.to_html(full_html=False, include_plotlyjs=False) for f in figures],
+        policy=policy(None, script),
+        style=beside("plain.css"),
+        script=script,
+        library=library,
+        up=up,
+        figures=shown,
+        data=f"[{data}]",
         **values,
     )
+
+
+def write_page(
+    path: Path,
+    title: str,
+    text: str,
+    figures: Sequence[go.Figure],
+    folder: Path | None = None,
+    **more: Any,
+) -> Path:
+    """Write a page (`page`), and plotly.js once for all pages of a folder.
+
+    Args:
+        path: The page.
+        title: Heading.
+        text: A paragraph below it.
+        figures: In order.
+        folder: Where plotly.js goes (default: the page's own folder).
+        more: Passed to `page`.
+    """
+    shared, packed = (folder or path.parent) / LIBRARY, _packed_plotly()
+    if not shared.is_file() or shared.stat().st_size != len(packed):
+        write_text(shared, packed)
+    library = Path(os.path.relpath(shared, path.parent)).as_posix()
+    return write_text(path, page(title, text, figures, library=library, **more))
+
+
+@functools.cache
+def _packed_plotly() -> str:
+    """plotly.js at two fifths of its size, for `figures.js` to unpack."""
+    packed = b64encode(zlib.compress(get_plotlyjs().encode(), 9)).decode()
+    return f'// plotly.js {get_plotlyjs_version()}, deflated\nvar plotlyPacked = "{packed}";\n'
+
+
+def write_svg(folder: Path, figures: Mapping[str, go.Figure]) -> list[Path]:
+    """Write drawings of figures; returns the files.
+
+    Args:
+        folder: Made if it is missing.
+        figures: By file name without suffix.
+    """
+    folder.mkdir(exist_ok=True)
+    return [write_text(folder / f"{name}.svg", svg(figure)) for name, figure in figures.items()]
 
 
 def _title(

@@ -24,7 +24,6 @@ def trial_page(trial: Trial, title: str, labels: Mapping[int, str] | None = None
         names=NAMES,
         most=most,
         shaded=list(zip(trial.tokens, [v / (most or 1) for v in strongest], strict=True)),
-        guesses=list(zip(*trial.predictions.values(), strict=True)),
         visible=visible,
         lines=_lines,
         named=lambda token: visible(quoted(token)),

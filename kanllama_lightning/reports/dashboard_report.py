@@ -37,7 +37,7 @@ from kanllama_lightning.measures.directions import (
 )
 from kanllama_lightning.measures.metrics import Activations
 from kanllama_lightning.reports.labels import PEAKS, READS, TELLING, Known, firing_tokens
-from kanllama_lightning.reports.report import EvalRun, Figures, Report, Seen
+from kanllama_lightning.reports.report import INDEX, EvalRun, Figures, Report, Seen
 from kanllama_lightning.types import InputError
 
 ROWS = 4096
@@ -55,6 +55,8 @@ DENSE = 0.1
 SHARED_CODES = 1 << 21
 """Activations kept for counting which latents fire together."""
 SHOWN_TOKENS, COORDINATES, RELATED, LENS_BINS = 10, 10, 5, 60
+START, INTERESTING = 6, 50
+"""Latents to look at first; firings from which on one may be among them."""
 SPARK = 16
 """Most bins of a sparkline."""
 ORDER = ("strongest", "second", "third", "fourth", "weakest")
@@ -84,6 +86,7 @@ class DashboardReport(Report):
     name = "dashboard"
     files = ("dashboard.html",)
     reads = READS
+    picture = "latents_3"  # how often latents fire
 
     def __init__(
         self,
@@ -152,7 +155,7 @@ class DashboardReport(Report):
         ablations = self._ablations(run, contexts)
         known = Known.read(run)
         made = _Made(run, contexts, found, near, curves, bends, ablations, known, self._shown(run))
-        write_dashboard(run.out / self.files[0], made.dashboard(codes.n_rows))
+        write_dashboard(run.out / self.files[0], made.dashboard(codes.n_rows), INDEX)
         measured = list(ablations.values())
         return {
             "n_tokens": int(meter.n),
@@ -239,16 +242,18 @@ class _Made:
 
     def dashboard(self, n_related: int) -> Dashboard:
         """The page; the latents are made when they are asked for."""
+        columns = self._columns()
         return Dashboard(
-            f"Latents: {self.run.title}",
+            f"Dashboard: {self.run.title}",
             self._about(n_related),
-            self._columns(),
+            columns,
             self.tokens,
             self._sparklines(),
             [float(f"{e:.6g}") for e in self.edges],
             self.pool.texts,
             self.pool.tokens,
             self._latents(),
+            *self._opening(columns),
         )
 
     def _about(self, n_related: int) -> list[str]:
@@ -314,7 +319,8 @@ class _Made:
                        "share of the variance of its learned curves that no line explains",
                        percent)
             )  # fmt: skip
-        n = self.run.head.d_sae
+        n, numbers = self.run.head.d_sae, columns[2:]
+        del columns[2:]
         if self.known.concepts:
             best = [self.known.concepts.get(j, [None])[0] for j in range(n)]
             columns += [
@@ -334,7 +340,27 @@ class _Made:
                        "balanced accuracy of its explanation on other contexts; 0.5 is chance",
                        percent),
             ]  # fmt: skip
-        return columns
+        if len(columns) == 2:
+            telling = fired & (frequency <= DENSE) & (meter.fired >= INTERESTING)
+            interest = torch.where(telling, found.lens.kurtosis, torch.nan)
+            columns.append(
+                Column("interest", "interest", _list(interest),
+                       "kurtosis of its logits, of what is not dense and fired "
+                       f"{INTERESTING} times: how few tokens it speaks for", number)
+            )  # fmt: skip
+        return columns + numbers
+
+    def _opening(self, columns: list[Column]) -> tuple[str, list[int]]:
+        """What the index opens sorted by, and the best by it, of unlike facts."""
+        of = {column.key: column.values for column in columns}
+        key = next(key for key in ("concept_f1", "detection", "interest") if key in of)
+        values = [v if isinstance(v, int | float) else -math.inf for v in of[key]]
+        chosen: dict[Any, int] = {}
+        for j in sorted(range(len(values)), key=lambda j: -values[j]):
+            if values[j] > -math.inf and len(chosen) < START:
+                told = str(of["concept"][j]).split(":")[0] if key == "concept_f1" else j
+                chosen.setdefault(told, j)
+        return key, list(chosen.values())
 
     def _sparklines(self) -> list[list[int]]:
         n_bins = self.density.shape[1]

@@ -112,7 +112,7 @@ class LatentsReport(Report):
         lens = {f"lens_{name}": value for name, value in found.figures.items()}
         figures = meter.compute() | lens
         run.write_page(
-            "latents.html", "LatentsReport", _text(run, figures), _drawn(table, found, figures)
+            "latents.html", "Latents", _text(run, figures), _drawn(table, found, figures)
         )
         return {k: v if math.isfinite(v) else None for k, v in figures.items()}
 

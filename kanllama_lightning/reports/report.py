@@ -16,13 +16,19 @@ from torch import Tensor
 from kanllama_lightning.heads.head import SAEHead
 from kanllama_lightning.lm.frozen import FrozenLM
 from kanllama_lightning.lm.splice import SplicedLosses
-from kanllama_lightning.pages.plots import page, write_png
+from kanllama_lightning.pages.plots import write_page, write_png, write_svg
 from kanllama_lightning.storage.files import replacing, write_text
 from kanllama_lightning.storage.small_files import ANEW, read_csv
 from kanllama_lightning.types import ValidationBatch
 
 Figures = Mapping[str, float | int | str | bool | None]
 """Named figures of a report, flat; they become `<report>/<name>` in `summary.json`."""
+
+
+INDEX = "index.html"
+"""The page that a record is read from."""
+DRAWINGS = "svg"
+"""Folder, within a record, of the figures as drawings."""
 
 
 class Seen(NamedTuple):
@@ -114,10 +120,12 @@ class EvalRun:
             text: A paragraph below it: what is shown, over how many tokens, in which units.
             figures: In order, each with a title; what they show is escaped by whoever made them.
         """
-        self.write_text(file, page(f"{title}: {self.title}", text, figures))
+        heading = f"{title}: {self.title}"
+        write_page(self.out / file, heading, text, figures, self.record, up=INDEX)
         stem = Path(file).stem
         named = {f"{stem}_{i}": figure for i, figure in enumerate(figures)}
         self.figures |= named
+        write_svg(self.out / DRAWINGS, named)
         if self.png:
             write_png(self.out / "png", named)
 
@@ -143,6 +151,9 @@ class Report(ABC):
     """Files of the record that it takes in where they are: it is made anew when they change."""
     on_request: ClassVar[bool] = False
     """Whether it is only made when asked for by name."""
+
+    picture: ClassVar[str | None] = None
+    """Drawing that stands for it in the index of a record; None for the first of its own."""
 
     tokens: int | None = None
     """Most tokens of each set it looks at; None for all."""

@@ -1,8 +1,11 @@
 """The tables and figures of a record, in the W&B run of the training run too."""
 
+import re
+from html import unescape
 from pathlib import Path
 from typing import Any, TypedDict
 
+import plotly.graph_objects as go
 import wandb
 
 from kanllama_lightning.reports.report import EvalRun
@@ -53,12 +56,19 @@ def send(run: EvalRun, config: dict[str, Any]) -> None:
             texts = {c: str for c in table.columns if table[c].dtype == object}
             shown = table.head(MOST_ROWS).astype(texts)
             tracker.log({f"{under}/{name}": wandb.Table(dataframe=shown)}, step=row)
-        tracker.log({f"{under}/{name}": figure for name, figure in run.figures.items()}, step=row)
+        named = {f"{under}/{titled(name, f)}": f for name, f in run.figures.items()}
+        tracker.log(named, step=row)
         # a report that failed may have left tables before there was any summary
         known = read_json(run.out / SUMMARY) if there(run.out / SUMMARY) else {}
         tracker.summary.update({f"{under}/{k}": v for k, v in known.items() if "/" in k})
     finally:
         tracker.finish()
+
+
+def titled(name: str, figure: go.Figure) -> str:
+    """What a figure goes by: its page and its title, in letters that W&B takes."""
+    words = re.sub(r"\W+", "_", unescape(figure.layout.title.text or "")).strip("_").lower()
+    return f"{name.rpartition('_')[0]}_{words}" if words else name
 
 
 def _pieces(folder: Path) -> int:

@@ -125,6 +125,12 @@ def sync_command(folder: Path) -> str:
     return f"wandb sync {folder}/wandb/offline-run-*"
 
 
+def watch_command(run: Any) -> str | None:
+    """What shows a W&B run in the terminal, without an account; None if it has no log here."""
+    folder = Path(str(run.dir)).parent
+    return f"wandb leet run {folder}" if any(folder.glob("*.wandb")) else None
+
+
 def _logged_in() -> bool:
     """Whether a key is at hand, without asking for one or showing it."""
     try:

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from kanllama_lightning.dashboard.contents import Column
 from kanllama_lightning.dashboard.dashboard_page import write_dashboard
 from kanllama_lightning.dashboard.unpack import read_dashboard
 from tests.browser import Browser, find_browser
@@ -90,6 +91,34 @@ def test_the_index_shows_the_latents(shown, usual):
     for label in usual[1]["labels"][2]:
         assert label.strip() in row
     assert f"{100 * usual[1]['columns']['frequency']['values'][2]:.3g}%" in row
+
+
+def test_it_opens_on_latents_worth_seeing(browser, tmp_path):
+    data = made_up(60)
+    (kurtosis,) = (c.values for c in data.columns if c.key == "kurtosis")
+    same = Column("same", "all alike", [0.37 + 0.0001 * j for j in range(60)], "help", "number")
+    columns = [*data.columns, same]
+    path = tmp_path / "dashboard.html"
+    start = [5, 7]
+    write_dashboard(
+        path, data._replace(columns=columns, order="kurtosis", start=start), "index.html"
+    )
+    browser.messages.clear()
+    browser.open(path)
+    browser.wait(READY)
+    there = [j for j in range(60) if kurtosis[j] is not None]
+    order = sorted(there, key=lambda j: kurtosis[j], reverse=True)
+    assert browser.evaluate(ROWS) == order[:50]
+    hrefs = browser.evaluate("[...document.querySelectorAll('.start a')].map(a => a.hash)")
+    assert hrefs == [f"#latent/{j}" for j in start]
+    heads = browser.evaluate("document.querySelector('.index thead').innerText")
+    assert "kurtosis" in heads
+    assert "all alike" not in heads
+    assert browser.evaluate("document.querySelector('.top a[href=\"index.html\"]') !== null")
+    browser.evaluate("location.hash = '#sort=latent'")
+    browser.wait(f"{ROWS}[0] === 0")
+    assert browser.evaluate(ROWS) == list(range(50))
+    assert browser.messages == []
 
 
 @pytest.mark.parametrize("key", ["kurtosis", "explanation", "score", "frequency"])
@@ -245,8 +274,11 @@ def test_a_latent_s_page_says_what_is_known(shown, usual, j):
         assert f"\n{index}\t" in text
     if latent["ablation"] is not None:
         assert "0.0312 nats" in text
-    assert ("Not measured" in text) == (latent["ablation"] is None)
-    assert ("No learned curve" in text) == (latent["curve"] is None)
+    # what is not there has no section, but a line
+    lacking = shown.evaluate("document.getElementById('lacking')?.innerText ?? ''")
+    assert ("Without it" in text) == (latent["ablation"] is not None)
+    assert ("--dashboard.ablated" in lacking) == (latent["ablation"] is None)
+    assert ("Learned curve" in text) == (latent["curve"] is not None)
 
 
 def test_the_value_shows_on_hover_and_on_focus(shown, usual):

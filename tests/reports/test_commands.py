@@ -1,6 +1,7 @@
 """`evaluate.py compare` and `try`, as people call them, on runs of the tiny model."""
 
 import json
+import re
 import shutil
 
 import pandas as pd
@@ -23,6 +24,25 @@ def recorded(trained, tmp_path_factory):
     folder = shutil.copytree(trained, tmp_path_factory.mktemp("recorded") / "runs")
     call("report", folder / "seed0", "--reports", "losses", "--documents", 20)
     return folder
+
+
+@pytest.mark.slow
+def test_the_record_is_read_from_one_page(recorded, capsys):
+    folder = recorded / "seed0" / "eval"
+    html = (folder / "index.html").read_text()
+    links = set(re.findall(r'(?:href|src)="([^"]+)"', html)) - {"data:,"}
+    assert {"losses.html", "losses.csv", "documents.csv", "svg/losses_0.svg"} <= links
+    assert [name for name in links if not (folder / name).is_file()] == []
+    summary = json.loads((folder / "summary.json").read_text())
+    assert f"{summary['losses/heldout/ce_clean']:.4f}" in html
+    one = summary["sets"]["heldout"]
+    assert f"{one['tokens']:,} tokens ({one['documents']} documents) of heldout" in html
+    assert f"evaluate.py report {recorded / 'seed0'} --documents 20" in html
+    assert "latents (--reports latents makes it)" in html
+    assert "script-src &#39;none&#39;" in html or "script-src 'none'" in html
+    assert "index.html" in (folder / "losses.html").read_text()
+    call("report", recorded / "seed0", "--reports", "losses", "--documents", 20)
+    assert f"open {folder / 'index.html'}" in capsys.readouterr().out
 
 
 @pytest.mark.slow

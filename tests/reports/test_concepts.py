@@ -7,11 +7,11 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from plotly.offline import get_plotlyjs
 
 from kanllama_lightning.heads import JumpReLU, SAEHead, TopK
 from kanllama_lightning.lm.frozen import FrozenLM
 from kanllama_lightning.measures.concept_matching import read_stories
+from kanllama_lightning.pages.plots import LIBRARY
 from kanllama_lightning.reports import concepts_report as concepts
 from kanllama_lightning.reports.concepts_report import ConceptsReport
 from kanllama_lightning.reports.report import EvalRun
@@ -46,7 +46,10 @@ def test_report(make_run: Any) -> None:
     before = torch.random.get_rng_state()
     figures = report.finish(run)
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert {p.name for p in run.out.iterdir()} == set(ConceptsReport.files)
+    beside = {"svg", LIBRARY}
+    assert {p.name for p in run.out.iterdir()} == {*ConceptsReport.files, *beside}
+    drawings = sorted(p.name for p in (run.out / "svg").iterdir())
+    assert drawings == [f"concepts_{i}.svg" for i in range(5)]
     table = pd.read_csv(run.path("concepts.csv"), keep_default_na=False, na_values=[""])
     assert list(table.columns) == KEYS + SCORES
     subjects = ["head", "raw coordinates", "untrained head"]
@@ -65,10 +68,10 @@ def test_report(make_run: Any) -> None:
     kinds = [v for k, v in figures.items() if k.startswith("kind/") and k.endswith("n_facts")]
     assert sum(kinds) == figures["n_facts"]
     html = (run.out / "concepts.html").read_text()
-    own = html.replace(get_plotlyjs(), "")
-    assert "http" not in own
+    assert "http:" not in html
+    assert "https:" not in html
     for subject in subjects:
-        assert subject in own
+        assert subject in html
 
 
 def test_without_controls_and_for_a_head_without_target_l0(make_run: Any) -> None:

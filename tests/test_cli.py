@@ -272,12 +272,6 @@ def test_a_name_that_is_too_long_is_one_line(
     assert "make room" not in err
 
 
-def test_overlays_before_the_head_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    configs = ["--config", "configs/embedded.yaml", "--config", "configs/kan.yaml"]
-    assert main(["plan", *configs]) == 2
-    assert "name the config of a head first" in capsys.readouterr().err
-
-
 @pytest.mark.slow
 def test_same_seed_same_run(fit: Fit, tmp_path: Path) -> None:
     for name in ("a", "b"):

@@ -11,7 +11,8 @@ import yaml
 
 from kanllama_lightning import heads
 from kanllama_lightning.cli import train_command as cli
-from kanllama_lightning.cli.arguments import BASE_CONFIG, with_shipped
+from kanllama_lightning.cli.arguments import meant
+from kanllama_lightning.cli.command_line import BASE
 from kanllama_lightning.heads import SAEHead
 from kanllama_lightning.storage.named import current_path
 from tests.conftest import rest_slow
@@ -55,7 +56,7 @@ def test_is_a_complete_run_on_the_real_target_or_on_the_embedded_model(
     assert parsed.lm.name == "meta-llama/Llama-3.2-1B"
     assert parsed.lm.hook_point == "model.layers.0.mlp"
     assert len(parsed.lm.revision) == 40
-    assert parsed.model.head.init_args.d_sae == 16384
+    assert parsed.model.head.init_args.d_sae is None, "8 times the width"
     assert parsed.model.head.init_args.target_l0 == 64
     assert parsed.model.tokens == 300_000_000
     assert parsed.data.ctx_len == 512
@@ -119,7 +120,7 @@ def test_later_config_keeps_shared_arguments_and_drops_foreign_ones(
     other.write_text("model: {head: {class_path: TopK}}\n")
     head = parse(monkeypatch, ROOT / "configs" / "kan.yaml", extra, other).model.head
     assert head.class_path.endswith("TopK")
-    assert head.init_args.d_sae == 16384
+    assert head.init_args.target_l0 == 64
     assert "d_hidden" not in head.init_args
 
 
@@ -191,13 +192,20 @@ def test_validation_text_is_one_corpus_or_a_list(
 
 
 def test_shipped_configs_are_found_from_any_folder(tmp_path, monkeypatch):
+    """By their paths, or by their names, one after another; a file that is there comes first."""
     monkeypatch.chdir(tmp_path)
-    given = ["fit", "--config", "configs/kan.yaml", "--config=configs/mine.yaml", "-c", "kan.yaml"]
-    shipped = str(BASE_CONFIG.parent / "kan.yaml")
-    assert with_shipped(given) == ["fit", "--config", shipped, *given[3:]]
+    shipped = [str(BASE.parent / "kan.yaml"), str(BASE.parent / "embedded.yaml")]
+    for given in (
+        ["--config", "configs/kan.yaml", "--config=configs/embedded.yaml"],
+        ["--config", "kan", "embedded"],
+        ["--config=kan,embedded"],
+        ["-c", "kan.yaml", "--config", "Configs/embedded".lower()],
+    ):
+        assert meant(["fit", *given]).files == shipped
     (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "kan.yaml").touch()
-    assert with_shipped(given) == given
+    (tmp_path / "configs" / "kan.yaml").write_text("model: {head: {class_path: TopK}}")
+    assert meant(["fit", *given]).files == shipped
+    assert meant(["fit", "--config", "configs/kan.yaml"]).head["class_path"] == "TopK"
 
 
 def test_classes_are_found_where_earlier_configurations_have_them(tmp_path, monkeypatch):

@@ -30,7 +30,7 @@ def parsers() -> dict[str, ArgumentParser]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(KanllamaCLI, "parse_arguments", carry)
         with pytest.raises(Parsed) as caught:
-            train_command._run(["fit"], started=False)
+            train_command._run(["fit", "--model.head=kan"], started=False)
     return caught.value.args[0]._subcommands_action._name_parser_map
 
 

@@ -279,7 +279,7 @@ def test_the_config_in_a_run_folder_imports_nothing(tmp_path, monkeypatch, capsy
     config = tmp_path / "sent" / "config.yaml"
     (config.parent / "checkpoints").mkdir(parents=True)
     config.write_text(yaml.safe_dump(change))
-    assert main(["plan", "--config", str(config)]) == 2
+    assert main(["plan", "--config", str(config), "--model.head=kan"]) == 2
     said = capsys.readouterr().err
     assert "if you trust the module evil_config, allow it: `--allow evil_config`" in said
     assert said.count("\n") == 1

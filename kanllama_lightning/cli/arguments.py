@@ -9,6 +9,8 @@ from typing import Any, cast
 from jsonargparse._loaders_dumpers import yaml_load
 
 from kanllama_lightning import heads
+from kanllama_lightning.cli.command_line import LINKED, CommandLine, read
+from kanllama_lightning.cli.kinds import NotUnderstood
 from kanllama_lightning.runs.folder import (
     CHECKPOINTS,
     HEAD,
@@ -22,49 +24,29 @@ from kanllama_lightning.storage.named import (
 from kanllama_lightning.storage.small_files import read_yaml, there
 from kanllama_lightning.types import InputError
 
-BASE_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "base.yaml"
-LINKED = {
-    "model.lm": "lm",
-    "model.seed": "seed_everything",
-    "data.seed": "seed_everything",
-    "data.tokenizer": "lm.name",
-    "model.head.init_args.d_model": "lm.name (the model's width)",
-    "model.head.d_model": "lm.name (the model's width)",
-    "model.head.init_args.seed": "seed_everything, or head_seed for the head alone",
-    "model.head.seed": "seed_everything, or head_seed for the head alone",
-}
-"""Arguments that follow from another one; setting them would be ignored silently."""
 SUBCOMMANDS = ("fit", "validate")
 
 
-def with_shipped(args: Sequence[str]) -> list[str]:
-    """Arguments in which `configs/kan.yaml` is the shipped one, where there is no such file."""
-    before = ["", *args]
-    return [
-        f"--config={_shipped(arg.partition('=')[2])}"
-        if arg.startswith("--config=")
-        else _shipped(arg)
-        if option in ("--config", "-c")
-        else arg
-        for option, arg in zip(before, args, strict=False)
-    ]
+def meant(given: Sequence[str]) -> CommandLine:
+    """The command line as it is meant.
+
+    Raises:
+        InputError: A name, a value or a file is wrong.
+    """
+    try:
+        return read(given, config_tree)
+    except NotUnderstood as e:
+        raise InputError(str(e)) from e
 
 
-def _shipped(file: str) -> str:
-    shipped = BASE_CONFIG.parent.parent / file
-    lies_there = file.startswith("configs/") and shipped.is_file() and not Path(file).exists()
-    return str(shipped) if lies_there else file
-
-
-def with_base(args: list[str]) -> list[str]:
-    """Read `configs/base.yaml` before every other config.
+def parsed_from(line: CommandLine) -> list[str]:
+    """Arguments of the parser, with every class where it is now.
 
     (jsonargparse 4.53 loses the class path of a callable, our optimizer, that stands in a
-    default config file, so the file is given as an ordinary one.)
+    default config file, so `configs/base.yaml` is given as an ordinary one.)
     """
-    if args and args[0] in SUBCOMMANDS:
-        return [args[0], "--config", str(BASE_CONFIG), *map(_with_current_path, args[1:])]
-    return args
+    command, *rest = line.for_parser()
+    return [command, *map(_with_current_path, rest)]
 
 
 def _with_current_path(argument: str) -> str:
@@ -74,12 +56,7 @@ def _with_current_path(argument: str) -> str:
 
 
 def refuse_linked(args: Sequence[str]) -> None:
-    """Say so when an argument is set that follows from another one."""
-    for arg in args:
-        key = arg.split("=")[0].removeprefix("--")
-        for linked, source in LINKED.items():
-            if key == linked or (key.startswith(f"{linked}.") and linked == "model.lm"):
-                raise InputError(f"--{key}: follows from {source}; set that instead")
+    """Say so when a file sets an argument that follows from another one."""
     for file in _config_files(args):
         if not there(Path(file)):
             raise InputError(f"--config {file}: no such file")
@@ -155,11 +132,6 @@ def explain(message: str) -> str:
     known = [n for n in heads.__all__ if n != "SAEHead"]
     option = re.search(r"does not accept option '([\w.]+)'|Option '([\w.]+)' is not accepted", text)
     unknown = re.search(r"[Uu]nrecognized arguments: --([\w.]+)", text)
-    if "heads.head.Trained" in text:
-        return (
-            "model.head: its arguments are given before it is said which head; name the config of "
-            "a head first, such as --config configs/kan.yaml, and overlays behind it"
-        )
     if option or unknown:
         name = next(g for m in (option, unknown) if m for g in m.groups() if g)
         hint = " Latents per token are `target_l0`, for every head." if name.endswith("k") else ""

@@ -24,7 +24,9 @@ class Option(NamedTuple):
     default: str = ""
     """As it would be typed; empty if it has none, or if `help` says it."""
     kind: str = ""
-    """What its value is, such as `int`."""
+    """What its value is, such as `N`."""
+    type: str = ""
+    """What it is in Python, as annotated."""
 
 
 RUN = {
@@ -41,6 +43,12 @@ RUN = {
 }
 """Options of `train.py` that are of no class."""
 RUN_DEFAULTS = {"seed_everything": "0", "runs_dir": "runs"}
+RUN_TYPES = {
+    "head_seed": "int | None",
+    "run": "str | None",
+    "runs_dir": "str",
+    "ckpt_path": "str | None",
+}
 UNSHOWN = ("help", "weights_only", "verbose")
 """Options of Lightning's commands that mean nothing here, or nothing worth a line."""
 TRAINER = {
@@ -71,6 +79,13 @@ OPTIMIZER = {
     "fused": "Update all weights in one kernel.",
 }
 """What is most often set of the optimizer, which may be any class of torch's kind."""
+OPTIMIZER_TYPES = {
+    "lr": "float",
+    "betas": "list[float]",
+    "eps": "float",
+    "weight_decay": "float",
+    "fused": "bool",
+}
 LINKED = ("lm", "tokenizer", "seed", "d_model")
 """Arguments that follow from other options."""
 SUBCLASSES = ("class_path", "init_args", "dict_kwargs", "help")
@@ -131,6 +146,7 @@ def _arguments(
             said.get(arg.arg, ""),
             _shown(default),
             "" if arg.annotation is None else _kind(ast.unparse(arg.annotation)),
+            "" if arg.annotation is None else ast.unparse(arg.annotation),
         )
         for arg, default in pairs
     }
@@ -215,8 +231,9 @@ def all_head_options() -> list[Option]:
     return [*shared, *told, *(o for o in side_by_side if o.name not in names)]
 
 
-def trainer_names() -> list[str]:
-    """Arguments of Lightning's Trainer, which is not imported."""
+@cache
+def trainer_arguments() -> Mapping[str, str]:
+    """Arguments of Lightning's Trainer, which is not imported, with their annotations."""
     found = find_spec("lightning")
     assert found is not None
     assert found.submodule_search_locations
@@ -226,7 +243,27 @@ def trainer_names() -> list[str]:
         for n in _classes(file)["Trainer"].body
         if isinstance(n, ast.FunctionDef) and n.name == "__init__"
     )
-    return [arg.arg for arg in [*init.args.args, *init.args.kwonlyargs] if arg.arg != "self"]
+    return {
+        arg.arg: "" if arg.annotation is None else ast.unparse(arg.annotation)
+        for arg in [*init.args.args, *init.args.kwonlyargs]
+        if arg.arg != "self"
+    }
+
+
+@cache
+def optimizers() -> Mapping[str, str]:
+    """Optimizers by their names: torch's, which is not imported, and the one of this package."""
+    found = find_spec("torch")
+    assert found is not None
+    assert found.submodule_search_locations
+    folder = Path(found.submodule_search_locations[0]) / "optim"
+    torch = {
+        name: f"torch.optim.{name}"
+        for file in sorted(folder.glob("[a-z]*.py"))
+        for name, node in _classes(file).items()
+        if "Optimizer" in _bases(node) or name == "AdamW"
+    }
+    return torch | {"Adam": "kanllama_lightning.training.optim.Adam"}
 
 
 def reports() -> dict[str, tuple[bool, list[Option]]]:
@@ -251,16 +288,23 @@ def reports() -> dict[str, tuple[bool, list[Option]]]:
 
 def fit_groups() -> dict[str, list[Option]]:
     """Options of `fit`, `validate` and `plan`, by what they are about."""
-    run = [Option(name, text, RUN_DEFAULTS.get(name, "")) for name, text in RUN.items()]
+    run = [
+        Option(name, text, RUN_DEFAULTS.get(name, ""), type=RUN_TYPES.get(name, ""))
+        for name, text in RUN.items()
+    ]
     module = arguments("training/module.py", "SAEModule", "model.")
     trainer = [Option(f"trainer.{name}", text) for name, text in TRAINER.items()]
+    optimizer = [
+        Option(f"model.optimizer.{k}", text, type=OPTIMIZER_TYPES[k])
+        for k, text in OPTIMIZER.items()
+    ]
     return {
         "the run": run,
         "the language model": arguments("lm/frozen.py", "FrozenLM", "lm."),
         "the text": arguments("data/token_data.py", "TokenData", "data."),
         "training": module,
         "the head": all_head_options(),
-        "the optimizer": [Option(f"model.optimizer.{k}", text) for k, text in OPTIMIZER.items()],
+        "the optimizer": optimizer,
         "the buffer of activations": arguments("data/buffer.py", "ShuffleBuffer", "model.buffer."),
         "devices, precision, how often (Lightning's Trainer)": trainer,
     }
@@ -272,7 +316,7 @@ def wrong_option(args: Iterable[str]) -> str | None:
     What is said of classes other than heads is left to the parser.
     """
     options = [o.name for group in fit_groups().values() for o in group]
-    trainer = [f"trainer.{name}" for name in trainer_names()]
+    trainer = [f"trainer.{name}" for name in trainer_arguments()]
     linked = [f"{group}.{name}" for group in ("lm", "data", "model") for name in LINKED]
     firsts = {*RUN, *UNSHOWN, "c", "lm", "data", "model", "trainer", "optimizer"}
     seconds = {".".join(name.split(".")[:2]) for name in [*options, *trainer, *linked]}

@@ -1,10 +1,16 @@
 """The options of `evaluate.py`, for its parser and for its help."""
 
+import re
 from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from kanllama_lightning.cli import synonyms
 from kanllama_lightning.cli.catalogue import Option, reports
-from kanllama_lightning.cli.help import laid_out
+from kanllama_lightning.cli.command_line import spelt
+from kanllama_lightning.cli.help import laid_out, no_such_option
+from kanllama_lightning.cli.kinds import NotUnderstood, number, typed
 
 
 class Setting(NamedTuple):
@@ -163,11 +169,79 @@ def names(command: str) -> list[str]:
     return [option.name for options in groups(command).values() for option in options]
 
 
-def wrong_option(command: str, args: Sequence[str]) -> str | None:
-    """The first option that there is not; None if there are all."""
-    known = {*names(command), "help", "print_config", "lm", *reports()}
-    given = [arg[2:].partition("=")[0] for arg in args if arg.startswith("--") and arg != "--"]
-    return next((name for name in given if name.removesuffix("+") not in known), None)
+def read(given: Sequence[str]) -> list[str]:
+    """The command as its parser takes it.
+
+    Args:
+        given: The command and what follows it.
+
+    Raises:
+        NotUnderstood: A name or a value is wrong.
+    """
+    command, *rest = given
+    settings = {setting.name: setting for setting in SETTINGS[command]}
+    kinds = {name: _annotation(setting.type) for name, setting in settings.items()}
+    kinds |= {o.name: o.type for _, own in reports().values() for o in own}
+    first = next((i for i, arg in enumerate(rest) if re.match("--?[A-Za-z]", arg)), len(rest))
+    places, found = rest[:first], []
+    for name, words, joined in spelt(rest[first:]):
+        known = (*names(command), "help", "print_config", "lm", *reports())
+        if name.removesuffix("+") not in known:
+            raise NotUnderstood(no_such_option(
+                name, f"python evaluate.py {command}", names(command), synonyms.EVALUATE
+            ))  # fmt: skip
+        if name == "reports":
+            words, left = _reports(words)
+            places += left
+        if name == "steer":
+            words = [_steering(pair) for word in words for pair in word.split(",")]
+        if name in settings and settings[name].many and words:
+            found += [f"--{name}", *words] if words[0][:1] != "-" else [f"--{name}={words[0]}"]
+        elif name in kinds and kinds[name] and (words or joined is None):
+            found.append(f"--{name}={typed(name, words, kinds[name])}")
+        else:
+            found += [f"--{name}" if joined is None else f"--{name}={joined}",
+                      *(words if joined is None else [])]  # fmt: skip
+    missing = [s.name for s in SETTINGS[command] if s.required and not any(
+        arg == f"--{s.name}" or arg.startswith(f"--{s.name}=") for arg in found)]  # fmt: skip
+    if not places:
+        example = "last" if command != "compare" else "kan=runs/KAN linear=runs/LINEAR"
+        raise NotUnderstood(
+            f"{command}: of what? Name a run behind it: python evaluate.py {command} {example}"
+        )
+    if missing:
+        raise NotUnderstood(f"--{missing[0]}: is missing; {settings[missing[0]].help}")
+    return [command, *places, *found]
+
+
+def _annotation(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+
+
+def _reports(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Names of reports, however they are listed, and runs that stand behind them."""
+    listed = [one for word in words for one in re.split(r"[,\s]+", word.strip("[]")) if one]
+    runs = [one for one in listed if one == "last" or "/" in one or Path(one).is_dir()]
+    named = [one for one in listed if one not in runs]
+    for name in named:
+        if name not in reports():
+            near = get_close_matches(name, reports(), n=1, cutoff=0.5)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise NotUnderstood(
+                f"--reports {name}: no such report.{hint} Known: {', '.join(reports())}"
+            )
+    return named, runs
+
+
+def _steering(pair: str) -> str:
+    """LATENT=STRENGTH, also typed with a colon."""
+    found = re.fullmatch(r"(\d+)[=:](.+)", pair.strip())
+    value = None if found is None else number(found[2])
+    if found is None or value is None:
+        raise NotUnderstood(
+            f"--steer {pair!r}: must be LATENT=STRENGTH, a number and an activation, such as 12=3.5"
+        )
+    return f"{found[1]}={found[2]}"
 
 
 def help_of(command: str) -> str:

@@ -9,7 +9,7 @@ import re
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,11 +20,13 @@ from jsonargparse._typehints import ActionTypeHint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from kanllama_lightning.cli import options
-from kanllama_lightning.cli.arguments import BASE_CONFIG, SUBCOMMANDS, config_tree, mentions
+from kanllama_lightning.cli.arguments import SUBCOMMANDS, config_tree, mentions
 from kanllama_lightning.cli.catalogue import RUN
+from kanllama_lightning.cli.command_line import BASE
 from kanllama_lightning.cli.resume import find_checkpoint
 from kanllama_lightning.console.quiet import is_first
 from kanllama_lightning.data.token_data import TokenData
+from kanllama_lightning.heads import SAEHead
 from kanllama_lightning.lm.frozen import FrozenLM
 from kanllama_lightning.lm.preflight import check_room
 from kanllama_lightning.runs.folder import (
@@ -38,9 +40,7 @@ from kanllama_lightning.runs.state import Kind, RunState, clear, look, step_of
 from kanllama_lightning.runs.wandb_logger import check_mode
 from kanllama_lightning.storage.files import write_text
 from kanllama_lightning.storage.lock import RunLock
-from kanllama_lightning.storage.named import (
-    check_nulls,
-)
+from kanllama_lightning.storage.named import arguments_of, check_nulls
 from kanllama_lightning.training.fill_cache import fill_
 from kanllama_lightning.training.module import SAEModule, check_precision
 from kanllama_lightning.training.schedule import Schedule
@@ -64,6 +64,8 @@ class KanllamaCLI(LightningCLI):
     run_folder: Path
     given: ClassVar[Sequence[str]] = ()
     """Arguments of the command line."""
+    files: ClassVar[Sequence[str]] = ()
+    """Its configs."""
     lock: ClassVar[RunLock | None] = None
     """The run folder, taken."""
     made: ClassVar[bool] = False
@@ -174,6 +176,7 @@ class KanllamaCLI(LightningCLI):
         self.save_config_kwargs["execution"] = execution = {
             key: None if config.get(key) is None else str(config[key]) for key in EXECUTION
         }
+        execution["config"] = str([*self.files])
         for option in ("run", "runs_dir", "ckpt_path"):
             if config.get(option) == "":
                 raise InputError(f"{option}='': names nothing; give a path, or leave it out")
@@ -210,7 +213,7 @@ class KanllamaCLI(LightningCLI):
 
     def _drop_default_val(self, config: Any) -> None:
         """Leave the default's other text out of a run on the user's own text, unless asked for."""
-        default, train = config_tree(BASE_CONFIG)["data"], config.data.train
+        default, train = config_tree(BASE)["data"], config.data.train
         init_args = train.get("init_args") if not isinstance(train, str) else None
         name = train if isinstance(train, str) else (init_args or {}).get("name")
         if name == default["train"]["init_args"]["name"] or not config.data.val_fraction:
@@ -273,7 +276,7 @@ class KanllamaCLI(LightningCLI):
 
     def _new_folder(self, config: Any) -> Path:
         """A folder that was not there, so that runs that start at once have one each."""
-        stems = [Path(str(c)).stem for c in (config.get("config") or [])[1:]]
+        stems = [Path(file).stem for file in self.files]
         if self.subcommand != "fit":
             stems.append(self.subcommand)
         name = "-".join([time.strftime("%Y%m%d-%H%M%S"), *stems])
@@ -309,7 +312,11 @@ class KanllamaCLI(LightningCLI):
         self.model.check_lm(self.datamodule, device)
 
     def after_instantiate_classes(self) -> None:
-        """Refuse rows that are too long for the LM."""
+        """Say which heads they are; refuse rows that are too long for the LM."""
+        for name, head in self.model.heads().items():
+            shared = self.config[self.subcommand].model.optimizer
+            own = self.model.together.optimizers[name] if self.model.together else {}
+            log.info("%s", told_of(name, head, dict(shared.get("init_args") or {}) | own))
         lm, length = self.model.lm, self.datamodule.ctx_len
         lm.check_length(
             length, f"data.ctx_len={length}", f"set --data.ctx_len {lm.positions} or less"
@@ -331,6 +338,21 @@ class KanllamaCLI(LightningCLI):
     def _parts(self) -> list[Path]:
         """The folders that heads are saved in."""
         return [self.run_folder / name for name in self.model.heads()]
+
+
+def told_of(name: str, head: SAEHead, optimizer: Mapping[str, Any]) -> str:
+    """What a run trains, in a line: kind, width, L0, learning rate.
+
+    Args:
+        name: Of one of several heads; empty for one alone.
+        head: The head.
+        optimizer: Arguments of its optimizer.
+    """
+    said = [f"{head.d_sae:,} latents on {head.d_model} coordinates"]
+    if "target_l0" in arguments_of(type(head)):
+        said.append(f"L0 {head.target_l0}")
+    said.append(f"learning rate {optimizer.get('lr', 'that of the optimizer')}")
+    return f"head {f'{name}: ' if name else ''}{type(head).__name__}, {', '.join(said)}"
 
 
 def _started_with_others() -> bool:

@@ -1,10 +1,10 @@
 """Help texts, laid out from the catalogue of options."""
 
 import argparse
-import difflib
 import shutil
 from collections.abc import Mapping, Sequence
 
+from kanllama_lightning.cli import synonyms
 from kanllama_lightning.cli.catalogue import Option, fit_groups, head_options, heads
 
 WIDTH = 100
@@ -92,10 +92,15 @@ def head_help(name: str) -> str | None:
     )
 
 
-def no_such_option(name: str, command: str, known: Sequence[str]) -> str:
+def no_such_option(
+    name: str,
+    command: str,
+    known: Sequence[str],
+    elsewhere: Mapping[str, str] = synonyms.TRAIN,
+) -> str:
     """What to say of an option that there is not."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    hint = f" Did you mean --{near[0]}?" if near else ""
-    if name.endswith(".k"):
-        hint = " Latents per token are --model.head.target_l0, for every head."
-    return f"error: --{name}: no such option.{hint} See `{command} --help`"
+    near = synonyms.meant(name, known, elsewhere)
+    hint = f" Did you mean --{near}?" if near else ""
+    if near == "model.head.target_l0" and name.endswith("k"):
+        hint = f" Latents per token are --{near}, for every head."
+    return f"--{name}: no such option.{hint} See `{command} --help`"

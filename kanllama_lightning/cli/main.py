@@ -1,16 +1,25 @@
 """Where commands begin: help and misspelt options are answered before torch is loaded."""
 
+import difflib
 import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 from kanllama_lightning import __version__
-from kanllama_lightning.cli import catalogue, help
+from kanllama_lightning.cli import help
 from kanllama_lightning.console.stopping import answered, say
 
 TRAIN = ("fit", "validate", "plan")
 EVALUATE = ("list", "report", "compare", "try")
+MEANT = {"train": "fit", "run": "fit", "start": "fit", "eval": "report", "evaluate": "report",
+         "test": "validate", "val": "validate", "dry-run": "plan", "cost": "plan",
+         "generate": "try", "prompt": "try", "show": "report", "diff": "compare"}  # fmt: skip
+"""What commands are called elsewhere."""
 WANDB_SERVICE = "WANDB_SERVICE"
 """Where W&B looks for the service of the process that started this one, which may have ended:
 a command starts its own."""
@@ -31,11 +40,16 @@ def _train(args: Sequence[str] | None) -> int:
     quick = _quick(given, "python train.py", TRAIN, help.TRAIN, _train_help)
     if quick is not None:
         return quick
-    wrong = catalogue.wrong_option(given[1:])
-    if wrong is not None:
-        known = [o.name for group in catalogue.fit_groups().values() for o in group]
-        say(help.no_such_option(wrong, f"python train.py {given[0]}", known))
+    from kanllama_lightning.cli import command_line
+    from kanllama_lightning.cli.kinds import NotUnderstood
+
+    try:
+        command_line.read(given, _loaded)
+    except NotUnderstood as e:
+        say(f"error: {e}")
         return 2
+    except _Unread:
+        pass  # the command says what is wrong with it
 
     from kanllama_lightning.cli import train_command
 
@@ -49,11 +63,12 @@ def _evaluate(args: Sequence[str] | None) -> int:
     if quick is not None:
         return quick
     from kanllama_lightning.cli import evaluate_options
+    from kanllama_lightning.cli.kinds import NotUnderstood
 
-    wrong = evaluate_options.wrong_option(given[0], given[1:])
-    if wrong is not None:
-        known = evaluate_options.names(given[0])
-        say(help.no_such_option(wrong, f"python evaluate.py {given[0]}", known))
+    try:
+        meant = evaluate_options.read(given)
+    except NotUnderstood as e:
+        say(f"error: {e}")
         return 2
     if given[0] == "list":
         from kanllama_lightning.cli import list_command
@@ -63,7 +78,7 @@ def _evaluate(args: Sequence[str] | None) -> int:
     from kanllama_lightning.cli import evaluate_command
 
     os.environ.pop(WANDB_SERVICE, None)
-    return evaluate_command.main(args)
+    return evaluate_command.main(meant)
 
 
 def kanllama() -> int:
@@ -94,14 +109,45 @@ def _quick(
         print(f"usage: {program} COMMAND [--option VALUE ...]\n\n{about}", end="")  # noqa: T201
         return 0 if given else 2
     if given[0] not in commands:
-        say(f"error: {given[0]}: no such command; there are {', '.join(commands)}. See "
-            f"`{program} --help`")  # fmt: skip
+        if later := [one for one in given if one in commands]:
+            others = [one for one in given if one != later[0]]
+            say(f"error: {given[0]}: the command comes first: {program} "
+                f"{' '.join([later[0], *others])}")  # fmt: skip
+            return 2
+        say(f"error: {given[0]}: no such command; there are {', '.join(commands)}."
+            f"{_near(given[0], commands)} See `{program} --help`")  # fmt: skip
         return 2
     told = own_help(given)
     if told is None:
         return None
     print(told, end="")  # noqa: T201
     return 0
+
+
+def _near(word: str, commands: Sequence[str]) -> str:
+    meant = MEANT.get(word, word)
+    near = difflib.get_close_matches(meant, commands, n=1)
+    if near:
+        return f" Did you mean {near[0]}?"
+    for program, others in (("train.py", TRAIN), ("evaluate.py", EVALUATE)):
+        if meant in others:
+            return f" Did you mean `python {program} {meant}`?"
+    return ""
+
+
+class _Unread(Exception):
+    """A config file cannot be read."""
+
+
+def _loaded(file: Path) -> dict[str, Any]:
+    """What a config file says, without any check of it."""
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except Exception as e:
+        raise _Unread from e
+    if not isinstance(tree, dict | None):
+        raise _Unread
+    return tree or {}
 
 
 def _train_help(given: list[str]) -> str | None:

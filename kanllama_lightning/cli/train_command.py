@@ -15,9 +15,9 @@ from kanllama_lightning.cli.arguments import (
     SUBCOMMANDS,
     explain,
     load_yaml,
+    meant,
+    parsed_from,
     refuse_linked,
-    with_base,
-    with_shipped,
 )
 from kanllama_lightning.cli.fit import RUN_FOLDER, KanllamaCLI
 from kanllama_lightning.console.entry import Aftermath, guarded
@@ -83,10 +83,11 @@ def _run(given: list[str], started: bool) -> int:
             from kanllama_lightning.cli.plan_command import PlanCLI
 
             kind, given = PlanCLI, ["fit", *given[1:]]
-        given = with_shipped(given)
+        line = meant(given)
+        given = line.canonical()
         set_loader("yaml", load_yaml, (yaml.YAMLError,))
         refuse_linked(given)
-        KanllamaCLI.given = given
+        KanllamaCLI.given, KanllamaCLI.files = given, line.files
         kind(
             SAEModule,
             TokenData,
@@ -98,7 +99,7 @@ def _run(given: list[str], started: bool) -> int:
                 "exit_on_error": False,
                 **{sub: {"exit_on_error": False} for sub in SUBCOMMANDS},
             },
-            args=with_base(given),
+            args=parsed_from(line),
             save_config_callback=LogConfig,
             essential=ESSENTIAL,
         )

@@ -8,6 +8,7 @@ from kanllama_lightning.heads.decoders import (
     UnitDirections,
 )
 from kanllama_lightning.heads.encoders import FrozenLinearEncoder, LinearEncoder
+from kanllama_lightning.heads.head import width
 from kanllama_lightning.heads.hidden_units import kan_size
 from kanllama_lightning.heads.sae import SAE
 from kanllama_lightning.heads.selections import Thresholded
@@ -24,7 +25,8 @@ class WideBatchTopK(SAE):
             be as large as; its own number follows.
     """
 
-    def __init__(self, d_model: int, d_sae: int, **shared: Any) -> None:
+    def __init__(self, d_model: int, d_sae: int | None, **shared: Any) -> None:
+        d_sae = width(d_model, d_sae)
         if d_sae < 1:
             raise InputError(f"head.d_sae={d_sae}: a dictionary needs at least 1 latent")
         wide = d_sae + round(kan_size(d_model, d_sae) / (2 * d_model + 1))

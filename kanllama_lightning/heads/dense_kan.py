@@ -23,12 +23,12 @@ class DenseKAN(SAEHead, shipped=False):
 
     Args:
         d_model: Width of the activations (linked from the LM on the command line).
-        d_sae: Number of latents.
+        d_sae: Number of latents (default: 8 times the width).
         target_l0: Has no effect: there is nothing to reach it with.
         seed: Seed of the initial weights (linked to `seed_everything`).
     """
 
-    def __init__(self, d_model: int, d_sae: int, target_l0: int, seed: int = 0) -> None:
+    def __init__(self, d_model: int, d_sae: int | None, target_l0: int, seed: int = 0) -> None:
         super().__init__(d_model, d_sae, seed)
         self.target_l0 = target_l0
 
@@ -83,16 +83,16 @@ class DenseOnlyKAN(DenseKAN):
 
     Args:
         d_model: Width of the activations (linked from the LM on the command line).
-        d_sae: Number of latents.
+        d_sae: Number of latents (default: 8 times the width).
         target_l0: Has no effect: there is nothing to reach it with.
         seed: Seed of the initial weights (linked to `seed_everything`).
     """
 
-    def __init__(self, d_model: int, d_sae: int, target_l0: int, seed: int = 0) -> None:
+    def __init__(self, d_model: int, d_sae: int | None, target_l0: int, seed: int = 0) -> None:
         super().__init__(d_model, d_sae, target_l0, seed)
         own = own_stream(seed)
-        self.kan_in = KANLinear(d_model, d_sae, generator=own)
-        self.kan_out = KANLinear(d_sae, d_model, generator=own)
+        self.kan_in = KANLinear(d_model, self.d_sae, generator=own)
+        self.kan_out = KANLinear(self.d_sae, d_model, generator=own)
 
     def encoder(self, x: Float[Tensor, "tok d_model"]) -> Float[Tensor, "tok d_sae"]:
         """KAN(x)."""
@@ -119,7 +119,7 @@ class DenseKANReLU(DenseKAN):
 
     Args:
         d_model: Width of the activations (linked from the LM on the command line).
-        d_sae: Number of latents.
+        d_sae: Number of latents (default: 8 times the width).
         target_l0: Has no effect: there is nothing to reach it with.
         latent_hidden: Whether either side has as many hidden units as there are latents (the
             "latent" form) rather than as there are coordinates ("input").
@@ -127,17 +127,22 @@ class DenseKANReLU(DenseKAN):
     """
 
     def __init__(
-        self, d_model: int, d_sae: int, target_l0: int, latent_hidden: bool = False, seed: int = 0
+        self,
+        d_model: int,
+        d_sae: int | None,
+        target_l0: int,
+        latent_hidden: bool = False,
+        seed: int = 0,
     ) -> None:
         super().__init__(d_model, d_sae, target_l0, seed)
         self.latent_hidden = latent_hidden
-        hidden, own = d_sae if latent_hidden else d_model, own_stream(seed)
+        hidden, own = self.d_sae if latent_hidden else d_model, own_stream(seed)
         self.kan_in = KANLinear(d_model, hidden, generator=own)
         self.kan_out = KANLinear(hidden, d_model, generator=own)
-        rows = torch.rand(2, d_sae, hidden, generator=own) * 2 - 1
+        rows = torch.rand(2, self.d_sae, hidden, generator=own) * 2 - 1
         self.U = nn.Parameter((rows[0] / hidden**0.5).T)
-        self.b = nn.Parameter(torch.zeros(d_sae))
-        self.V = nn.Parameter(rows[1] / d_sae**0.5)
+        self.b = nn.Parameter(torch.zeros(self.d_sae))
+        self.V = nn.Parameter(rows[1] / self.d_sae**0.5)
         self.c = nn.Parameter(torch.zeros(hidden))
 
     def encoder(self, x: Float[Tensor, "tok d_model"]) -> Float[Tensor, "tok d_sae"]:

@@ -44,6 +44,8 @@ AGAIN = "copy the folder anew from its run"
 UNIT = "x_variance"
 """The tensor that heads lack which were saved before the loss had one unit."""
 WEIGHTS, CARD = "head.safetensors", "head.json"
+LATENTS_PER_COORDINATE = 8
+"""Where a head does not say how many latents it has."""
 ALONE = 64
 """Latents that are decoded alone, each on a row of its own, at once."""
 
@@ -71,6 +73,11 @@ class Card(TypedDict):
     provenance: NotRequired[Provenance]
 
 
+def width(d_model: int, d_sae: int | None) -> int:
+    """Number of latents of a head that may not say one."""
+    return LATENTS_PER_COORDINATE * d_model if d_sae is None else d_sae
+
+
 class Trained(nn.Module):
     """What a run trains: a head, or several side by side."""
 
@@ -83,7 +90,7 @@ class SAEHead(Trained, ABC):
 
     Args:
         d_model: Width of the activations (linked from the LM on the command line).
-        d_sae: Number of latents.
+        d_sae: Number of latents; None for 8 times the width.
         seed: Seed of the initial weights (linked to `seed_everything`); the same seed gives the
             same W_enc and W_dec to every kind of head.
     """
@@ -100,8 +107,9 @@ class SAEHead(Trained, ABC):
     x_mean: Tensor
     x_variance: Tensor
 
-    def __init__(self, d_model: int, d_sae: int, seed: int = 0) -> None:
+    def __init__(self, d_model: int, d_sae: int | None, seed: int = 0) -> None:
         super().__init__()
+        d_sae = width(d_model, d_sae)
         if d_sae < 1:
             raise InputError(f"head.d_sae={d_sae}: a dictionary needs at least 1 latent")
         self.d_model, self.d_sae, self.seed = d_model, d_sae, seed

@@ -30,7 +30,7 @@ class SAE(SAEHead, shipped=False):
 
     Args:
         d_model: Width of the activations (linked from the LM on the command line).
-        d_sae: Number of latents.
+        d_sae: Number of latents (default: 8 times the width).
         target_l0: Latents per token (L0): exactly, on average, or what a penalty is steered to.
         alpha_aux: Weight of AuxK, which revives dead latents; 0 leaves it out.
         seed: Seed of the initial weights (linked to `seed_everything`); the same seed gives the
@@ -42,13 +42,18 @@ class SAE(SAEHead, shipped=False):
     decoder: Decoder
 
     def __init__(
-        self, d_model: int, d_sae: int, target_l0: int, alpha_aux: float = 1 / 32, seed: int = 0
+        self,
+        d_model: int,
+        d_sae: int | None,
+        target_l0: int,
+        alpha_aux: float = 1 / 32,
+        seed: int = 0,
     ) -> None:
         super().__init__(d_model, d_sae, seed)
-        if not 1 <= target_l0 <= d_sae:
+        if not 1 <= target_l0 <= self.d_sae:
             raise InputError(
-                f"head.target_l0={target_l0}: must be from 1 to d_sae={d_sae}; lower it or widen "
-                "the dictionary"
+                f"head.target_l0={target_l0}: must be from 1 to d_sae={self.d_sae}; lower it or "
+                "widen the dictionary"
             )
         if not alpha_aux >= 0:
             raise InputError(f"head.alpha_aux={alpha_aux}: must be 0 or more (default 1/32)")

@@ -11,7 +11,15 @@ from typing import Any, TypedDict
 from kanllama_lightning.errors import InputError
 from kanllama_lightning.storage.files import replacing
 from kanllama_lightning.storage.lock import confirm_mine
-from kanllama_lightning.storage.small_files import Count, FileName, read_csv, read_json, read_text, read_yaml, there
+from kanllama_lightning.storage.small_files import (
+    Count,
+    FileName,
+    read_csv,
+    read_json,
+    read_text,
+    read_yaml,
+    there,
+)
 
 CONFIG, SESSIONS, SUMMARY, CHECKPOINTS, HEAD, HEADS, LOGGER_ID, EVAL = (
     "config.yaml",

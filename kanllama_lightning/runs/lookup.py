@@ -37,7 +37,9 @@ def folder_named(name: str, runs_dir: str, argument: str = "RUN") -> Path:
     first, *below = inside.parts
     found = _run_called(first, name, runs_dir, argument).joinpath(*below)
     if not found.exists():
-        raise InputError(f"{argument}={name!r}: no such folder; {found.parent} holds no {below[-1]}")
+        raise InputError(
+            f"{argument}={name!r}: no such folder; {found.parent} holds no {below[-1]}"
+        )
     return found if found.is_dir() and found.name != CHECKPOINTS else _leads_to(found, argument)
 
 

@@ -75,5 +75,3 @@ def torn(checkpoint: Path, through: bool = True) -> str | None:
         if through and written(path).crc32 != want.crc32:
             return f"{name} is not what was written (its checksum differs)"
     return None
-
-

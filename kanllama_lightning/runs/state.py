@@ -9,7 +9,19 @@ from typing import Any, NamedTuple
 
 from kanllama_lightning.errors import InputError
 from kanllama_lightning.storage.lock import LOCK, Holder, holder_of
-from kanllama_lightning.runs.folder import CHECKPOINTS, CONFIG, EVAL, HEAD, HEADS, LOGGER_ID, SESSIONS, SUMMARY, members, read_config, read_summary
+from kanllama_lightning.runs.folder import (
+    CHECKPOINTS,
+    CONFIG,
+    EVAL,
+    HEAD,
+    HEADS,
+    LOGGER_ID,
+    SESSIONS,
+    SUMMARY,
+    members,
+    read_config,
+    read_summary,
+)
 from kanllama_lightning.runs.seals import checkpoints, torn
 
 log = logging.getLogger(__name__)

@@ -32,7 +32,8 @@ class SideBySide(Trained):
             init_args for this head. Heads whose kind has arguments of its own (`Gated`: betas 0
             and 0.999) are trained with these. A `seed` among the init_args takes the place of
             the run's.
-        d_sae: Number of latents of the heads that do not say their own.
+        d_sae: Number of latents of the heads that do not say their own (default: 8 times the
+            width).
         target_l0: Latents per token of the heads that do not say their own.
         seed: Seed of the heads that do not say their own (linked to `seed_everything`).
     """
@@ -50,7 +51,7 @@ class SideBySide(Trained):
             raise InputError("model.head.heads={}: name at least one head")
         self.d_model = d_model
         shared = {"d_model": d_model, "d_sae": d_sae, "target_l0": target_l0, "seed": seed}
-        given = {key: value for key, value in shared.items() if value is not None}
+        given = {k: v for k, v in shared.items() if v is not None or k == "d_sae"}
         self.members: dict[str, SAEHead] = {}
         self.optimizers: dict[str, dict[str, Any]] = {}
         """Arguments of the optimizer that are a head's own."""
@@ -73,7 +74,7 @@ def alone(spec: dict[str, Any], d_sae: int | None, target_l0: int | None) -> dic
     """The `model.head` of a run that trains this head alone; seed and width follow from links."""
     shared = {"d_sae": d_sae, "target_l0": target_l0}
     own = {k: v for k, v in (spec.get("init_args") or {}).items() if k != "seed"}
-    given = {key: value for key, value in shared.items() if value is not None}
+    given = {k: v for k, v in shared.items() if v is not None or k == "d_sae"}
     return {"class_path": spec["class_path"], "init_args": given | own}
 
 

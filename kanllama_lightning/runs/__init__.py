@@ -1,0 +1,1 @@
+"""The folder of a run: what it holds, what state it is in, its checkpoints."""

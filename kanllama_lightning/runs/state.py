@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kanllama_lightning.errors import InputError
-from kanllama_lightning.storage.lock import LOCK, Holder, holder_of
 from kanllama_lightning.runs.folder import (
     CHECKPOINTS,
     CONFIG,
@@ -23,6 +22,7 @@ from kanllama_lightning.runs.folder import (
     read_summary,
 )
 from kanllama_lightning.runs.seals import checkpoints, torn
+from kanllama_lightning.storage.lock import LOCK, Holder, holder_of
 
 log = logging.getLogger(__name__)
 

@@ -104,7 +104,7 @@ def try_text(
             raise InputError(f"steer={latent}: there are latents 0 to {head.d_sae - 1}")
     ids = [bos(lm), *text_ids(lm, text, "text")]
     check_length(lm, text, len(ids), "text")
-    seen = seen_by(head, lm, ids)
+    seen = seen_by(head, lm, [ids])
     runs = (*RUNS, STEERED) if set_to else RUNS
     log_p = {run: log_probs(_logits(head, lm, seen, run, set_to)) for run in runs}
     predictions = {}
@@ -161,7 +161,7 @@ def _continue(
         if lm.positions is not None and len(ids) + len(new) > lm.positions:
             stopped = "context"
             break
-        logits = _logits(head, lm, seen_by(head, lm, ids + new), run, steer)
+        logits = _logits(head, lm, seen_by(head, lm, [ids + new]), run, steer)
         token = int(log_probs(logits).argmax())
         if token in ends:
             stopped = "end of text"

@@ -22,7 +22,7 @@ SEASONS = {
 def world_prompts() -> list[Prompt]:
     """All of them, in a fixed order; the first is about a vase."""
     return [
-        Prompt(kind, prompt[0].upper() + prompt[1:], answer)
+        Prompt(kind, prompt[0].upper() + prompt[1:], (answer,))
         for make in (_falls, _follows, _sums, _comparisons, _animals, _mixes, _week, _things)
         for kind, prompt, answer in make()
     ]

@@ -84,9 +84,9 @@ def _mixes() -> Iterator[tuple[str, str, str]]:
 
 def _week() -> Iterator[tuple[str, str, str]]:
     for day, then in zip(lex.DAYS, lex.DAYS[1:] + lex.DAYS[:1], strict=True):
-        yield "days", f"after {day} comes", f" {then}"
+        yield "calendar", f"after {day} comes", f" {then}"
     for season, brings in SEASONS.items():
-        yield "seasons", f"in {season} the", brings
+        yield "calendar", f"in {season} the", brings
 
 
 def _things() -> Iterator[tuple[str, str, str]]:

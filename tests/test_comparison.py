@@ -147,7 +147,7 @@ def test_table_equals_numpy(pair: list[Path]) -> None:
         low, high = np.quantile(ratios, [0.025, 0.975])
         assert (row["fvu_low"], row["fvu_high"]) == pytest.approx((low, high), rel=1e-9)
     first = rows[0]
-    assert (first["dead_frac"], first["lens_kurtosis_median"], first["sae_agreement"]) == (
+    assert (first["dead_frac"], first["lens_kurtosis_median"], first["sae_kept_frac"]) == (
         0.125,
         3.5,
         None,

@@ -25,7 +25,7 @@ def test_the_shipped_set_is_large_even_and_free_of_repeats():
     prompts = load(LLAMA)
     assert len(prompts) >= 120
     assert prompts[0] == Prompt(
-        "cause and effect", "If the glass falls off the table, it will", " break"
+        "cause and effect", "If the glass falls off the table, it will", (" break", " shatter")
     )
     sizes = Counter(p.category for p in prompts)
     assert set(sizes) == {
@@ -35,8 +35,9 @@ def test_the_shipped_set_is_large_even_and_free_of_repeats():
     assert min(sizes.values()) >= 0.9 * max(sizes.values())
     assert len({p.prompt for p in prompts}) == len(prompts)
     for p in prompts:
-        assert p.answer.startswith(" ")
-        assert p.answer.strip() == p.answer[1:]
+        assert len(set(p.answers)) == len(p.answers) >= 1
+        for answer in p.answers:  # a blank before it, but after a quotation mark
+            assert answer == ("" if p.prompt.endswith('"') else " ") + answer.strip()
         assert p.prompt == p.prompt.strip()
     assert (files("kanllama_lightning.prompts") / "llama.jsonl").is_file()
 
@@ -55,13 +56,16 @@ def test_prompts_of_the_world_have_one_answer_in_its_own_grammar():
     prompts = world_prompts()
     assert len(prompts) >= 100
     assert prompts[0] == Prompt(
-        "falling things", "If the vase falls off the shelf, it will", " break"
+        "falling things", "If the vase falls off the shelf, it will", (" break",)
     )
     assert len({p.prompt for p in prompts}) == len(prompts)
     found = 0
     for p in prompts:
         alike = [s for s in told if re.match(re.escape(p.prompt) + r"\b", s)]
-        assert all(re.match(re.escape(p.prompt + p.answer) + r"\b", s) for s in alike), (p, alike)
+        assert all(re.match(re.escape(p.prompt + p.answers[0]) + r"\b", s) for s in alike), (
+            p,
+            alike,
+        )
         found += bool(alike)
     assert found > 0.95 * len(prompts)
 
@@ -72,7 +76,7 @@ def test_the_embedded_lm_knows_what_the_prompts_ask():
     chosen = world_prompts()[::8]
     for p in chosen:
         start = text_ids(lm, p.prompt, "prompt")
-        whole = text_ids(lm, p.prompt + p.answer, "prompt")
+        whole = text_ids(lm, p.prompt + p.answers[0], "prompt")
         assert whole[: len(start)] == start
         logits = lm.model(torch.tensor([[bos(lm), *start]])).logits[0, -1]
         first += int(logits.argmax()) == whole[len(start)]
@@ -91,7 +95,9 @@ GOOD = {"category": "c", "prompt": "p", "answer": " a"}
         (b"[1]", "it=[1] must be an object"),
         (b"{}", "has the keys none"),
         (json.dumps(GOOD | {"extra": 1}).encode(), "answer, category, extra, prompt"),
-        (json.dumps(GOOD | {"answer": 3}).encode(), "answer=3 must be a text"),
+        (json.dumps(GOOD | {"answer": 3}).encode(), "answer 0=3 must be a text"),
+        (json.dumps(GOOD | {"answer": [" a", ""]}).encode(), "answer 1='' must be a text"),
+        (json.dumps(GOOD | {"answer": []}).encode(), "answer=[] must be a text, or a list"),
         (json.dumps(GOOD | {"prompt": "  "}).encode(), "prompt='  ' must be a text"),
     ],
 )
@@ -107,7 +113,9 @@ def test_files_of_any_line_ends_are_read_and_empty_ones_refused(tmp_path):
     path = tmp_path / "mine.jsonl"
     text = json.dumps(GOOD | {"prompt": "über\u2028uns"}, ensure_ascii=False)
     path.write_bytes(f"\r\n{text}\r\n{json.dumps(GOOD)}".encode())
-    assert load(path) == [Prompt("c", "über\u2028uns", " a"), Prompt("c", "p", " a")]
+    assert load(path) == [Prompt("c", "über\u2028uns", (" a",)), Prompt("c", "p", (" a",))]
+    path.write_text(json.dumps(GOOD | {"answer": [" a", " b"]}))
+    assert load(path) == [Prompt("c", "p", (" a", " b"))]
     path.write_bytes(b"\n \n")
     with pytest.raises(InputError, match="holds no prompt"):
         load(path)
@@ -160,11 +168,11 @@ def test_special_tokens_and_sinks_do_not_count(make_lm):
     head = started_head(lm)
     ids = [bos(lm), *text_ids(lm, "w1 w2 <eos> w3", "text")]
     assert ids[3] == lm.tokenizer.eos_token_id
-    seen = seen_by(head, lm, ids)
+    seen = seen_by(head, lm, [ids])
     assert seen.mask.tolist() == [[False, True, True, False, True]]
     norms = lm.acts(torch.tensor([ids]))[0].norm(dim=1)
     head.norm_limit.copy_((norms[1] + norms[2]) / 2)
-    mask = seen_by(head, lm, ids).mask[0]
+    mask = seen_by(head, lm, [ids]).mask[0]
     assert mask[1:3].sum() == 1
     assert torch.equal(mask, seen.mask[0] & (norms <= head.norm_limit))
 

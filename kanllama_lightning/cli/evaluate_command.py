@@ -77,7 +77,7 @@ OVERVIEW: tuple[tuple[str, str, Form], ...] = (
     ("dense", "latents/dense_frac", "{:.1%}"),
     ("lens skewness, median", "latents/lens_skewness_median", "{:.2f}"),
     ("lens kurtosis, median (normal: 3)", "latents/lens_kurtosis_median", "{:.2f}"),
-    ("prompts: first guess kept", "capability/sae_agreement", "{:.1%}"),
+    ("answers kept", "capability/sae_kept_frac", "{:.1%}"),
     ("facts recovered (F1 at least 0.9)", "concepts/recovered_frac", "{:.1%}"),
     ("facts: mean F1", "concepts/mean_f1", "{:.3f}"),
     ("LLM: detection (chance: 0.5)", "interpretability/detection", "{:.3f}"),
@@ -85,7 +85,7 @@ OVERVIEW: tuple[tuple[str, str, Form], ...] = (
 )
 """What `report` shows at the end; everything is in `summary.json`."""
 OF_THEIR_OWN = {
-    "capability": ("n_prompts", "prompts"),
+    "capability": ("n_known", "answers of the untouched LM"),
     "concepts": ("n_facts", "facts in stories of their own"),
     "interpretability": ("n_judged", "latents"),
 }

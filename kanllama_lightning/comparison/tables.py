@@ -91,7 +91,7 @@ def _row(run: Evaluated, name: str, drawn: Drawn) -> dict[str, Any]:
         "sparsity": ("dead_frac", "dense_frac"),
         "reconstruction": ("cosine", "bias"),
         "latents": ("lens_kurtosis_median", "lens_skewness_median"),
-        "capability": ("sae_agreement",),
+        "capability": ("sae_kept_frac",),
         "concepts": ("recovered_frac", "mean_f1"),
     }.items():
         row |= {key: run.figure(report, key, name) for key in names}

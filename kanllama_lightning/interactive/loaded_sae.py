@@ -105,7 +105,7 @@ class LoadedSAE:
 
     def _read(self, text: Any, labels: dict[int, str]) -> TextLatents:
         lm, ids = self.lm, self._ids(text)
-        seen = seen_by(self.head, lm, ids)
+        seen = seen_by(self.head, lm, [ids])
         positions = seen.mask[0].nonzero().squeeze(1).tolist()
         tokens = [token_text(lm.tokenizer, ids[position]) for position in positions]
         codes = seen.out.codes.sparse()

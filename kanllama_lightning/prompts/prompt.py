@@ -8,5 +8,6 @@ class Prompt(NamedTuple):
 
     category: str
     prompt: str
-    answer: str
-    """Directly after the prompt: with the blank before it, where there is one."""
+    answers: tuple[str, ...]
+    """Each directly after the prompt: with the blank before it, where there is one. Any of them is
+    right; ranks and probabilities are of the first."""

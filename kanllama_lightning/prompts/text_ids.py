@@ -1,4 +1,6 @@
-"""A line of text under the LM: its ids, and what a head makes of it."""
+"""Lines of text under the LM: their ids, and what a head makes of them."""
+
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -63,11 +65,16 @@ def check_length(lm: FrozenLM, text: str, n_ids: int, argument: str) -> None:
 
 
 @torch.no_grad()
-def seen_by(head: SAEHead, lm: FrozenLM, ids: list[int]) -> ValidationBatch:
-    """One text, BOS first, as a head in evaluation mode sees it; special tokens do not count."""
-    row = torch.tensor([ids], dtype=torch.int64)
-    keep = ~torch.isin(row, torch.tensor(special_ids(lm.tokenizer)))
-    tokens = TokenBatch(row, keep, torch.zeros_like(row), torch.zeros(3, dtype=torch.int64))
+def seen_by(head: SAEHead, lm: FrozenLM, rows: Sequence[list[int]]) -> ValidationBatch:
+    """Texts, BOS first, as a head in evaluation mode sees them; special tokens do not count.
+
+    Shorter ones end in BOS, which changes nothing before it and does not count either.
+    """
+    longest = max(len(ids) for ids in rows)
+    ids = torch.tensor([[*row, *[bos(lm)] * (longest - len(row))] for row in rows])
+    special = torch.tensor(sorted({*special_ids(lm.tokenizer), bos(lm)}))
+    keep = ~torch.isin(ids, special)
+    tokens = TokenBatch(ids, keep, torch.zeros_like(ids), torch.zeros(3, dtype=torch.int64))
     tokens = tokens.to(lm.device)
     return run_head(lm.prefix(tokens.ids), tokens, "prompt", head)
 

@@ -103,7 +103,7 @@ def try_text(
     set_to = dict(steer or {})
     check_steering(head, set_to)
     ids = given_ids(lm, text)
-    seen = seen_by(head, lm, ids)
+    seen = seen_by(head, lm, [ids])
     runs = (*RUNS, STEERED) if set_to else RUNS
     log_p = {run: log_probs(_logits(head, lm, seen, run, set_to)) for run in runs}
     predictions = {}
@@ -194,7 +194,7 @@ def continuation(
         if lm.positions is not None and len(ids) + len(new) > lm.positions:
             stopped = "context"
             break
-        logits = _logits(head, lm, seen_by(head, lm, ids + new), run, steer)
+        logits = _logits(head, lm, seen_by(head, lm, [ids + new]), run, steer)
         token = int(log_probs(logits).argmax())
         if token in ends:
             stopped = "end of text"

@@ -22,7 +22,7 @@ SEASONS = {
 def world_prompts() -> list[Prompt]:
     """All of them, in a fixed order; the first is about a vase."""
     return [
-        Prompt(kind, prompt[0].upper() + prompt[1:], answer)
+        Prompt(kind, prompt[0].upper() + prompt[1:], (answer,))
         for make in (_falls, _follows, _sums, _comparisons, _animals, _mixes, _week, _things)
         for kind, prompt, answer in make()
     ]
@@ -84,9 +84,9 @@ def _mixes() -> Iterator[tuple[str, str, str]]:
 
 def _week() -> Iterator[tuple[str, str, str]]:
     for day, then in zip(lex.DAYS, lex.DAYS[1:] + lex.DAYS[:1], strict=True):
-        yield "days", f"after {day} comes", f" {then}"
+        yield "calendar", f"after {day} comes", f" {then}"
     for season, brings in SEASONS.items():
-        yield "seasons", f"in {season} the", brings
+        yield "calendar", f"in {season} the", brings
 
 
 def _things() -> Iterator[tuple[str, str, str]]:

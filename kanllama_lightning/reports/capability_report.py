@@ -1,7 +1,8 @@
-"""Whether the LM still knows what comes next when it has to make do with the reconstruction."""
+"""Which answers the LM still gives when it has to make do with the reconstruction."""
 
 import hashlib
 import json
+import math
 from html import escape
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +10,7 @@ from typing import Annotated, Any
 import pandas as pd
 import plotly.graph_objects as go
 
+from kanllama_lightning.functional.proportion import wilson
 from kanllama_lightning.lm.frozen import EMBEDDED
 from kanllama_lightning.lm.token_text import quoted, token_text, visible
 from kanllama_lightning.pages.plots import PALETTE, styled
@@ -20,6 +22,8 @@ from kanllama_lightning.types import InputError
 
 SHOWN = 5
 """How many of the likeliest tokens the log has; all `top` of them are in the table."""
+MIN_KNOWN, MIN_SHARE = 5, 0.2
+"""A category that the untouched LM answers less of is not one it can do: nothing is kept of it."""
 LABELS = {
     "original": "original",
     "sae": "reconstruction",
@@ -30,11 +34,12 @@ COLUMNS = {
     **{"category": str, "answer_tokens": Positive, "top1": str, "rank": Positive},
     "run": Annotated[str, Like("|".join(LABELS), "one of " + ", ".join(LABELS))],
     **{"probability": Annotated[float, Within(0, 1)], "log_prob": float, "kl": float},
-    "agrees": Annotated[str, Like("True|False", "True or False")],
+    **dict.fromkeys(("agrees", "hit"), Annotated[str, Like("True|False", "True or False")]),
 }
 """What is read of `capability.csv`."""
+ALL = "(all that it can do)"
+"""In the place of a category: those together that the untouched LM can do."""
 STYLES = {
-    "original": (PALETTE[0], "", "circle"),
     "sae": (PALETTE[1], "/", "square"),
     "mean": (PALETTE[2], ".", "diamond"),
     "zero": (PALETTE[3], "x", "x"),
@@ -54,31 +59,33 @@ Each prompt is given to the LM four times, as the same tokens, BOS first:
   mean      the mean activation of the head's start sample does
 Replaced are all positions but special tokens (BOS) and attention sinks (norm > {limit:.4g}).
 Read at the last position of the prompt:
-  rank      of the answer's first token; 1 = no token has a larger logit
+  rank      of the first answer's first token; 1 = no token has a larger logit
   p         its probability
-  log p     log-probability of the whole answer, each token after those before it, nats
+  log p     log-probability of the whole first answer, each token after those before it, nats
   KL        of the run's prediction from the original's, nats; 0 = the same
   !         the likeliest token is not the original's
+  +         what the run says, always its likeliest token, is a whole answer
   L0        latents that fire, mean over the replaced tokens
 """
 
 
 class CapabilityReport(Report):
-    """Rank and probability of known answers: original, reconstruction, zero and mean ablation.
+    """Answers that the LM gives, and which of them are kept: reconstruction, zero, mean ablation.
 
     `capability.log` is a transcript for people, with the totals at its end; `capability.csv` has a
-    row per prompt and run (control characters of texts and tokens are written as `\\n`, `\\x1b`).
+    row per prompt and run (control characters of texts and tokens are written as `\\n`, `\\x1b`);
+    `categories.csv` has a row per category and run (METHODS C).
 
     Args:
         prompt: A prompt of your own instead of a set of them; needs `answer`.
         answer: How that prompt goes on, with the blank before it (" break").
-        prompts: File of prompts (jsonl: category, prompt, answer) instead of the shipped ones,
-            which are about the story world for the embedded LM and general for any other.
+        prompts: File of prompts (jsonl: category, prompt, answer, which may be a list) instead of
+            the shipped ones, about the story world for the embedded LM and general for any other.
         top: How many of the likeliest tokens are written to the table.
     """
 
     name = "capability"
-    files = ("capability.log", "capability.csv", "capability.html")
+    files = ("capability.log", "capability.csv", "categories.csv", "capability.html")
     streams = False
 
     def __init__(
@@ -120,7 +127,7 @@ class CapabilityReport(Report):
         if not self.own() or not (run.out / self.files[1]).is_file():
             return None
         table = run.read_table(self.files[1], COLUMNS)
-        table["agrees"] = table["agrees"] == "True"
+        table["hit"] = table["hit"] == "True"
         if self.prompt is None:
             return _totals(table)
         first = table.iloc[0]
@@ -148,7 +155,7 @@ class CapabilityReport(Report):
 
     def _prompts(self, run: EvalRun) -> list[Prompt]:
         if self.prompt is not None and self.answer is not None:
-            return [Prompt("own", self.prompt, self.answer)]
+            return [Prompt("own", self.prompt, (self.answer,))]
         if self.prompts is not None:
             return load(self.prompts)
         return world_prompts() if run.lm.name == EMBEDDED else load(LLAMA)
@@ -163,31 +170,33 @@ class CapabilityReport(Report):
         """Ask everything; transcript, table, bars, figures."""
         log = [self._header(run)]
         rows: list[dict[str, Any]] = []
-        kept = 0
-        for n, asked in enumerate(self._questions, start=1):
-            answers = ask(run.head, run.lm, asked, self.top)
-            kept += answers.kept
+        every = ask(run.head, run.lm, self._questions, self.top)
+        for n, (asked, answers) in enumerate(zip(self._questions, every, strict=True), start=1):
             log.append(self._transcript(run, n, asked, answers))
             rows += self._rows(run, asked, answers)
         table = pd.DataFrame(rows)
+        counts = _counts(table)
         log.append(_totals(table))
         run.write_table("capability.csv", table)
+        run.write_table("categories.csv", counts)
         run.write_text("capability.log", "\n".join(log))
         run.write_page(
             "capability.html",
             "Capability",
-            f"{len(self._questions)} prompts with known answers, original LM, reconstruction and "
-            "ablations, read at the last token of the prompt; per category. Single prompts are in "
-            "capability.log.",
-            [_accuracy(table), _kl(table)],
+            f"{len(self._questions)} prompts with known answers. Kept: of the answers that the "
+            "untouched LM gives, those that it still gives with the reconstruction or an ablation "
+            f"in the activation's place, with 95 % intervals. {_left_out(counts)} Single prompts "
+            "are in capability.log.",
+            [_kept(counts), _kl(counts)],
         )
-        figures: dict[str, float | int] = {
-            f"{name}_{measure}": float(value)
-            for name, values in _aggregate(table, ["run"]).iterrows()
-            for measure, value in values.items()
-            if name != "original" or measure not in ("agreement", "kl")
-        }
-        return {"n_prompts": len(self._questions), "n_readout_kept": kept} | figures
+        figures: dict[str, float | int | None] = {}
+        for total in counts[counts["category"] == ALL].to_dict("records"):
+            figures |= {"n_asked": total["asked"], "n_known": total["known"]}
+            for name in ("kept", "lost", "gained", "kept_frac", "kept_low", "kept_high", "kl"):
+                value = total[name]
+                figures[f"{total['run']}_{name}"] = None if pd.isna(value) else value
+        untouched = sum(answers.untouched for answers in every)
+        return {"n_prompts": len(every), "n_readout_untouched": untouched} | figures
 
     def _header(self, run: EvalRun) -> str:
         head, lm = run.head, run.lm
@@ -203,7 +212,8 @@ class CapabilityReport(Report):
     def _transcript(self, run: EvalRun, n: int, asked: AskedPrompt, answers: Answers) -> str:
         prompt = asked.prompt
         lines = [
-            f"[{n}] {visible(prompt.category)}: {quoted(prompt.prompt)} -> {quoted(prompt.answer)}",
+            f"[{n}] {visible(prompt.category)}: {quoted(prompt.prompt)} -> "
+            + " | ".join(quoted(answer) for answer in prompt.answers),
             f"    {answers.n_ids} tokens, {answers.replaced} of them replaced, L0 {answers.l0:.1f}",
         ]
         if len(asked.answer_ids) > 1:
@@ -213,7 +223,7 @@ class CapabilityReport(Report):
         if asked.alone:
             lines.append("    after the prompt the answer would be cut into other tokens: it was "
                          "tokenised by itself")  # fmt: skip
-        if answers.kept:
+        if answers.untouched:
             lines.append("    the last position is a special token or a sink: it was not replaced")
         for name, r in answers.readings.items():
             top = "  ".join(
@@ -221,8 +231,9 @@ class CapabilityReport(Report):
             )
             kl = "" if name == "original" else f"KL {r.kl:.4f}"
             lines.append(
-                f"  {' ' if r.agrees else '!'} {name:<8}  rank {r.rank:<5} p {r.probability:.4f}  "
-                f"log p {r.log_prob:>8.3f}  {kl:<10}  {top}"
+                f" {'+' if r.hit else ' '}{' ' if r.agrees else '!'} {name:<8}  "
+                f"rank {r.rank:<5} p {r.probability:.4f}  log p {r.log_prob:>8.3f}  {kl:<10}  {top}"
+                + (f"  says {quoted(r.said)}" if asked.most > 1 else "")
             )
         return "\n".join([*lines, ""])
 
@@ -232,7 +243,9 @@ class CapabilityReport(Report):
 
         return [
             {
-                **{name: visible(value) for name, value in asked.prompt._asdict().items()},
+                "category": visible(asked.prompt.category),
+                "prompt": visible(asked.prompt.prompt),
+                "answer": " | ".join(visible(answer) for answer in asked.prompt.answers),
                 "answer_tokens": len(asked.answer_ids),
                 "run": name,
                 "rank": r.rank,
@@ -243,80 +256,121 @@ class CapabilityReport(Report):
                 "top1": text(r.top[0][0]),
                 "agrees": r.agrees,
                 "top": json.dumps([[text(i), p] for i, p in r.top]),
+                "said": visible(r.said),
+                "hit": r.hit,
                 "replaced": 0 if name == "original" else answers.replaced,
             }
             for name, r in answers.readings.items()
         ]
 
 
-def _aggregate(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    """Median rank, shares of first ranks and of agreement, mean log-probability and KL."""
-    rows = table.assign(first=table["rank"] == 1).groupby(by, sort=False)
-    return pd.DataFrame(
-        {
-            "median_rank": rows["rank"].median(),
-            "top1_accuracy": rows["first"].mean(),
-            "agreement": rows["agrees"].mean(),
-            "log_prob": rows["log_prob"].mean(),
-            "kl": rows["kl"].mean(),
-        }
+def _counts(table: pd.DataFrame) -> pd.DataFrame:
+    """A row per category and run (the original is what they are compared with), ALL last.
+
+    Columns: `asked` prompts; `known`, those that the original answers; whether it `can` do the
+    category; of the known ones `kept` and `lost`; `gained`, hits among the others, which count for
+    nothing; `kept_frac` = kept / known with its 95 % interval (Wilson), empty where it cannot; mean
+    `kl` over all prompts, nats. ALL is of the categories that the original can do.
+    """
+    known = table.loc[table["run"] == "original", "hit"].to_numpy()
+    categories = table.loc[table["run"] == "original", "category"]
+    asked = categories.groupby(categories, sort=False).size()
+    able = {
+        category: known[(categories == category).to_numpy()].sum() >= max(MIN_KNOWN, MIN_SHARE * n)
+        for category, n in asked.items()
+    }
+    rows = []
+    for category in (*asked.index, ALL):
+        for run in RUNS[1:]:
+            own = table[table["run"] == run]
+            of = own["category"].map(able) if category == ALL else own["category"] == category
+            of = of.to_numpy(dtype=bool)
+            hit, n = own["hit"].to_numpy()[of], int(known[of].sum())
+            kept = int((hit & known[of]).sum())
+            can = n > 0 if category == ALL else bool(able[category])
+            low, high = wilson(kept, n) if can else (math.nan, math.nan)
+            rows.append(
+                {
+                    **{"category": category, "run": run, "asked": int(of.sum()), "known": n},
+                    **{"can": can, "kept": kept, "lost": n - kept},
+                    **{"gained": int(hit.sum()) - kept, "kept_frac": kept / n if can else math.nan},
+                    **{"kept_low": low, "kept_high": high, "kl": float(own["kl"][of].mean())},
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _left_out(counts: pd.DataFrame) -> str:
+    """Which categories the LM cannot do, in words."""
+    rows = counts[(counts["run"] == "sae") & (counts["category"] != ALL) & ~counts["can"]]
+    if rows.empty:
+        return "The untouched LM can do every category."
+    named = ", ".join(f"{r.category} ({r.known} of {r.asked})" for r in rows.itertuples())
+    return (
+        f"The untouched LM answers too little (fewer than {MIN_KNOWN}, or than {MIN_SHARE:.0%}) "
+        f"to say what is kept of: {named}."
     )
 
 
 def _totals(table: pd.DataFrame) -> str:
-    n = len(table) // len(RUNS)
-    title = (
-        f"{'':<24}{'run':<10}{'prompts':>8}{'median rank':>13}{'rank 1':>9}{'agrees':>9}"
-        f"{'log p':>10}{'KL':>10}"
-    )
+    n, counts = len(table) // len(RUNS), _counts(table)
     lines = [
         f"TOTALS over {n} prompt{'s' if n > 1 else ''}",
-        "  rank 1: share of prompts whose answer comes first; agrees: share with the original's",
-        "  likeliest token; log p and KL: means, nats",
+        "  known: prompts that the untouched LM answers (all of an answer, its likeliest tokens)",
+        "  kept, lost: of the known ones; gained: hits among the others, part of no share",
+        "  kept %: kept / known, with its 95 % interval; KL: mean over all prompts, nats",
+        f"  {ALL}: of the categories that the untouched LM can do",
+        f"  {_left_out(counts)}",
         "",
-        title,
+        f"{'':<24}{'run':<6}{'asked':>6}{'known':>7}{'kept':>6}{'lost':>6}{'gained':>8}"
+        f"{'kept %':>9}  {'interval':<17}{'KL':>9}",
     ]
-    parts = [(str(c), t) for c, t in table.groupby("category", sort=False)]
-    if len(parts) > 1:
-        parts.insert(0, ("all", table))
-    for category, part in parts:
+    last = None
+    for r in counts.to_dict("records"):
+        category = r["category"]
         label = category if len(category) < 24 else f"{category[:22]}…"
-        for run, v in _aggregate(part, ["run"]).iterrows():
-            lines.append(
-                f"{label:<24}{run!s:<10}{len(part) // len(RUNS):>8}{v['median_rank']:>13g}"
-                f"{v['top1_accuracy']:>9.1%}{v['agreement']:>9.1%}{v['log_prob']:>10.3f}"
-                f"{v['kl']:>10.4f}"
-            )
-            label = ""
+        share = f"{r['kept_frac']:.1%}" if r["can"] else "-"
+        between = f"{r['kept_low']:.1%} to {r['kept_high']:.1%}" if r["can"] else ""
+        lines.append(
+            f"{'' if category == last else label:<24}{r['run']:<6}{r['asked']:>6}{r['known']:>7}"
+            f"{r['kept']:>6}{r['lost']:>6}{r['gained']:>8}{share:>9}  {between:<17}"
+            f"{r['kl']:>9.4f}"
+        )
+        last = category
     return "\n".join([*lines, ""])
 
 
-def _accuracy(table: pd.DataFrame) -> go.Figure:
-    """Share of the answers that come first, per category and run."""
-    means = _aggregate(table, ["run", "category"])["top1_accuracy"]
+def _kept(counts: pd.DataFrame) -> go.Figure:
+    """Share of the known answers that each run keeps, per category that the LM can do."""
     figure = go.Figure()
-    for run in RUNS:
-        values, (colour, pattern, _) = means[run], STYLES[run]
+    for run in RUNS[1:]:
+        rows, (colour, pattern, _) = counts[(counts["run"] == run) & counts["can"]], STYLES[run]
         figure.add_bar(
-            x=_labels(values),
-            y=values.to_list(),
+            x=_labels(rows["category"]),
+            y=rows["kept_frac"].to_list(),
+            error_y={
+                "array": (rows["kept_high"] - rows["kept_frac"]).to_list(),
+                "arrayminus": (rows["kept_frac"] - rows["kept_low"]).to_list(),
+            },
+            customdata=rows[["known", "kept", "lost", "gained"]].to_numpy().tolist(),
             name=LABELS[run],
             marker={"color": colour, "pattern": {"shape": pattern}},
-            hovertemplate=f"{LABELS[run]}: %{{y:.1%}}<extra></extra>",
+            hovertemplate=f"{LABELS[run]}: %{{y:.1%}} of %{{customdata[0]}}: "
+            "kept %{customdata[1]}, lost %{customdata[2]}, gained %{customdata[3]}<extra></extra>",
         )
-    figure = styled(figure, "Answers that come first", "category", "share of the prompts")
+    figure = styled(figure, "Answers that are kept", "category", "share of the LM's own answers")
     return figure.update_layout(barmode="group", bargap=0.25)
 
 
-def _kl(table: pd.DataFrame) -> go.Figure:
+def _kl(counts: pd.DataFrame) -> go.Figure:
     """Mean KL from the original, per category and run."""
-    means = _aggregate(table, ["run", "category"])["kl"]
     figure = go.Figure()
     for run in RUNS[1:]:
-        values, (colour, _, symbol) = means[run], STYLES[run]
+        rows = counts[(counts["run"] == run) & (counts["category"] != ALL)]
+        colour, _, symbol = STYLES[run]
         figure.add_scatter(
-            x=_labels(values),
-            y=values.to_list(),
+            x=_labels(rows["category"]),
+            y=rows["kl"].to_list(),
             name=LABELS[run],
             mode="markers",
             marker={"color": colour, "symbol": symbol, "size": 11},
@@ -326,5 +380,5 @@ def _kl(table: pd.DataFrame) -> go.Figure:
     return styled(figure, "How far the prediction moves", "category", "KL from the original (nats)")
 
 
-def _labels(values: pd.Series) -> list[str]:
-    return [escape(str(category)) for category in values.index]
+def _labels(categories: pd.Series) -> list[str]:
+    return [escape(str(category)) for category in categories]

@@ -10,7 +10,7 @@ from jsonargparse._loaders_dumpers import yaml_load
 
 from kanllama_lightning import heads
 from kanllama_lightning.cli.command_line import LINKED, CommandLine, read
-from kanllama_lightning.cli.kinds import NotUnderstood
+from kanllama_lightning.cli.kinds import NotUnderstood, in_words
 from kanllama_lightning.runs.folder import (
     CHECKPOINTS,
     HEAD,
@@ -135,12 +135,13 @@ def explain(message: str) -> str:
     if option or unknown:
         name = next(g for m in (option, unknown) if m for g in m.groups() if g)
         hint = " Latents per token are `target_l0`, for every head." if name.endswith("k") else ""
+        of = re.search(r'Parser key "([\w.]+)"', text)
         return (
-            f"{name}: no such option.{hint} See `python train.py fit --help`, or for a head "
-            f"`python train.py fit --model.head.help KANEncoder` ({text[:600]})"
+            f"{f'{of[1]}: ' if of else ''}{name}: no such option.{hint} See `python train.py fit "
+            "--help`, or for a head `python train.py fit --model.head.help KANEncoder`"
         )
     if "head" in text and head:
         near = difflib.get_close_matches(head[1], known, n=1, cutoff=0.4)
         hint = f" Did you mean {near[0]}?" if near else ""
         return f"model.head={head[1]!r}: no such head.{hint} Known: {', '.join(known)}"
-    return text[:1500]
+    return in_words(text) or text[:1500]

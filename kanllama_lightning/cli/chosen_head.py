@@ -15,7 +15,7 @@ import yaml
 
 from kanllama_lightning.cli import catalogue
 from kanllama_lightning.cli.help import no_such_option
-from kanllama_lightning.cli.kinds import NotUnderstood, in_tree, plain, typed
+from kanllama_lightning.cli.kinds import NotUnderstood, in_tree, parts, plain, typed
 
 SIDE_BY_SIDE = "SideBySide"
 OF_A_MEMBER = ("class_path", "lr", "optimizer")
@@ -183,6 +183,7 @@ def chosen_head(
                 f"model.head.{one.key} in {one.file}: {_short(kind)} has no such argument."
                 f"{_near(one.key, known)}"
             )
+        _refuse_null(f"{one.key} in {one.file}", one.value, known and known[one.key])
         args[one.key] = one.value
     if known is not None:
         args = {k: _in_file(k, v, known[k]) for k, v in args.items()}
@@ -197,6 +198,13 @@ def chosen_head(
 
 def _in_file(key: str, value: Any, annotation: str) -> Any:
     return in_tree(f"model.head.{key}", value, annotation)
+
+
+def _refuse_null(name: str, value: Any, annotation: str | None) -> None:
+    if value is None and annotation and "None" not in parts(annotation):
+        raise NotUnderstood(
+            f"model.head.{name}=null: must be something; leave it out for its default"
+        )
 
 
 def _short(kind: str | None) -> str:
@@ -259,6 +267,7 @@ def _set(
     value = _value(option, annotation)
     if first == "heads":
         value = _members(value)
+    _refuse_null(option.name.removeprefix("model.head."), value, annotation)
     if not inner:
         args[first] = value
         return

@@ -143,7 +143,7 @@ def spelt(args: Sequence[str]) -> list[tuple[str, list[str], str | None]]:
         if arg.startswith("--") and len(arg) > 2 or arg == "-c":
             name, equals, value = arg.lstrip("-").partition("=")
             found.append((name, [value] if value else [], value if equals else None))
-        elif re.fullmatch(r"-[A-Za-z][\w.-]+(=.*)?", arg):
+        elif re.fullmatch(r"-(?!inf$|nan$)[A-Za-z][\w.-]+(=.*)?", arg):
             raise NotUnderstood(f"{arg}: an option begins with two dashes: -{arg}")
         elif not found:
             known = arg.removesuffix(".yaml") in shipped_configs() or arg.endswith(".yaml")

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from kanllama_lightning import comparison, reports
 from kanllama_lightning.cli.evaluate_options import ABOUT, CONFIG, PLACES, SETTINGS
+from kanllama_lightning.cli.kinds import in_words
 from kanllama_lightning.console.entry import Aftermath, guarded
 from kanllama_lightning.console.quiet import quiet
 from kanllama_lightning.measures import cells
@@ -304,19 +305,8 @@ COMMANDS = {"report": run_report, "compare": run_compare, "try": run_try}
 def _explain(message: str) -> str:
     """One clear message from what the parser says."""
     text = re.sub(r"\s*\n\s*", " ", message).strip()
-    key = re.search(r'Parser key "([\w.]+)"', text)
-    given = re.search(r"Given value: (.*)$", text)
-    kinds = re.findall(r"Expected an? <class '(\w+)'>", text)
-    if key and given and kinds:
-        names = {
-            "int": "a whole number",
-            "float": "a number",
-            "str": "a text",
-            "bool": "true or false",
-        }
-        wanted = " or ".join(names.get(kind, kind) for kind in kinds if kind != "NoneType")
-        text = f"--{key[1]}={given[1]}: must be {wanted}"
-    return f"{text[:1500]}\nsee `python evaluate.py --help` and `python evaluate.py report --help`"
+    text = in_words(text) or text[:1500]
+    return f"{text}\nsee `python evaluate.py --help` and `python evaluate.py report --help`"
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -281,6 +281,43 @@ def typed(option: str, words: Sequence[str], annotation: str) -> str:
     return word
 
 
+WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a text",
+    "NoneType": "none",
+    "list": "a list",
+    "dict": "arguments by name",
+}
+"""What types are called in a message."""
+
+
+def in_words(message: str) -> str | None:
+    """What a parser says of a value, without the types of Python; None if it says none.
+
+    Args:
+        message: In one line.
+    """
+    key = re.search(r'Parser key "([\w.]+)"', message)
+    given = re.search(r"Given value: (.*?)(?: Given value type.*)?$", message)
+    asked = re.findall(r"<class '([\w.]+)'>|Literal\[([^\]]+)\]", message.partition("Given v")[0])
+    if key is None or not asked:
+        *_, last = message.rpartition('Parser key "')
+        inner = re.fullmatch(r'([\w.]+)": (Expected [^.]+?)\..*', last)
+        if key is None or inner is None:
+            return None
+        name = inner[1] if inner[1] == key[1] else f"{key[1]}.{inner[1]}"
+        return f"--{name}: {inner[2].replace('Expected', 'must be')}"
+    wanted = [
+        ", ".join(re.findall(r"'([^']+)'", literal)) if literal
+        else WORDS.get(name, f"a {name.rpartition('.')[2]} by its class_path")
+        for name, literal in asked
+    ]  # fmt: skip
+    value = f" {given[1][:80]}" if given else ""
+    return f"--{key[1]}{value}: must be {' or '.join(dict.fromkeys(wanted))}"
+
+
 def in_tree(where: str, value: Any, annotation: str) -> Any:
     """A value of a config file, with numbers, switches and names as people write them there."""
     members = parts(annotation)

@@ -15,7 +15,7 @@ import yaml
 from kanllama_lightning.cli import evaluate_command, evaluate_options, main, train_command
 from kanllama_lightning.cli.command_line import CommandLine, read
 from kanllama_lightning.cli.fit import told_of
-from kanllama_lightning.cli.kinds import NotUnderstood
+from kanllama_lightning.cli.kinds import NotUnderstood, in_words
 from kanllama_lightning.heads import PCA, KANEncoder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -211,3 +211,17 @@ def test_a_run_says_first_what_it_trains():
     said = told_of("kan", head, {"lr": 0.003})
     assert said == "head kan: KANEncoder, 128 latents on 16 coordinates, L0 4, learning rate 0.003"
     assert told_of("", PCA(16, 8), {}).endswith("learning rate that of the optimizer")
+
+
+def test_no_type_of_python_is_shown():
+    message = (
+        'Parser key "trainer.deterministic": Does not validate against any of the Union subtypes '
+        "Subtypes: [<class 'bool'>, typing.Literal['warn'], <class 'NoneType'>] Errors: - Expected "
+        "a <class 'bool'> Given value type: <class 'str'> Given value: 1/0"
+    )
+    assert in_words(message) == "--trainer.deterministic 1/0: must be true or false or warn or none"
+    message = (
+        'Parser key "model.optimizer": Parser key "betas": Expected a tuple with 2 elements. x'
+    )
+    assert in_words(message) == "--model.optimizer.betas: must be a tuple with 2 elements"
+    assert in_words("something else") is None

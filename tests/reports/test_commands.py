@@ -242,7 +242,7 @@ def test_shipped_configs_parse(file, runs, monkeypatch):
         ([], "subcommand"),
         (["report"], "runs"),
         (["report", "RUN", "--docments", "5"], "--docments"),
-        (["report", "RUN", "--documents", "abc"], "--documents=abc: must be a whole number"),
+        (["report", "RUN", "--documents", "abc"], "--documents abc: must be a whole number"),
         (["report", "RUN", "--dtype", "float64"], "float64"),
         (["compare", "RUN"], "at least two"),
         (["compare", "RUN", "=x"], "may be empty"),

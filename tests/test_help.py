@@ -70,7 +70,7 @@ def test_every_head_is_listed():
     assert catalogue.heads().keys() == set(heads.__all__) - {"SAEHead"}
 
 
-@pytest.mark.parametrize("command", evaluate_options.SETTINGS)
+@pytest.mark.parametrize("command", evaluate_options.PLACES)
 def test_the_help_of_evaluation_lists_what_its_parser_takes(command):
     parser = ArgumentParser()
     groups = ["lm", *(kind.name for kind in REPORTS)] if command == "report" else ["lm"]

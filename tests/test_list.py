@@ -86,7 +86,7 @@ def test_the_newest_comes_first_and_names_are_whole(run_folder, capsys):
     [
         (["last"], "takes no RUN"),
         (["--runs_dir", "/no/such"], "--runs_dir='/no/such': no such folder"),
-        (["--runs_dir"], "--runs_dir='': no such folder"),
+        (["--runs_dir"], "--runs_dir: its value is missing"),
         (["--runsdir", "x"], "Did you mean --runs_dir?"),
     ],
 )

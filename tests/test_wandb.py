@@ -74,7 +74,9 @@ def test_modes_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
         check_mode()
 
 
-@pytest.mark.parametrize(("program", "command"), [("train", "fit"), ("evaluate", "report")])
+@pytest.mark.parametrize(
+    ("program", "command"), [("train", "fit --config kan"), ("evaluate", "report last")]
+)
 def test_the_service_of_a_process_that_ended_is_not_asked(
     program: str, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,7 +86,7 @@ def test_the_service_of_a_process_that_ended_is_not_asked(
         f"kanllama_lightning.cli.{program}_command.main",
         lambda _: asked.append("WANDB_SERVICE" in os.environ) or 0,
     )
-    assert getattr(main, program)([command, "last"] if program == "evaluate" else [command]) == 0
+    assert getattr(main, program)(command.split()) == 0
     assert asked == [False]
 
 

@@ -183,7 +183,8 @@ def chosen_head(
                 f"model.head.{one.key} in {one.file}: {_short(kind)} has no such argument."
                 f"{_near(one.key, known)}"
             )
-        _refuse_null(f"{one.key} in {one.file}", one.value, known and known[one.key])
+        annotation = None if known is None else known[one.key]
+        _refuse_null(f"{one.key} in {one.file}", one.value, annotation)
         args[one.key] = one.value
     if known is not None:
         args = {k: _in_file(k, v, known[k]) for k, v in args.items()}

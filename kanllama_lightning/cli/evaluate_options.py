@@ -119,6 +119,7 @@ TRY = (
 )
 LIST = (Setting("runs_dir", "Folder that the runs lie in.", str, "runs"),)
 SETTINGS = {
+    "list": LIST,
     "report": (*REPORT, *TEXT, *MACHINE),
     "compare": (*COMPARE, *TEXT, *MACHINE),
     "try": (*TRY, *MACHINE),
@@ -204,7 +205,7 @@ def read(given: Sequence[str]) -> list[str]:
                       *(words if joined is None else [])]  # fmt: skip
     missing = [s.name for s in SETTINGS[command] if s.required and not any(
         arg == f"--{s.name}" or arg.startswith(f"--{s.name}=") for arg in found)]  # fmt: skip
-    if not places:
+    if not places and command in PLACES:
         example = "last" if command != "compare" else "kan=runs/KAN linear=runs/LINEAR"
         raise NotUnderstood(
             f"{command}: of what? Name a run behind it: python evaluate.py {command} {example}"

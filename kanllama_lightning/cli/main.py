@@ -73,7 +73,7 @@ def _evaluate(args: Sequence[str] | None) -> int:
     if given[0] == "list":
         from kanllama_lightning.cli import list_command
 
-        return list_command.main(given[1:])
+        return list_command.main(meant[1:])
 
     from kanllama_lightning.cli import evaluate_command
 

@@ -300,8 +300,9 @@ def in_words(message: str) -> str | None:
         message: In one line.
     """
     key = re.search(r'Parser key "([\w.]+)"', message)
-    given = re.search(r"Given value: (.*?)(?: Given value type.*)?$", message)
-    asked = re.findall(r"<class '([\w.]+)'>|Literal\[([^\]]+)\]", message.partition("Given v")[0])
+    given = re.search(r"(?:Given|Got) value: (.*?)(?: Given value type.*)?$", message)
+    said = re.split("(?:Given|Got) v", message)[0]
+    asked = re.findall(r"<class '([\w.]+)'>|Literal\[([^\]]+)\]", said)
     if key is None or not asked:
         *_, last = message.rpartition('Parser key "')
         inner = re.fullmatch(r'([\w.]+)": (Expected [^.]+?)\..*', last)

@@ -14,15 +14,16 @@ from kanllama_lightning.cli import train_command as cli
 from kanllama_lightning.cli.arguments import meant
 from kanllama_lightning.cli.command_line import BASE
 from kanllama_lightning.heads import SAEHead
+from kanllama_lightning.lm.frozen import FETCHED
 from kanllama_lightning.storage.named import current_path
 from tests.conftest import rest_slow
 from train import main
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-OVERLAYS = {"base", "embedded", "multi_gpu"}
+OVERLAYS = {"base", "embedded", "multi_gpu", "smollm2"}
 HEAD_CONFIGS = [c for c in CONFIGS if c.stem not in OVERLAYS]
-SEVERAL = {"side_by_side"}
+SEVERAL = {"side_by_side", "kan_and_batch_topk"}
 SOME = [c for c in HEAD_CONFIGS if c.stem in ("kan", "side_by_side")]
 
 
@@ -69,6 +70,12 @@ def test_is_a_complete_run_on_the_real_target_or_on_the_embedded_model(
     assert parsed.data.val is None
     assert "StoryWorldCorpus" in parsed.data.train.class_path
     assert parsed.model.head.class_path == own, "the overlay keeps the head"
+    parsed = parse(monkeypatch, config, ROOT / "configs" / "smollm2.yaml")
+    assert parsed.lm.name == FETCHED
+    assert parsed.model.head.class_path == own
+    assert parsed.model.head.init_args.target_l0 == 32
+    assert parsed.data.train.init_args.part == "train"
+    assert parsed.data.val.init_args.part == "validation"
 
 
 WHOLE = ("kan", "jump_relu", "only_kan", "dense_kan_relu", "side_by_side")

@@ -153,6 +153,9 @@ def run_report(given: Namespace) -> None:
             index = write_index(run, _closing(shown), REPORTS, _options(given))
             said += f"; open {index}"
         console.print(said, soft_wrap=True, highlight=False)
+    wanting = [why for run in made for r in run.reports if (why := r.wanting(run)) is not None]
+    if wanting:
+        raise InputError("; ".join(wanting))
 
 
 def _closing(table: Table) -> Closing:

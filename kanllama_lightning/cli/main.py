@@ -4,6 +4,7 @@ import difflib
 import itertools
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import yaml
 from kanllama_lightning import __version__
 from kanllama_lightning.cli import help
 from kanllama_lightning.console.stopping import answered, say
+from kanllama_lightning.console.units import duration
 
 TRAIN = ("fit", "validate", "plan")
 EVALUATE = ("list", "report", "compare", "try")
@@ -20,6 +22,7 @@ MEANT = {"train": "fit", "run": "fit", "start": "fit", "eval": "report", "evalua
          "test": "validate", "val": "validate", "dry-run": "plan", "cost": "plan",
          "generate": "try", "prompt": "try", "show": "report", "diff": "compare"}  # fmt: skip
 """What commands are called elsewhere."""
+LONG_S = 20.0
 WANDB_SERVICE = "WANDB_SERVICE"
 """Where W&B looks for the service of the process that started this one, which may have ended:
 a command starts its own."""
@@ -27,12 +30,22 @@ a command starts its own."""
 
 def train(args: Sequence[str] | None = None) -> int:
     """`train.py`; returns the exit code."""
-    return answered(lambda: _train(args))
+    return _timed(lambda: _train(args))
 
 
 def evaluate(args: Sequence[str] | None = None) -> int:
     """`evaluate.py`; returns the exit code."""
-    return answered(lambda: _evaluate(args))
+    return _timed(lambda: _evaluate(args))
+
+
+def _timed(run: Callable[[], int]) -> int:
+    """Run a command; one that took long says how long, from before torch is loaded."""
+    began = time.perf_counter()
+    code = answered(run)
+    seconds = time.perf_counter() - began
+    if code == 0 and seconds >= LONG_S and os.environ.get("LOCAL_RANK", "0") == "0":
+        say(f"took {duration(seconds)}")
+    return code
 
 
 def _train(args: Sequence[str] | None) -> int:

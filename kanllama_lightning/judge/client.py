@@ -23,6 +23,9 @@ T = TypeVar("T")
 
 ATTEMPTS = 2
 """Times that a question is asked until the answer can be used."""
+TRUNCATED = "truncated"
+MORE_ROOM = 4
+"""How many times as long the second reply may be, if the first was cut off."""
 MOST_TOKENS = 1 << 30
 """Tokens of one reply; a server that reports more has reported nonsense."""
 LENGTHS = "list lengths"
@@ -123,6 +126,7 @@ class Judge:
         """Replies that came now, and not from the disk."""
         self._lost_in_a_row = 0
         self._met = False
+        self._seen = False
         self._door = asyncio.Lock()
         self._places = asyncio.Semaphore(manner.concurrency)
         self._client = endpoint.client(
@@ -142,9 +146,10 @@ class Judge:
 
     def recall(self, question: JudgeQuestion, parse: Callable[[str], T]) -> Answer[T] | None:
         """The answer, if it is on the disk."""
-        replies = []
+        replies: list[Mapping[str, Any]] = []
+        failure = None
         for attempt in range(ATTEMPTS):
-            reply = self.cache.read(self._key(question, attempt))
+            reply = self.cache.read(self._key(question, attempt, self._room(failure)))
             if reply is None:
                 return None
             replies.append(reply)
@@ -152,6 +157,10 @@ class Judge:
             if final:
                 break
         return _answer(value, failure, replies)
+
+    def _room(self, failure: str | None) -> int:
+        """Most tokens of a reply, after one that failed."""
+        return self.manner.max_tokens * (MORE_ROOM if failure == TRUNCATED else 1)
 
     async def ask(self, question: JudgeQuestion, parse: Callable[[str], T]) -> Answer[T]:
         """Ask, and once more if the answer cannot be used.
@@ -163,69 +172,86 @@ class Judge:
         replies: list[Mapping[str, Any]] = []
         value, failure = None, None
         for attempt in range(ATTEMPTS):
-            kept = self.cache.read(self._key(question, attempt))
-            reply = await self._wait_and_send(question, attempt) if kept is None else kept
+            room = self._room(failure)
+            kept = self.cache.read(self._key(question, attempt, room))
+            reply = await self._wait_and_send(question, attempt, room) if kept is None else kept
             if isinstance(reply, str):
                 return Answer(None, reply, True, len(replies), *_usage(replies))
             replies.append(reply)
             value, failure, final = _judged(reply, parse)
+            self._look_at_first(failure)
             if final:
                 break
         return _answer(value, failure, replies)
 
-    def most(self, question: JudgeQuestion) -> float:
-        """The most that one call may cost, in USD."""
-        tokens = estimate_tokens(question.messages, question.schema)
-        return self.prices.cost(tokens, self.manner.max_tokens)
+    def _look_at_first(self, failure: str | None) -> None:
+        """Say once whether the schema binds the server, by the first reply that came now."""
+        if self._seen or not self.asked or failure == TRUNCATED:
+            return
+        self._seen = True
+        if failure is not None and "response_format" not in self.refused:
+            log.warning(
+                "the judge took the schema of the answer and does not keep to it (%s): replies "
+                "that cannot be read are asked for once more, then left out. A server that binds "
+                "its model to the schema loses none",
+                failure,
+            )
 
-    def _wanted(self, question: JudgeQuestion, attempt: int) -> dict[str, Any]:
+    def most(self, question: JudgeQuestion, room: int | None = None) -> float:
+        """The most that one call may cost, in USD; `room`: most tokens of the reply."""
+        tokens = estimate_tokens(question.messages, question.schema)
+        return self.prices.cost(tokens, room or self.manner.max_tokens)
+
+    def _wanted(self, question: JudgeQuestion, attempt: int, room: int) -> dict[str, Any]:
         """The parameters, before the server has said which it does not take."""
         schema = {"name": question.name, "strict": True, "schema": question.schema}
         return {
             "temperature": 0,
             "seed": self.manner.seed + attempt,
-            "max_tokens": self.manner.max_tokens,
+            "max_tokens": room,
             "response_format": {"type": "json_schema", "json_schema": schema},
         }
 
-    def _key(self, question: JudgeQuestion, attempt: int) -> str:
+    def _key(self, question: JudgeQuestion, attempt: int, room: int) -> str:
         # the address is left out: the same model answers alike wherever it is asked
         return ReplyCache.key(
             {
                 "model": self.manner.model,
-                "params": self._wanted(question, attempt),
+                "params": self._wanted(question, attempt, room),
                 "messages": question.messages,
                 "attempt": attempt,
             }
         )
 
-    def _params(self, question: JudgeQuestion, attempt: int) -> dict[str, Any]:
+    def _params(self, question: JudgeQuestion, attempt: int, room: int) -> dict[str, Any]:
         """The parameters that the server takes."""
-        params = self._wanted(question, attempt)
+        params = self._wanted(question, attempt, room)
         if "max_tokens" in self.refused:
             params["max_completion_tokens"] = params["max_tokens"]
         if LENGTHS in self.refused:
             params["response_format"] = _without_lengths(params["response_format"])
         return {name: value for name, value in params.items() if name not in self.refused}
 
-    async def _wait_and_send(self, question: JudgeQuestion, attempt: int) -> dict[str, Any] | str:
+    async def _wait_and_send(
+        self, question: JudgeQuestion, attempt: int, room: int
+    ) -> dict[str, Any] | str:
         """A reply, or why there is none; the first call goes alone, as the server may be down."""
         async with self._places:
             if not self._met:
                 async with self._door:
                     if not self._met:
                         try:
-                            return await self._send(question, attempt)
+                            return await self._send(question, attempt, room)
                         finally:
                             self._met = True
-            return await self._send(question, attempt)
+            return await self._send(question, attempt, room)
 
-    async def _send(self, question: JudgeQuestion, attempt: int) -> dict[str, Any] | str:
-        call = _Call(self.most(question))
+    async def _send(self, question: JudgeQuestion, attempt: int, room: int) -> dict[str, Any] | str:
+        call = _Call(self.most(question, room))
         CALL.set(call)
         create: Any = self._client.chat.completions.with_raw_response.create
         while True:
-            params = self._params(question, attempt)
+            params = self._params(question, attempt, room)
             try:
                 response = await create(
                     model=self.manner.model, messages=question.messages, **params
@@ -238,6 +264,13 @@ class Judge:
                 await self._settle(call, 0.0 if unreached else call.most)
                 silent = isinstance(e, openai.APITimeoutError)
                 why = f"no reply in {self.manner.timeout:g} s" if silent else "connection broke off"
+                if silent and why not in self.lost:
+                    log.warning(
+                        "the judge gave no reply in %g s; a slow server is given more by "
+                        "--interpretability.timeout SECONDS, or fewer calls at once by "
+                        "--interpretability.concurrency",
+                        self.manner.timeout,
+                    )
                 return self._lose("no connection" if unreached else why, unreached)
             except openai.APIStatusError as e:
                 if self._adapt(e, params):
@@ -259,7 +292,7 @@ class Judge:
         used = _usage([reply])
         cost = call.most if None in used else self.prices.cost(used[0] or 0, used[1] or 0)
         await self._settle(call, cost)
-        self.cache.write(self._key(question, attempt), _record(self, question, params), reply)
+        self.cache.write(self._key(question, attempt, room), _record(self, question, params), reply)
         self.asked += 1
         self._lost_in_a_row = 0
         return reply
@@ -384,7 +417,7 @@ def _judged(
     if reply.get("refusal") or reply.get("finish_reason") == "content_filter":
         return None, "refused", True
     if reply.get("finish_reason") == "length":
-        return None, "truncated", False
+        return None, TRUNCATED, False
     content = reply.get("content")
     if not isinstance(content, str):
         return None, "no text", False

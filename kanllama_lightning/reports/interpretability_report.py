@@ -239,6 +239,11 @@ class InterpretabilityReport(Report):
         self._draw(run, table, figures)
         return figures
 
+    def wanting(self, run: EvalRun) -> str | None:
+        """Under half of the latents could be judged."""
+        path = run.out / self.files[0]
+        return _too_few(pd.read_csv(path)) if path.is_file() and not self.dry_run else None
+
     def _collector(self, d_sae: int) -> Contexts:
         return Contexts(d_sae, self.width, TOP_KEPT, SAMPLED, SILENT, self.seed)
 
@@ -352,7 +357,7 @@ class InterpretabilityReport(Report):
         run.write_page(
             "interpretability.html",
             "Interpretability",
-            _said(self, figures),
+            _said(self, figures, _too_few(table)),
             [_detections(table), _scores(table), _by_frequency(table)],
         )
 
@@ -413,7 +418,22 @@ def _beyond(
     return found
 
 
-def _said(report: InterpretabilityReport, figures: dict[str, Any]) -> str:
+def _too_few(table: pd.DataFrame) -> str | None:
+    """What to say where under half of the head's latents could be judged."""
+    status = table[table["subject"] == HEAD]["status"]
+    judged = int((status == "ok").sum())
+    if 2 * judged >= len(status) and judged:
+        return None
+    why = Counter(status[status != "ok"]).most_common(3)
+    return (
+        f"interpretability: only {judged} of {len(status)} latents could be judged "
+        f"({', '.join(f'{n} x {reason}' for reason, n in why)}): the scores say little; name a "
+        "judge that keeps to the schema of its answers, or a larger one, with "
+        "--interpretability.model"
+    )
+
+
+def _said(report: InterpretabilityReport, figures: dict[str, Any], too_few: str | None) -> str:
     def interval(name: str, form: str = ".3f") -> str:
         if name not in figures:
             return "unknown"
@@ -421,7 +441,8 @@ def _said(report: InterpretabilityReport, figures: dict[str, Any]) -> str:
         ends = "" if low is None else f" ({low:{form}} to {high:{form}})"
         return f"{figures[name]:{form}}{ends}"
 
-    text = (
+    text = f"Attention: {too_few.partition(': ')[2]}. " if too_few else ""
+    text += (
         f"{report.model} explained {figures['n_judged']} latents ({figures['n_failed']} failed) of "
         f"{figures['n_alive']:,} that fire, {figures['n_skipped']:,} of which fire in too few "
         f"documents, or in nearly all text; {figures['n_dead']:,} are dead. Detection is how well "

@@ -181,6 +181,10 @@ class Report(ABC):
         """Whether it is asked something of the user's own, which is no part of the record."""
         return False
 
+    def wanting(self, run: EvalRun) -> str | None:
+        """Why what is there says little; the command ends with it, and with exit code 2."""
+        return None
+
     def told(self, run: EvalRun) -> str | None:
         """What was asked and what came of it, for the terminal; None if a table says it.
 

@@ -201,6 +201,39 @@ def test_what_is_no_answer(reply: Reply, failure: str, calls: int, tmp_path: Pat
             assert len(server.requests) == calls
 
 
+def test_a_reply_that_was_cut_off_gets_more_room(tmp_path: Path) -> None:
+    def misbehave(body: Any, _n: int) -> Reply | None:
+        short = body["max_tokens"] < 200
+        return Reply(body=completion("0", finish="length")) if short else None
+
+    with JudgeServer(fine, misbehave) as server:
+        asked = ask(server.url, tmp_path, max_cost=10.0)
+        assert asked.first == Answer(0, None, False, 2, 1800, 60)
+        assert [body["max_tokens"] for body in server.requests] == [50, 200]
+        again = ask(server.url, tmp_path, max_cost=10.0)
+        assert (again.first, len(server.requests)) == (asked.first, 2)
+
+
+def test_the_first_reply_shows_whether_the_schema_binds(tmp_path: Path, caplog: Any) -> None:
+    def words(_body: Any, _n: int) -> Reply:
+        return Reply(body=completion("Sure! Here it is."))
+
+    with JudgeServer(fine, words) as server:
+        ask(server.url, tmp_path / "a", n=3, max_cost=20.0)
+    assert caplog.text.count("does not keep to it (no number)") == 1
+    caplog.clear()
+    with JudgeServer(fine) as server:
+        ask(server.url, tmp_path / "b", n=3, max_cost=20.0)
+    assert "keep to it" not in caplog.text
+
+
+def test_the_first_silence_names_the_option(tmp_path: Path, caplog: Any) -> None:
+    with JudgeServer(fine, lambda _body, _n: Reply(delay=1.0)) as server:
+        asked = ask(server.url, tmp_path, n=3, timeout=0.2, retries=0, max_cost=20.0)
+    assert all(answer.lost for answer in asked.answers)
+    assert caplog.text.count("--interpretability.timeout SECONDS") == 1
+
+
 def test_a_second_answer_counts(tmp_path: Path) -> None:
     def misbehave(body: Any, _n: int) -> Reply | None:
         return Reply(body=completion("{")) if body["seed"] == 3 else None
@@ -238,7 +271,7 @@ def test_parameters_that_are_not_taken(
         assert [a.value for a in asked.answers] == list(range(6))
         assert len(server.requests) == 7
         assert caplog.text.count("left out from now on") == 1
-        (tmp_path / f"{asked.judge._key(question(5), 0)}.json").unlink()
+        (tmp_path / f"{asked.judge._key(question(5), 0, 50)}.json").unlink()
         again = ask(server.url, tmp_path, n=6, max_cost=10.0)
         assert again.judge.refused == asked.judge.refused
         assert len(server.requests) == 8

@@ -17,7 +17,7 @@ from tests.conftest import rest_slow
 from train import main
 
 GOLDEN = Path(__file__).parent / "golden"
-OTHERS = {"base", "embedded", "multi_gpu", "side_by_side"}
+OTHERS = {"base", "embedded", "multi_gpu", "smollm2", "side_by_side", "kan_and_batch_topk"}
 HEADS = sorted(
     p.stem for p in (Path(__file__).parents[1] / "configs").glob("*.yaml") if p.stem not in OTHERS
 )

@@ -14,6 +14,7 @@ from urllib.parse import quote, quote_plus
 import pytest
 from markupsafe import escape
 
+from kanllama_lightning.cli import main as commands
 from kanllama_lightning.console.secrets import Discreet, Secrets, known, learn
 from kanllama_lightning.judge.endpoint import Endpoint
 from tests.conftest import SMALL
@@ -157,6 +158,19 @@ def test_nothing_of_a_run_and_its_record_holds_one(
         wanted |= forms(key)
     for form in wanted:
         assert form.encode() not in everything, form
+
+
+@pytest.mark.parametrize("typed", [
+    "--lm.name={url} fit", "fit --lm.nam={url}", "fit --config={url}", "fit --model.tokens={url}",
+    "fit --data.train={url}/*.txt", "{url}", "fit {url}", "fit --model.head={url}",
+])  # fmt: skip
+def test_what_is_refused_before_torch_is_loaded_shows_none(typed: str, capfd: Any) -> None:
+    url = f"https://me:{quote(PASSWORD, safe='')}@127.0.0.1:1/x?token={quote(TOKEN, safe='')}"
+    assert commands.train(typed.format(url=url).split()) == 2
+    said = "".join(capfd.readouterr())
+    assert "error: " in said
+    for form in forms(PASSWORD) | forms(TOKEN):
+        assert form not in said, form
 
 
 @pytest.mark.slow

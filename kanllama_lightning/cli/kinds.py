@@ -190,7 +190,8 @@ def _texts(option: str, word: str) -> list[Any]:
     """The texts that one word names."""
     if not word or _there(word):
         return [word] if word else []
-    if re.search(r"[*?]", word) or re.search(r"\[.+\]", word):
+    pattern = re.search(r"[*?]", word) or re.search(r"\[.+\]", word)
+    if pattern and "://" not in word:
         matching = sorted(glob.glob(str(Path(word).expanduser()), recursive=True))
         if not matching:
             raise NotUnderstood(f"--{option} {word}: matches no file; check the pattern")

@@ -13,6 +13,7 @@ import yaml
 
 from kanllama_lightning import __version__
 from kanllama_lightning.cli import help
+from kanllama_lightning.console.secrets import learn, scrubbed
 from kanllama_lightning.console.stopping import answered, say
 from kanllama_lightning.console.units import duration
 
@@ -59,7 +60,7 @@ def _train(args: Sequence[str] | None) -> int:
     try:
         command_line.read(given, _loaded)
     except NotUnderstood as e:
-        say(f"error: {e}")
+        _refuse(given, str(e))
         return 2
     except _Unread:
         pass  # the command says what is wrong with it
@@ -81,7 +82,7 @@ def _evaluate(args: Sequence[str] | None) -> int:
     try:
         meant = evaluate_options.read(given)
     except NotUnderstood as e:
-        say(f"error: {e}")
+        _refuse(given, str(e))
         return 2
     if given[0] == "list":
         from kanllama_lightning.cli import list_command
@@ -107,6 +108,12 @@ def kanllama() -> int:
     return 0 if sys.argv[1:2] in (["--help"], ["-h"]) else 2
 
 
+def _refuse(given: Sequence[str], why: str) -> None:
+    """Say what is wrong with a command, without the secrets that it may hold."""
+    learn(given)
+    say(scrubbed(f"error: {why}"))
+
+
 def _quick(
     given: list[str],
     program: str,
@@ -124,11 +131,11 @@ def _quick(
     if given[0] not in commands:
         if later := [one for one in given if one in commands]:
             others = [one for one in given if one != later[0]]
-            say(f"error: {given[0]}: the command comes first: {program} "
-                f"{' '.join([later[0], *others])}")  # fmt: skip
+            _refuse(given, f"{given[0]}: the command comes first: {program} "
+                    f"{' '.join([later[0], *others])}")  # fmt: skip
             return 2
-        say(f"error: {given[0]}: no such command; there are {', '.join(commands)}."
-            f"{_near(given[0], commands)} See `{program} --help`")  # fmt: skip
+        _refuse(given, f"{given[0]}: no such command; there are {', '.join(commands)}."
+                f"{_near(given[0], commands)} See `{program} --help`")  # fmt: skip
         return 2
     told = own_help(given)
     if told is None:

@@ -45,9 +45,9 @@ class SaveHead(L.Callback):
             where = Path(HEADS) / f"tokens={tokens:012d}"
         else:
             return
+        provenance = self._provenance(trainer, pl_module)  # reads the text: once for all heads
         for name, head in pl_module.heads().items():
-            folder = head_folder(trainer.default_root_dir, name)
-            head.save(folder / where, self._provenance(trainer, pl_module))
+            head.save(head_folder(trainer.default_root_dir, name) / where, provenance)
         if where != Path(HEAD):
             self._last = tokens // self.every_tokens
 

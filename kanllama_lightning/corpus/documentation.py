@@ -184,8 +184,7 @@ def paragraphs(docstring: str) -> list[str]:
             if bare.startswith(".. ") and not bare.startswith((".. note", ".. warning")):
                 code = indent
             continue
-        heading = UNDERLINE.match(below.strip()) and len(below.strip()) > 2
-        if not bare or UNDERLINE.match(bare) or heading:
+        if not bare or UNDERLINE.match(bare) or UNDERLINE.match(below.strip()):
             blocks.append([])
             continue
         item = ITEM.match(bare)

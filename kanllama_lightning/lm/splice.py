@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kanllama_lightning.functional.losses import cross_entropy, kl_divergence, next_token_targets
+from kanllama_lightning.functional.losses import kl_divergence, next_token_targets
 from kanllama_lightning.lm.frozen import FrozenLM
 from kanllama_lightning.types import Prefix, TokenBatch, ValidationBatch
 
@@ -15,6 +15,8 @@ K = TypeVar("K")
 
 LOGIT_NUMBERS = 1 << 24
 """Logits that exist at once per run (64 MiB in fp32)."""
+CACHED_NUMBERS = 1 << 20
+"""Logits that a CPU turns into losses at once: what its cache holds."""
 
 
 class SplicedLosses(NamedTuple):
@@ -81,18 +83,29 @@ def spliced_losses(
     step = max(1, LOGIT_NUMBERS // lm.vocab_size)
     for start in range(0, len(target), step):
         part = slice(start, start + step)
-        clean = lm.logits(hidden["clean"][part]).log_softmax(-1)
-        ce["clean"].append(-clean.gather(1, target[part, None]).squeeze(1))
+        at, clean = target[part, None], lm.logits(hidden["clean"][part])
+        for some in clean.split(_at_once(clean)):
+            some.copy_(some.log_softmax(-1))
+        ce["clean"].append(-clean.gather(1, at).squeeze(1))
         for name in runs:
             logits = lm.logits(hidden[name][part])
-            ce[name].append(cross_entropy(logits, target[part]))
-            kl[name].append(kl_divergence(clean, logits.log_softmax(-1)))
+            n = _at_once(logits)
+            for log_p, some, own in zip(clean.split(n), logits.split(n), at.split(n), strict=True):
+                log_q = some.log_softmax(-1)
+                ce[name].append(-log_q.gather(1, own).squeeze(1))
+                kl[name].append(kl_divergence(log_p, log_q))
     empty = [hidden["clean"].new_zeros(0, dtype=torch.float32)]
     return SplicedLosses(
         ce={name: torch.cat(parts or empty) for name, parts in ce.items()},
         kl={name: torch.cat(parts or empty) for name, parts in kl.items()},
         where=(row, pos),
     )
+
+
+def _at_once(logits: Float[Tensor, "n vocab"]) -> int:
+    """Rows of logits that are turned into losses at once."""
+    n, vocab = logits.shape
+    return max(1, CACHED_NUMBERS // vocab if logits.device.type == "cpu" else n)
 
 
 def losses_by_head(

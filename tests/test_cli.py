@@ -16,6 +16,7 @@ from kanllama_lightning.data.token_data import TokenData
 from kanllama_lightning.heads import BatchTopK, SAEHead
 from kanllama_lightning.heads.sae import flat_name
 from kanllama_lightning.lm.frozen import FrozenLM
+from kanllama_lightning.lm.number_format import Format
 from kanllama_lightning.measures.metrics import ReconstructionMetric, SparsityMetric
 from kanllama_lightning.runs.checkpoints import buffer_file, seal
 from kanllama_lightning.runs.seals import written
@@ -621,3 +622,17 @@ def test_too_many_truncated_lines(
     file = tmp_path / "torn.jsonl"
     file.write_text(text_file.read_text() + '{"text": "w1 w2\n' * 20)
     refused(capsys, fit(data__train=str(file)), "torn.jsonl", "%")
+
+
+@pytest.mark.slow
+def test_a_number_format_that_is_chosen_stands_in_the_config(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = Format("bfloat16", "as a test says")
+    monkeypatch.setattr("kanllama_lightning.cli.fit.fastest", lambda: chosen)
+    given = {"lm__dtype": "auto", "model__tokens": "640", "trainer__logger": "false"}
+    folder = tmp_path / "run"
+    assert fit(run=str(folder), **given) == 0
+    assert yaml.safe_load((folder / "config.yaml").read_text())["lm"]["dtype"] == "bfloat16"
+    about = json.loads((folder / "head" / "head.json").read_text())
+    assert about["provenance"]["lm_dtype"] == "bfloat16"

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from kanllama_lightning.lm.frozen import FrozenLM
+from kanllama_lightning.lm.number_format import fastest, speedup
 from kanllama_lightning.types import InputError
 from tests.shapes import unchecked
 
@@ -393,11 +394,27 @@ def test_a_hub_model_without_a_network():
 
 @pytest.mark.parametrize("able", [True, False])
 def test_slow_number_formats_are_named(make_lm, monkeypatch, caplog, able):
-    monkeypatch.setattr("kanllama_lightning.lm.frozen._cpu_has_bf16", lambda: able)
+    monkeypatch.setattr("kanllama_lightning.lm.frozen.cpu_has_bf16", lambda: able)
     make_lm(dtype="float32")
     assert not caplog.text
     make_lm(dtype="bfloat16")
     assert ("--lm.dtype float32 is faster" in caplog.text) is not able
+
+
+@pytest.mark.parametrize(
+    ("able", "times", "dtype"),
+    [(False, 9.0, "float32"), (True, 1.1, "float32"), (True, 3.0, "bfloat16")],
+)
+def test_the_fastest_number_format_is_found(make_lm, monkeypatch, able, times, dtype):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("kanllama_lightning.lm.number_format.cpu_has_bf16", lambda: able)
+    monkeypatch.setattr("kanllama_lightning.lm.number_format.speedup", lambda: times)
+    assert fastest().dtype == dtype
+    assert make_lm(dtype="auto").dtype == getattr(torch, dtype)
+
+
+def test_number_formats_are_timed():
+    assert 0.001 < speedup() < 100
 
 
 @pytest.mark.parametrize("kind", ["resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"])

@@ -28,6 +28,7 @@ from kanllama_lightning.console.quiet import is_first
 from kanllama_lightning.data.token_data import TokenData
 from kanllama_lightning.heads import SAEHead
 from kanllama_lightning.lm.frozen import FrozenLM
+from kanllama_lightning.lm.number_format import AUTO, fastest
 from kanllama_lightning.lm.preflight import check_room
 from kanllama_lightning.runs.folder import (
     HEAD,
@@ -165,6 +166,10 @@ class KanllamaCLI(LightningCLI):
         if "RunLogger" in str(trainer.logger):
             check_mode()
         self._drop_default_val(config)
+        if config.lm.dtype == AUTO:
+            # what was chosen stands in config.yaml: a run goes on in it, on whatever machine
+            config.lm.dtype, why = fastest()
+            log.info("lm.dtype: %s (auto: %s)", config.lm.dtype, why)
         trainer.callbacks = _with_essential(trainer.callbacks, self.essential)
         resolved = self._parser(self.subcommand).dump(config, skip_unset=False)
         self.save_config_kwargs["resolved"] = resolved = recipe(resolved)

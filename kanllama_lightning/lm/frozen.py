@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaF
 from kanllama_lightning.lm.gguf_file import SUFFIX, GGUFFile, gguf_in
 from kanllama_lightning.lm.hook_points import HookPoint, Sight, parse_hook_point, whole
 from kanllama_lightning.lm.lm_files import COPY, broken, check_config, check_config_file
+from kanllama_lightning.lm.number_format import AUTO, cpu_has_bf16, fastest
 from kanllama_lightning.storage.small_files import Wrong
 from kanllama_lightning.types import InputError, Prefix
 
@@ -64,7 +65,8 @@ class FrozenLM:
             TransformerLens spelling (`blocks.0.hook_resid_pre`, `hook_attn_out`,
             `hook_resid_mid`, `hook_mlp_out`, `hook_resid_post`).
         revision: Commit, tag or branch of a hub model; pin a commit for results that last.
-        dtype: Number format the LM runs in; heads and metrics are fp32 whatever it is.
+        dtype: Number format the LM runs in; heads and metrics are fp32 whatever it is. `auto`:
+            the fastest on this machine, bfloat16 or float32 (see `number_format.fastest`).
         untrained: Declares random weights: waives the pre-flight checks that only a trained
             model passes.
         bos: Token that every row begins with, by its text or id (default: the tokenizer's BOS).
@@ -76,12 +78,12 @@ class FrozenLM:
         name: str,
         hook_point: str,
         revision: str | None = None,
-        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32",
         untrained: bool = False,
         bos: int | str | None = None,
     ) -> None:
         self.name, self.revision, self.untrained = name, revision, untrained
-        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.dtype: torch.dtype = getattr(torch, fastest().dtype if dtype == AUTO else dtype)
         self.path, self._local = self._locate(name)
         with _explained(name, revision):
             found = gguf_in(Path(self.path)) if self._local else None
@@ -265,7 +267,7 @@ class FrozenLM:
             self._check_finite()
         self._model.to(device)
         on_cpu = torch.device(device).type == "cpu"
-        if on_cpu and self.dtype == torch.bfloat16 and not _cpu_has_bf16():
+        if on_cpu and self.dtype == torch.bfloat16 and not cpu_has_bf16():
             log.warning(
                 "lm.dtype=bfloat16: this CPU has no instructions for it and takes many times as "
                 "long; --lm.dtype float32 is faster, at twice the memory of the weights"
@@ -494,10 +496,6 @@ def _some(names: Sequence[str], at_most: int = 3) -> str:
     """The first of the names, and how many more there are."""
     more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
     return ", ".join(names[:at_most]) + more
-
-
-def _cpu_has_bf16() -> bool:
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:

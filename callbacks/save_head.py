@@ -61,6 +61,7 @@ class SaveHead(L.Callback):
             "bos": lm.bos,
             "lm_dtype": str(lm.dtype).removeprefix("torch."),
             "text": trainer.datamodule.train_corpus.description(),
+            "init_from": pl_module.init_from,
             "tokens": pl_module.tokens_seen,
             "passes": round(pl_module.tokens_seen / epoch, 3) if epoch else None,
             "step": trainer.global_step,

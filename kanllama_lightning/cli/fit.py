@@ -37,6 +37,7 @@ from kanllama_lightning.runs.folder import (
     around,
     make_folder,
 )
+from kanllama_lightning.runs.lookup import folder_named
 from kanllama_lightning.runs.state import Kind, RunState, clear, look, step_of
 from kanllama_lightning.runs.wandb_logger import check_mode
 from kanllama_lightning.storage.files import write_text
@@ -166,6 +167,9 @@ class KanllamaCLI(LightningCLI):
         if "RunLogger" in str(trainer.logger):
             check_mode()
         self._drop_default_val(config)
+        if model.init_from is not None:
+            first = folder_named(model.init_from, config.runs_dir, "model.init_from")
+            model.init_from = str(first)
         if config.lm.dtype == AUTO:
             # what was chosen stands in config.yaml: a run goes on in it, on whatever machine
             config.lm.dtype, why = fastest()
@@ -305,6 +309,8 @@ class KanllamaCLI(LightningCLI):
         lm.load_(self.trainer.strategy.root_device)
         self.datamodule.setup("fit")
         self.model.check_lm(self.datamodule, self.trainer.strategy.root_device)
+        if not self.config[self.subcommand].get("ckpt_path"):
+            self.model.read_first()
         if self.datamodule.cache is not None:
             needed = self.model.schedule.rows_read(self.model.filling_rows)
             fill_(lm, self.datamodule, needed, self.trainer.strategy.root_device)

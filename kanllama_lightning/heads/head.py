@@ -57,6 +57,7 @@ class Provenance(TypedDict, total=False):
     revision: str | None
     hook_point: str
     lm_dtype: str
+    init_from: str | None
     tokens: Count
     passes: float | None
     step: Count
@@ -177,6 +178,24 @@ class SAEHead(Trained, ABC):
                 "head to learn from them: check lm.name and lm.hook_point"
             )
         self.standardise_(mean * self.scale, std * self.scale)
+
+    def fits(self, other: "SAEHead") -> bool:
+        """Whether the tensors of both have the same names and shapes."""
+        own, its = self.state_dict(), other.state_dict()
+        return own.keys() == its.keys() and all(own[n].shape == its[n].shape for n in own)
+
+    @torch.no_grad()
+    def take_over_(self, other: "SAEHead") -> None:
+        """Become what another head that fits is, after `start_`.
+
+        Its weights, thresholds and scale are taken over. What is known of the text that is trained
+        on now stays: mean, variance, and the norm from which on a token is a sink.
+        """
+        own = self.x_mean.clone(), self.norm_limit.clone(), self.x_variance / self.scale.square()
+        self.load_state_dict(other.state_dict())
+        self.x_mean.copy_(own[0])
+        self.norm_limit.copy_(own[1])
+        self.x_variance.copy_(own[2] * self.scale.square())
 
     def standardise_(  # noqa: B027
         self, mean: Float[Tensor, " d_model"], std: Float[Tensor, " d_model"]

@@ -19,12 +19,13 @@ from kanllama_lightning.data.buffer import ShuffleBuffer
 from kanllama_lightning.functional import ranks
 from kanllama_lightning.functional.moments import norms
 from kanllama_lightning.functional.sinks import regular, sink_limit, within
-from kanllama_lightning.heads.head import SAEHead, Trained
+from kanllama_lightning.heads.head import CARD, SAEHead, Trained, read_card
 from kanllama_lightning.heads.sae import flat_name
 from kanllama_lightning.lm.frozen import FrozenLM, overflow_hint
 from kanllama_lightning.lm.preflight import check_varied, preflight
 from kanllama_lightning.measures.head_batch import run_heads
 from kanllama_lightning.runs.checkpoints import buffer_file, load_buffer_
+from kanllama_lightning.runs.folder import HEAD
 from kanllama_lightning.training.clock import StepClock
 from kanllama_lightning.training.drought import Drought
 from kanllama_lightning.training.head_trainer import NEVER, HeadTrainer
@@ -66,6 +67,19 @@ def check_precision(precision: str) -> None:
         )
 
 
+def first_folder(root: Path, name: str) -> Path:
+    """Folder of the saved head that a head of this name starts from: a run's, or the head's own."""
+    if (root / CARD).is_file():
+        return root
+    own = root / name / HEAD
+    return own if (own / CARD).is_file() or not (root / HEAD / CARD).is_file() else root / HEAD
+
+
+def described(head: SAEHead) -> str:
+    """Kind and size of a head."""
+    return f"{type(head).__name__} of {head.d_sae:,} latents on {head.d_model:,} coordinates"
+
+
 class SAEModule(L.LightningModule):
     """Trains a head, or several side by side, on the activations of a frozen LM.
 
@@ -83,6 +97,8 @@ class SAEModule(L.LightningModule):
             1 % of the budget, at most a million).
         clip_ratio: A gradient longer than this many times its running mean is shortened to
             that; catches spikes whatever the scale of the loss.
+        init_from: Run, or folder of a saved head, whose weights the head starts from instead of
+            random ones; of heads side by side, a run of heads of the same names.
         seed: Seed of the shuffling of activations (linked to `seed_everything`).
     """
 
@@ -96,6 +112,7 @@ class SAEModule(L.LightningModule):
         sae_batch_tokens: int = 4096,
         start_tokens: int | None = None,
         clip_ratio: float = 5.0,
+        init_from: str | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -122,6 +139,8 @@ class SAEModule(L.LightningModule):
         self.trainees = nn.ModuleList(
             HeadTrainer(name, member, self.schedule, clip_ratio) for name, member in members.items()
         )
+        self.init_from = init_from
+        self._first: dict[str, SAEHead] = {}
         self.tokens_seen = 0
         self.clock = StepClock()
         self._drought = Drought()
@@ -204,6 +223,41 @@ class SAEModule(L.LightningModule):
             self.lm.load_(device)
             preflight(self.lm, next(iter(data.val_dataloader()[0])).to(device))
         self._checked = True
+
+    def read_first(self) -> None:
+        """Read the heads that this run starts from, if there are any, once.
+
+        Raises:
+            InputError: There is none, or it is of another kind or size than what is trained.
+        """
+        if self.init_from is None or self._first:
+            return
+        root = Path(self.init_from)
+        for name, head in self.heads().items():
+            folder = first_folder(root, name)
+            first = SAEHead.load(folder, allow=head.modules_named())
+            if not head.fits(first):
+                raise InputError(
+                    f"model.init_from={self.init_from!r}: {folder} holds a {described(first)}; "
+                    f"this run trains a {described(head)}, which has other weights: give "
+                    f"--model.head {type(first).__name__} --model.head.d_sae {first.d_sae}, or "
+                    "leave --model.init_from out"
+                )
+            about = read_card(folder).get("provenance", {})
+            there = (about.get("lm"), about.get("hook_point"))
+            if there != (self.lm.name, self.lm.hook.name):
+                log.warning(
+                    "model.init_from=%r: was trained on %s of %s, not on %s of %s",
+                    self.init_from, there[1], there[0], self.lm.hook.name, self.lm.name
+                )  # fmt: skip
+            self._first[name] = first
+
+    def _take_over_first(self) -> None:
+        self.read_first()
+        for name, first in self._first.items():
+            self.heads()[name].take_over_(first)
+            log.info("%sstarts from the weights in %s", f"{name}: " if name else "", self.init_from)
+        self._first = {}
 
     def configure_optimizers(self) -> Any:
         """The injected optimizer with a group per head, its rates following the token schedule.
@@ -318,7 +372,8 @@ class SAEModule(L.LightningModule):
         self.clock.marks.append(("logging", self.clock.now()))
         if not self.started:
             self.start_(dataloader_iter)
-            self._after_start()
+            self._after_start()  # the untrained heads are kept as controls
+            self._take_over_first()
             self.clock.reset()
         x = self.next_batch(dataloader_iter)
         progress, step = self.tokens_seen / self.schedule.tokens, self.trainer.global_step

@@ -33,8 +33,9 @@ llama: $(SMOLLM2)  ## train a KAN and a linear SAE on it, with record and compar
 	$(PY) evaluate.py report $(LLAMA) --documents 640
 	$(PY) evaluate.py compare $(LLAMA) --documents 640 --out $(LLAMA)/comparison
 
-watch: .venv/.ok  ## the newest log of the runs, in the terminal, as W&B shows it: no account
-	@log=$$(ls -td runs/*/wandb/*run-*/ 2>/dev/null | head -n 1); \
+watch: .venv/.ok  ## the newest log of a training run, in the terminal, as W&B shows it: no account
+	@log=$$(ls -td runs/*/wandb/*run-*/ 2>/dev/null | while read -r piece; do \
+		[ -e "$$piece/files/media/table/j_record" ] || { echo "$$piece"; break; }; done); \
 	if [ -n "$$log" ]; then .venv/bin/wandb leet run "$$log"; else echo "runs/ holds no run with a W&B log: make demo"; exit 2; fi
 
 test: .venv/.ok  ## the tests for every commit

@@ -132,7 +132,7 @@ class KANCurves(LookingCallback):
         path = head_folder(trainer.default_root_dir, name) / PAGE
         write_page(path, title, text, list(figures.values()), Path(trainer.default_root_dir))
         if isinstance(trainer.logger, WandbLogger):
-            named = {f"val/curves/{k.replace(' ', '_')}": f for k, f in figures.items()}
+            named = {f"val/curves_{k.replace(' ', '_')}": f for k, f in figures.items()}
             drawn = prefixed(name, named) | {"tokens": pl_module.tokens_seen}
             trainer.logger.log_metrics(drawn)
 

@@ -12,12 +12,10 @@ from lightning.pytorch.loggers import WandbLogger
 
 from kanllama_lightning.console.secrets import known, scrubbed
 from kanllama_lightning.runs.folder import CONFIG, SESSIONS, head_folder
+from kanllama_lightning.runs.wandb_logger import MOST_LETTERS
 from kanllama_lightning.storage.files import write_text
 from kanllama_lightning.storage.small_files import read_json, there, write_json
 from kanllama_lightning.training.side_by_side import SideBySide, alone_config
-
-TAG = 64
-"""Characters of a tag: W&B takes no more."""
 
 
 class Sessions(TypedDict):
@@ -60,7 +58,7 @@ class LogConfig(SaveConfigCallback):
             run.config.update({"cli": config}, allow_val_change=True)
             heads = {head.title for head in pl_module.heads().values()}
             found = {*heads, pl_module.lm.hook.name, Path(pl_module.lm.name).name}
-            run.tags = tuple(sorted({*(run.tags or ()), *(tag[:TAG] for tag in found)}))
+            run.tags = tuple(sorted({*(run.tags or ()), *(tag[:MOST_LETTERS] for tag in found)}))
 
     def _note_session(self, root: Path) -> None:
         """Add this session to those of the run."""

@@ -16,9 +16,9 @@ class ValidationMeter(L.Callback, ABC):
     """Measures each validation batch for every head; a subclass says what.
 
     The figures of a set are logged as `val/<set>/<name>`, those of the first set as
-    `val/<name>` as well; of several heads side by side under the name of the head. A validation at
-    step s first drops rows of step s and later, so a run that was stopped and continued leaves
-    neither hole nor repeat.
+    `val/<name>` as well, by which loggers have them; of several heads side by side under the name
+    of the head. A validation at step s first drops rows of step s and later, so a run that was
+    stopped and continued leaves neither hole nor repeat.
     """
 
     file: ClassVar[str | None] = None
@@ -78,10 +78,11 @@ class ValidationMeter(L.Callback, ABC):
         for name, meters in self.meters.items():
             for i, (which, meter) in enumerate(meters.items()):
                 values = meter.compute()
-                logged = {f"val/{which}/{key}": value for key, value in values.items()}
+                of_set = {f"val/{which}/{key}": value for key, value in values.items()}
+                pl_module.log_dict(prefixed(name, of_set), logger=i > 0)
                 if i == 0:
-                    logged |= {f"val/{key}": value for key, value in values.items()}
-                pl_module.log_dict(prefixed(name, logged))
+                    first = {f"val/{key}": value for key, value in values.items()}
+                    pl_module.log_dict(prefixed(name, first))
             with ranks.pooled():
                 rows = ranks.lists(self._rows[name])
             if self.file and trainer.is_global_zero:

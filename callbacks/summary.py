@@ -16,6 +16,7 @@ from kanllama_lightning.callbacks.baselines import Baselines
 from kanllama_lightning.measures import cells
 from kanllama_lightning.measures.metrics import score
 from kanllama_lightning.runs.folder import SUMMARY, head_folder
+from kanllama_lightning.runs.sections import by_section
 from kanllama_lightning.runs.wandb_logger import watch_command
 from kanllama_lightning.storage.small_files import plain, write_json
 
@@ -96,7 +97,7 @@ class Summary(L.Callback):
                 summary |= {f"{name}/{k}": v for k, v in values.items() if k not in shared}
         write_json(root / SUMMARY, summary)
         if isinstance(trainer.logger, WandbLogger):
-            trainer.logger.experiment.summary.update(plain(summary))
+            self._send(trainer.logger, plain(summary))
         console = Console(width=max(100, Console().width))
         console.print(self._table(trainer, shared, found, baselines))
         said = f"Everything is in {root}"
@@ -104,6 +105,15 @@ class Summary(L.Callback):
             watch = watch_command(trainer.logger.experiment)
             said += f"; `{watch}` shows its course" if watch else ""
         console.print(said, soft_wrap=True, highlight=False)
+
+    @staticmethod
+    def _send(logger: WandbLogger, summary: dict[str, Any]) -> None:
+        """To W&B, what it does not have: controls, also as charts; what the run ended with."""
+        own = {k: v for k, v in summary.items() if "val" not in k.split("/") and v is not None}
+        controls = {k: v for k, v in own.items() if "baseline" in k.split("/")}
+        if controls:
+            logger.log_metrics(controls | {"tokens": summary["tokens"]})
+        logger.experiment.summary.update(by_section(own))
 
     @staticmethod
     def _of_head(

@@ -74,13 +74,18 @@ def test_a_run_leaves_everything_behind(finished: Finished) -> None:
 def test_wandb_run_can_be_read_back(run_folder: Path) -> None:
     (file,) = run_folder.glob("wandb/offline-run-*/*.wandb")
     rows, config = history(file)
-    train = [r for r in rows if "train/loss" in r]
-    val = [r for r in rows if "val/l0" in r]
+    train = [r for r in rows if "a_main/loss" in r]
+    val = [r for r in rows if "a_main/l0" in r]
     assert len(train) >= 5
     assert len(val) >= 3
     assert all("tokens" in r for r in train + val)
     assert [r["tokens"] for r in train] == sorted(r["tokens"] for r in train)
     assert config["cli"]["model"]["tokens"] == 2560
+    keys = {key for row in rows for key in row}
+    assert not [key for key in keys if key.startswith(("val/", "train/", "epoch"))]
+    assert not [key for key in keys if "heldout" in key], "the first set's figures stand once"
+    assert {"a_main/tokens_per_second", "g_controls/PCA/fvu", "h_speed/lm"} <= keys
+    assert all(row["a_main/tokens_per_second"] > 0 for row in train[1:])
 
 
 def test_saved_head_reproduces_the_reported_figures(

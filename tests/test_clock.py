@@ -37,6 +37,18 @@ def test_shares_are_since_the_last_look_and_overall_since_the_start() -> None:
     assert 0.3 < clock.overall()["lm"] < 0.7
 
 
+def test_steps_per_second_are_those_since_the_last_look() -> None:
+    clock = StepClock()
+    clock.mark("logging")
+    assert clock.rate() is None
+    for _ in range(2):
+        spend(clock, "head", 0.02)
+        clock.mark("optimizer")
+    assert 20 < clock.rate() < 50
+    clock.shares()
+    assert clock.rate() is None
+
+
 def test_a_restart_forgets_what_was_between_steps() -> None:
     clock = StepClock()
     clock.mark("logging")

@@ -140,11 +140,11 @@ def test_figures_are_logged_under_the_names(run: Path) -> None:
     found, _ = history(path)
     logged = {key for row in found for key in row}
     for name in HEADS:
-        assert {f"{name}/train/loss", f"{name}/train/lr", f"{name}/val/fvu"} <= logged
-    assert "train/dropped_frac" in logged
-    assert "val/fvu" not in logged
-    first = next(row for row in found if "kan/train/lr" in row)
-    assert first["linear/train/lr"] / first["kan/train/lr"] == pytest.approx(0.02 / 0.01)
+        assert {f"a_main/loss/{name}", f"b_train/lr/{name}", f"a_main/fvu/{name}"} <= logged
+    assert "i_debug/dropped_frac" in logged
+    assert "a_main/fvu" not in logged
+    first = next(row for row in found if "b_train/lr/kan" in row)
+    assert first["b_train/lr/linear"] / first["b_train/lr/kan"] == pytest.approx(0.02 / 0.01)
 
 
 def test_summary_names_the_heads(run: Path) -> None:

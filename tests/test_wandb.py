@@ -11,10 +11,11 @@ import pytest
 
 from kanllama_lightning.cli import main
 from kanllama_lightning.reports.send import titled
+from kanllama_lightning.runs.sections import SECTIONS, by_section, charted, titled_section
 from kanllama_lightning.runs.wandb_logger import check_mode, watch_command
 from kanllama_lightning.types import InputError
 from tests.conftest import Fit, only_run, terminate_at
-from tests.wandb_file import history
+from tests.wandb_file import history, opened
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -43,7 +44,11 @@ def test_a_continued_run_is_one_run(
             assert row["_step"] == row["tokens"]
     last = second[-1]
     assert last["_step"] == 1280
-    assert "val/l0" in last
+    assert "a_main/l0" in last
+    began = [opened(piece) for piece in pieces(only_run(tmp_path))]
+    groups = {piece.run_group for piece in began}
+    assert len(groups) == 1
+    assert groups.pop().startswith("blocks.1.hook_mlp_out of tiny")
 
 
 def first_name(run: Path) -> str:
@@ -133,3 +138,34 @@ def test_figures_go_by_their_titles() -> None:
     figure = go.Figure().update_layout(title="Latents&#x27; logits: <b>of</b> x")
     assert titled("losses_3", figure) == "losses_latents_logits_b_of_b_x"
     assert titled("losses_3", go.Figure()) == "losses_3"
+
+
+@pytest.mark.parametrize(
+    ("figure", "name"),
+    [
+        ("val/fvu", "a_main/fvu"),
+        ("kan/val/fvu", "a_main/fvu/kan"),
+        ("train/tokens_per_second", "a_main/tokens_per_second"),
+        ("train/auxk", "b_train/auxk"),
+        ("val/l0_p95", "c_sparsity/l0_p95"),
+        ("val/delta_ce_low", "d_losses/delta_ce_low"),
+        ("val/of_my_own", "e_latents/of_my_own"),
+        ("kan/val/pile-10k/fvu", "f_other_sets/pile-10k/fvu/kan"),
+        ("val/ce_set/fvu", "f_other_sets/ce_set/fvu"),
+        ("kan/baseline/PCA/fvu", "g_controls/PCA/fvu/kan"),
+        ("time/lm", "h_speed/lm"),
+        ("val/ce_tokens", "i_debug/ce_tokens"),
+        ("a/train/grad_norm", "i_debug/grad_norm/a"),
+        ("tokens", "tokens"),
+        ("mine/x", "mine/x"),
+    ],
+)
+def test_figures_are_in_sections(figure: str, name: str) -> None:
+    assert charted(figure) == name
+
+
+def test_sections_sort_in_reading_order() -> None:
+    titles = [titled_section(section) for section in SECTIONS]
+    assert titles == sorted(titles)
+    assert [title[0].isalpha() for title in titles] == [True] * len(titles)
+    assert by_section({"epoch": 1, "val/a/ev": 0.5, "train/ev": 0.5, "lm": "x"}) == {"lm": "x"}

@@ -46,6 +46,11 @@ def whole(path: Path, seconds: float = 30.0) -> list[Any]:
         time.sleep(0.1)
 
 
+def opened(path: Path) -> Any:
+    """The run that a piece belongs to: run_id, run_group, display_name, project."""
+    return next(r.run for r in whole(path) if r.WhichOneof("record_type") == "run")
+
+
 def history(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The logged rows and the configuration."""
     rows, config = [], {}

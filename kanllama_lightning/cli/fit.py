@@ -39,7 +39,7 @@ from kanllama_lightning.runs.folder import (
 )
 from kanllama_lightning.runs.lookup import folder_named
 from kanllama_lightning.runs.state import Kind, RunState, clear, look, step_of
-from kanllama_lightning.runs.wandb_logger import check_mode
+from kanllama_lightning.runs.wandb_logger import RunLogger, check_mode
 from kanllama_lightning.storage.files import write_text
 from kanllama_lightning.storage.lock import RunLock
 from kanllama_lightning.storage.named import arguments_of, check_nulls
@@ -323,7 +323,7 @@ class KanllamaCLI(LightningCLI):
         self.model.check_lm(self.datamodule, device)
 
     def after_instantiate_classes(self) -> None:
-        """Say which heads they are; refuse rows that are too long for the LM."""
+        """Say which heads they are; refuse rows that are too long for the LM; name W&B's group."""
         for name, head in self.model.heads().items():
             shared = self.config[self.subcommand].model.optimizer
             own = self.model.together.optimizers[name] if self.model.together else {}
@@ -332,6 +332,9 @@ class KanllamaCLI(LightningCLI):
         lm.check_length(
             length, f"data.ctx_len={length}", f"set --data.ctx_len {lm.positions} or less"
         )
+        for logger in self.trainer.loggers:
+            if isinstance(logger, RunLogger):
+                logger.group_by(lm.hook.name, lm.name)
 
     def after_fit(self) -> None:
         """Calibrate, validate and save, in that order."""

@@ -10,6 +10,7 @@ import wandb
 
 from kanllama_lightning.reports.report import EvalRun
 from kanllama_lightning.runs.folder import CONFIG, LOGGER_ID, SUMMARY, read_logger_id
+from kanllama_lightning.runs.sections import titled_section
 from kanllama_lightning.runs.wandb_logger import RunLogger
 from kanllama_lightning.storage.small_files import Wrong, check, read_json, there
 from kanllama_lightning.types import InputError
@@ -20,6 +21,7 @@ class LoggerArgs(TypedDict, total=False):
 
     project: str
     name: str | None
+    group: str | None
 
 
 MOST_ROWS = 10_000
@@ -43,14 +45,18 @@ def send(run: EvalRun, config: dict[str, Any]) -> None:
         raise InputError(f"{run.folder / CONFIG}: {e}; or leave W&B out: --wandb false") from e
     # behind what was trained on, before what a longer run would add, and no piece on another
     row = (run.card.get("provenance", {}).get("tokens") or 0) + _pieces(run.folder)
-    tracker = RunLogger(
+    logger = RunLogger(
         project=args.get("project", "kanllama-lightning"),
         save_dir=str(run.folder),
         name=args.get("name") or run.folder.name,
         id=read_logger_id(run.folder),
-    ).experiment
+        group=args.get("group"),
+    )
+    logger.group_by(run.lm.hook.name, run.lm.name)
+    tracker = logger.experiment
     # what is beside the record goes beside it there too, under the name of its folder
-    under = run.out.relative_to(run.folder).as_posix()
+    beside = run.out.relative_to(run.folder).parts[1:]
+    under = "/".join([titled_section("record"), *beside])
     try:
         for name, table in run.tables.items():
             texts = {c: str for c in table.columns if table[c].dtype == object}

@@ -10,6 +10,7 @@ import wandb
 from lightning.pytorch.loggers import WandbLogger
 
 from kanllama_lightning.console.secrets import discreet_arguments, scrubbed
+from kanllama_lightning.runs.sections import by_section
 from kanllama_lightning.types import InputError
 
 log = logging.getLogger(__name__)
@@ -17,6 +18,8 @@ log = logging.getLogger(__name__)
 MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")
 INIT_S = 20.0
 """Seconds that the server may take to answer."""
+MOST_LETTERS = 64
+"""Of a tag, or of a group."""
 
 
 def check_mode() -> str | None:
@@ -35,7 +38,7 @@ def check_mode() -> str | None:
 
 
 class RunLogger(WandbLogger):
-    """A WandbLogger that never asks and never stops a run.
+    """A WandbLogger that never asks and never stops a run; figures by section (`sections.py`).
 
     Online when W&B is logged in (or WANDB_API_KEY is set), offline otherwise, as one line says;
     WANDB_MODE overrules. `tokens` is the x-axis of everything, and the step that W&B orders rows
@@ -48,6 +51,8 @@ class RunLogger(WandbLogger):
         name: Name of the run (default: the run folder's).
         id: Id of the W&B run to go on with (set when a run is continued).
         tags: Tags of the run.
+        group: Group of the run (default: the hook point and the LM: the runs that `evaluate.py
+            compare` may set beside each other).
     """
 
     def __init__(
@@ -57,6 +62,7 @@ class RunLogger(WandbLogger):
         name: str | None = None,
         id: str | None = None,  # noqa: A002
         tags: list[str] | None = None,
+        group: str | None = None,
     ) -> None:
         mode = check_mode()
         if mode is None:
@@ -75,6 +81,7 @@ class RunLogger(WandbLogger):
             name=name,
             id=id,
             tags=tags,
+            group=group,
             resume="allow",
             mode=mode,
             settings=wandb.Settings(console="off", silent=True, init_timeout=INIT_S),
@@ -103,12 +110,12 @@ class RunLogger(WandbLogger):
                 self._offline = True
                 run = super().experiment
         if fresh and hasattr(run, "define_metric"):
-            run.define_metric("tokens")
+            run.define_metric("tokens", hidden=True)
             run.define_metric("*", step_metric="tokens", step_sync=True)
         return run
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Log figures in the row of the tokens trained on so far.
+        """Log figures in the row of the tokens trained on so far, under their sections.
 
         Args:
             metrics: By name; with `tokens` among them, that is their row.
@@ -117,7 +124,13 @@ class RunLogger(WandbLogger):
         beside = {} if step is None else {"trainer/global_step": step}
         tokens = metrics.get("tokens")
         row = {} if tokens is None else {"step": int(tokens)}
-        self.experiment.log(dict(metrics) | beside, **row)
+        self.experiment.log(by_section(dict(metrics) | beside), **row)
+
+    def group_by(self, hook_point: str, lm: str) -> None:
+        """Put the run into the group of this place in this LM, if nobody named one; before it
+        begins."""
+        name = f"{hook_point} of {Path(lm).name}"[:MOST_LETTERS]
+        self._wandb_init["group"] = self._wandb_init.get("group") or name
 
 
 def sync_command(folder: Path) -> str:

@@ -26,6 +26,7 @@ class StepClock:
         self.cuda = cuda
         self._seconds = dict.fromkeys(PARTS, 0.0)
         self._before = dict.fromkeys(PARTS, 0.0)
+        self._steps = 0
         self.now: Callable[[], Any] = _event if cuda else time.perf_counter
         self.marks: list[tuple[str, Any]] = []
         """Parts and when they ended, not yet added up; a step appends to it itself."""
@@ -43,6 +44,7 @@ class StepClock:
         """Forget everything: the time before the first step is not that of steps."""
         self.restart()
         self._seconds, self._before = (dict.fromkeys(PARTS, 0.0) for _ in range(2))
+        self._steps = 0
 
     def _read(self) -> None:
         """Turn marks into seconds; the last one stays, as the next part begins there."""
@@ -52,6 +54,7 @@ class StepClock:
             self.marks[-1][1].synchronize()
         for (_, begin), (part, end) in pairwise(self.marks):
             self._seconds[part] += begin.elapsed_time(end) / 1000 if self.cuda else end - begin
+            self._steps += part == "optimizer"
         del self.marks[:-1]
 
     def shares(self) -> dict[str, float]:
@@ -59,8 +62,14 @@ class StepClock:
         self._read()
         found = _shares(self._seconds)
         self._before = {part: s + self._seconds[part] for part, s in self._before.items()}
-        self._seconds = dict.fromkeys(PARTS, 0.0)
+        self._seconds, self._steps = dict.fromkeys(PARTS, 0.0), 0
         return found
+
+    def rate(self) -> float | None:
+        """Steps per second since the last call of `shares`; None before one has ended."""
+        self._read()
+        seconds = sum(self._seconds.values())
+        return self._steps / seconds if self._steps and seconds else None
 
     def overall(self) -> dict[str, float]:
         """Share of each part in the time of all steps so far."""

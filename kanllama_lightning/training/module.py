@@ -471,9 +471,11 @@ class SAEModule(L.LightningModule):
         values["train/dropped_frac"] = torch.tensor(seen[1] / max(1, seen[0]))
         values["tokens"] = torch.tensor(float(self.tokens_seen))
         self.log_dict(values, on_step=True, on_epoch=False, batch_size=n, sync_dist=True)
+        rate = self.clock.rate()
         times = {f"time/{part}": share for part, share in self.clock.shares().items()}
-        if self.trainer.global_step == 0:
+        if rate is None:
             return  # a part of one step
+        times["train/tokens_per_second"] = rate * self.schedule.batch
         self.log_dict(times, on_step=True, on_epoch=False, batch_size=n)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

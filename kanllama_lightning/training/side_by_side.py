@@ -14,7 +14,10 @@ from kanllama_lightning.training.seeds import NoSeed, seed_number
 from kanllama_lightning.types import InputError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=-]*")
-RESERVED = {"head", "heads", "checkpoints", "baselines", "wandb", "eval", "train", "val", "time"}
+RESERVED = {
+    *("head", "heads", "checkpoints", "baselines", "wandb", "eval"),
+    *("train", "val", "time", "baseline"),
+}
 """Names of what else is in a run folder, or in front of a figure."""
 KEYS = ("class_path", "init_args", "lr", "optimizer")
 

@@ -25,7 +25,7 @@ from kanllama_lightning.reports.saved_head import read_subject
 from kanllama_lightning.reports.token_sets import run_sets
 from kanllama_lightning.runs.lookup import folder_named
 from tests.conftest import word_tokenizer
-from tests.wandb_file import history
+from tests.wandb_file import history, opened
 
 PASS = ("sparsity", "losses", "reconstruction")
 
@@ -233,9 +233,12 @@ def test_the_record_goes_to_the_runs_own_logger(run):
     report(run, "--reports", "sparsity", wandb="true")
     (new,) = set(run.rglob("*.wandb")) - before
     keys = {key for row in history(new)[0] for key in row}
-    figures = [k for k in keys if k.startswith("eval/l0_")]
-    assert "eval/l0" in {k.split(".")[0] for k in keys}
+    figures = [k for k in keys if k.startswith("j_record/l0_")]
+    assert "j_record/l0" in {k.split(".")[0] for k in keys}
     assert figures, sorted(keys)
+    trained, reported = opened(min(before)), opened(new)
+    for of_run in ("run_id", "run_group", "display_name", "project"):
+        assert getattr(reported, of_run) == getattr(trained, of_run) != ""
     report(run, "--reports", "losses")
     assert len(set(run.rglob("*.wandb"))) == len(before) + 1
 

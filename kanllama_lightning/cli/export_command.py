@@ -34,7 +34,12 @@ def run_export(given: Namespace) -> None:
     make_folder(out.parent, "folder", "--out FOLDER")
     became = kind.write(head, origin_of(subject), out)
     again, _ = kind.read(out)
-    x, what = _activations(subject, given)
+    lm = {key: given.lm[key] for key in LM_KEYS}
+    how = EvalSettings(
+        lm=lm | {"untrained": lm["untrained"] or None},
+        **{key: given[key] for key in ("text", "ctx_len", "batch_seqs", "device", "dtype")},
+    )
+    x, what = activations(subject, how, given.tokens)
     found = agreement(head, again.encode, again.decode, x)
     say = Console(soft_wrap=True, highlight=False).print
     say(f"Written: {out}, {head.title} as {became} of {given.to}")
@@ -88,28 +93,30 @@ def frequency_of(subject: SavedHead) -> Float[Tensor, " d_sae"] | None:
 
 
 @torch.no_grad()
-def _activations(subject: SavedHead, given: Namespace) -> tuple[Float[Tensor, "tok d_model"], str]:
-    """What the export is compared on, and that in words."""
-    if "data" not in subject.config and given.text is None:
-        rows = made_rows(subject.head, given.tokens)
-        return rows, (
-            f"{len(rows):,} made activations, a tenth of them extreme (a saved head does not say "
+def activations(
+    subject: SavedHead, how: EvalSettings, tokens: int
+) -> tuple[Float[Tensor, "tok d_model"], str]:
+    """What an export is compared on, a tenth of it made extreme, and that in words.
+
+    Args:
+        subject: The head.
+        how: On which text, and where; made activations where there is no text.
+        tokens: How many rows, at most.
+    """
+    if "data" not in subject.config and how.text is None:
+        return made_rows(subject.head, tokens), (
+            f"{tokens:,} made activations, a tenth of them extreme (a saved head does not say "
             "which text it is for; give some with --text)"
         )
-    lm = {key: given.lm[key] for key in LM_KEYS}
-    lm["untrained"] = lm["untrained"] or None
-    model = shared_lm([subject], lm, given.dtype)
-    how = EvalSettings(
-        text=given.text, ctx_len=given.ctx_len, batch_seqs=given.batch_seqs, dtype=given.dtype
-    )
-    name, rows_of_text = next(iter(token_rows(subject, model, how).items()))
-    device = device_named(given.device)
+    model = shared_lm([subject], how.lm, how.dtype)
+    name, rows = next(iter(token_rows(subject, model, how).items()))
+    device = device_named(how.device)
     model.load_(device)
     parts: list[Tensor] = []
-    for tokens in token_sets.batches(rows_of_text, given.batch_seqs):
-        tokens = tokens.to(device)
-        parts.append(model.acts(tokens.ids)[tokens.keep].float().cpu())
-        if sum(map(len, parts)) >= given.tokens:
+    for batch in token_sets.batches(rows, how.batch_seqs):
+        batch = batch.to(device)
+        parts.append(model.acts(batch.ids)[batch.keep].float().cpu())
+        if sum(map(len, parts)) >= tokens:
             break
-    rows = with_extremes(torch.cat(parts)[: given.tokens])
-    return rows, f"{len(rows):,} tokens of {name!r}, a tenth of them made extreme"
+    found = with_extremes(torch.cat(parts)[:tokens])
+    return found, f"{len(found):,} tokens of {name!r}, a tenth of them made extreme"

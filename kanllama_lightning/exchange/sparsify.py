@@ -17,15 +17,16 @@ from kanllama_lightning.exchange.foreign_files import (
     unfit,
 )
 from kanllama_lightning.exchange.linear_sae import LargestOfToken, LinearSAE, linear_form
-from kanllama_lightning.exchange.origin import KEY, Origin, from_said
+from kanllama_lightning.exchange.origin import Origin, from_said
 from kanllama_lightning.heads.head import SAEHead
 from kanllama_lightning.storage.files import replacing
 from kanllama_lightning.storage.small_files import Count, read_json, there, write_json
 from kanllama_lightning.types import InputError
 
 NAME = "sparsify"
-CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
-FILES = (CONFIG, WEIGHTS)
+CONFIG, WEIGHTS, ORIGIN = "cfg.json", "sae.safetensors", "origin.json"
+"""Its own two files; and where ours says what they have no word for."""
+FILES = (CONFIG, WEIGHTS, ORIGIN)
 
 
 class SparsifyConfig(TypedDict):
@@ -72,8 +73,8 @@ def write(head: SAEHead, origin: Origin, folder: Path) -> str:
         "skip_connection": False,
         "transcode": False,
         "d_in": sae.d_model,
-        KEY: origin.said(),
     }
+    write_json(folder / ORIGIN, origin.said())
     write_json(folder / CONFIG, config)
     return "SparseCoder"
 
@@ -119,7 +120,7 @@ def read(folder: Path) -> tuple[SAEHead, Origin]:
         LargestOfToken(config["k"]),
         centred=True,
     )
-    said = from_said(config.get(KEY))
+    said = from_said(read_json(folder / ORIGIN) if there(folder / ORIGIN) else None)
     return sae.head(), said._replace(hook_point=said.hook_point or _named(folder))
 
 

@@ -14,6 +14,8 @@ from kanllama_lightning.storage.small_files import ordinary_size
 from kanllama_lightning.types import InputError
 
 ANEW = "copy the folder anew from where it came from"
+RECORD = "eval"
+"""Where `evaluate.py` writes in a folder that it is given: that may be there."""
 ZIP = b"PK\x03\x04"
 """How files of `torch.save` begin since 2020; what came before is a bare pickle."""
 Dims = tuple[int, ...]
@@ -139,7 +141,7 @@ def refuse_others(folder: Path, mine: Collection[str]) -> None:
         return
     if not folder.is_dir():
         raise InputError(f"--out {str(folder)!r}: is no folder; choose another")
-    other = sorted(path.name for path in folder.iterdir() if path.name not in mine)
+    other = sorted(path.name for path in folder.iterdir() if path.name not in (*mine, RECORD))
     if other:
         raise InputError(
             f"--out {str(folder)!r}: holds {other[0]} already; give a folder that is new, empty or "

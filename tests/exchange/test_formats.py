@@ -140,7 +140,8 @@ def test_saelens_folder_says_where_it_is_from(tmp_path: Path) -> None:
     }
     log10 = load_file(tmp_path / "a" / "sparsity.safetensors")["sparsity"]
     assert torch.allclose(10 ** log10.double(), frequency.double() + 1e-10, rtol=1e-5)
-    # written again without: the old one is not left beside it
+    # written again without: the old one is not left beside it, and a record there is no hindrance
+    (tmp_path / "a" / "eval").mkdir()
     saelens.write(trained("TopK"), ORIGIN, tmp_path / "a")
     assert not (tmp_path / "a" / "sparsity.safetensors").exists()
 

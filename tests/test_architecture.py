@@ -23,6 +23,7 @@ ROOMS = (
     "embedded",
     "heads",
     "lm",
+    "exchange",
     "corpus",
     "data",
     "runs",

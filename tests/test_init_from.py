@@ -67,7 +67,7 @@ def test_fine_tuning_begins_where_the_other_run_ended(
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"model__init_from": "nowhere"}, ("model.init_from=)),
+        ({"model__init_from": "nowhere"}, ("model.init_from=",)),
         (
             {"model__head__d_sae": "48"},
             ("holds a BatchTopK of 32 latents", "--model.head.d_sae 32"),

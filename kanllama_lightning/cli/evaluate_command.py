@@ -1,4 +1,4 @@
-"""The command line of the record: `report`, `compare`, `try`."""
+"""The command line of the record: `report`, `compare`, `try`; and `export`."""
 
 import contextlib
 import importlib
@@ -17,7 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from kanllama_lightning import comparison, reports
-from kanllama_lightning.cli.evaluate_options import ABOUT, CONFIG, PLACES, SETTINGS
+from kanllama_lightning.cli.evaluate_options import ABOUT, CONFIG, ONE_RUN, PLACES, SETTINGS
+from kanllama_lightning.cli.export_command import run_export
 from kanllama_lightning.cli.kinds import in_words
 from kanllama_lightning.console.entry import Aftermath, guarded
 from kanllama_lightning.console.quiet import quiet
@@ -99,8 +100,8 @@ OF_A_RECORD = ("documents", "text", "ctx_len", "dtype", "lm.name", "lm.hook_poin
 
 def add_arguments(parser: ArgumentParser, command: str) -> None:
     """The arguments of a command; those of `report` have a group for every report."""
-    places: dict[str, Any] = {} if command == "try" else {"nargs": "+"}
-    name = "run" if command == "try" else "runs"
+    places: dict[str, Any] = {} if command in ONE_RUN else {"nargs": "+"}
+    name = "run" if command in ONE_RUN else "runs"
     parser.add_argument(name, type=str, help=PLACES[command], **places)
     parser.add_argument("--config", action="config", help=CONFIG)
     for setting in SETTINGS[command]:
@@ -302,7 +303,7 @@ def _cell(known: Mapping[str, Any], key: str, form: Form) -> str:
     return form({k.removeprefix(f"{under}/"): v for k, v in known.items() if under in k})
 
 
-COMMANDS = {"report": run_report, "compare": run_compare, "try": run_try}
+COMMANDS = {"report": run_report, "compare": run_compare, "try": run_try, "export": run_export}
 
 
 def _explain(message: str) -> str:

@@ -117,21 +117,37 @@ TRY = (
     ),
     Setting("out", "HTML file (default: RUN/eval/try.html).", str | None),
 )
+EXPORT = (
+    Setting(
+        "to",
+        "Whose format: saelens (any head; curved ones for our plug-in), sparsify (TopK alone) or "
+        "dictionary_learning (linear heads).",
+        Literal["saelens", "sparsify", "dictionary_learning"],
+        required=True,
+    ),
+    Setting("out", "Folder that the export goes to.", required=True),
+    Setting("tokens", "Tokens that it is read back and compared on.", int, 8192),
+    *(setting for setting in TEXT if setting.name in ("text", "ctx_len", "batch_seqs")),
+)
 LIST = (Setting("runs_dir", "Folder that the runs lie in.", str, "runs"),)
 SETTINGS = {
     "list": LIST,
     "report": (*REPORT, *TEXT, *MACHINE),
     "compare": (*COMPARE, *TEXT, *MACHINE),
     "try": (*TRY, *MACHINE),
+    "export": (*EXPORT, *MACHINE),
 }
 PLACES = {
     "report": "Finished runs by folder, name or the beginning of a name, or folders of saved "
-    "heads; `last` is the run finished last.",
+    "heads, also of SAELens, sparsify and dictionary_learning; `last` is the run finished last.",
     "compare": "Finished runs, or LABEL=RUN; a run of heads side by side is all of "
     "them; several seeds of a head are taken together.",
     "try": "A finished run by folder or name, or the folder of a saved head; or `last`.",
+    "export": "A finished run by folder or name, or the folder of a saved head; or `last`.",
 }
 """What each command is given first."""
+ONE_RUN = ("try", "export")
+"""Commands that take one run."""
 ABOUT = {
     "list": "Lists runs, the newest first: state, heads, hook point, L0, FVU, delta CE (nats per "
     "token), tokens trained on, date.",
@@ -140,6 +156,8 @@ ABOUT = {
     "compare": "Compares finished runs, like for like; what is missing of their records is made "
     "first.",
     "try": "Runs the LM with and without its head on a text, and shows which latents fire.",
+    "export": "Writes a head into a folder of SAELens, sparsify or dictionary_learning, reads it "
+    "back, and says how far the two differ on activations.",
 }
 CONFIG = "YAML file with any of these options."
 
@@ -251,7 +269,7 @@ def help_of(command: str) -> str:
         return laid_out(
             "python evaluate.py list [--runs_dir FOLDER]", ABOUT[command], groups(command)
         )
-    place = "RUN" if command == "try" else "RUN ..."
+    place = "RUN" if command in ONE_RUN else "RUN ..."
     usage = f"python evaluate.py {command} {place} [--option VALUE ...]"
     about = f"{ABOUT[command]} {place}: {PLACES[command]}"
     return laid_out(usage, about, groups(command))

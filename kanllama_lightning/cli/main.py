@@ -18,7 +18,7 @@ from kanllama_lightning.console.stopping import answered, say
 from kanllama_lightning.console.units import duration
 
 TRAIN = ("fit", "validate", "plan")
-EVALUATE = ("list", "report", "compare", "try")
+EVALUATE = ("list", "report", "compare", "try", "export")
 MEANT = {"train": "fit", "run": "fit", "start": "fit", "eval": "report", "evaluate": "report",
          "test": "validate", "val": "validate", "dry-run": "plan", "cost": "plan",
          "generate": "try", "prompt": "try", "show": "report", "diff": "compare"}  # fmt: skip

@@ -375,19 +375,35 @@ class SAEHead(Trained, ABC):
                 f"head folder {str(folder)!r}: holds no {CARD} with {WEIGHTS}; give the folder "
                 "`head/` of a finished run"
             )
-        card = read_card(folder)
-        with only(allow), _explained(folder / CARD, card):
-            kind = named_class(card["head"], SAEHead)
-            args = checked_args(kind, card["init_args"], "init_args")
-            ours = kind.__module__.startswith(f"{PACKAGE}.")
-            with torch.device("meta"):  # takes no room, whatever numbers are in the card
-                plan = kind(**args) if ours else None
-        if plan is not None:
-            _check_shapes(folder / WEIGHTS, plan)
-        with only(allow), _explained(folder / CARD, card):
-            head: SAEHead = kind(**args)
-        _load_weights(folder / WEIGHTS, head)
-        return head.eval()
+        return built(read_card(folder), folder / CARD, folder / WEIGHTS, allow)
+
+
+def built(
+    card: Mapping[str, Any], where: Path, weights: Path, allow: Collection[str] = ()
+) -> SAEHead:
+    """A head from its class, its arguments and its weights, as `SAEHead.load` returns it.
+
+    Args:
+        card: `head` (a name) and `init_args`.
+        where: The file that says so, for messages.
+        weights: Its tensors, as `SAEHead.save` writes them.
+        allow: See `SAEHead.load`.
+
+    Raises:
+        InputError: They are not those of a head.
+    """
+    with only(allow), _explained(where, card):
+        kind = named_class(card["head"], SAEHead)
+        args = checked_args(kind, card["init_args"], "init_args")
+        ours = kind.__module__.startswith(f"{PACKAGE}.")
+        with torch.device("meta"):  # takes no room, whatever numbers are in the card
+            plan = kind(**args) if ours else None
+    if plan is not None:
+        _check_shapes(weights, plan)
+    with only(allow), _explained(where, card):
+        head: SAEHead = kind(**args)
+    _load_weights(weights, head)
+    return head.eval()
 
 
 @contextmanager

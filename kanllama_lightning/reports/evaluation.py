@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from kanllama_lightning.data.packing import Rows
+from kanllama_lightning.functional.sinks import sink_limit, within
 from kanllama_lightning.lm.frozen import FrozenLM
 from kanllama_lightning.lm.preflight import check_forward
 from kanllama_lightning.pages.plots import check_png
@@ -38,6 +39,10 @@ log = logging.getLogger(__name__)
 
 CTX_LEN = 512
 """Tokens per row for a saved head without a run, unless another number is asked for."""
+
+
+START_TOKENS = 8192
+"""Tokens that the mean and the sink limit of an imported head are of."""
 
 
 class EvalSettings(NamedTuple):
@@ -92,7 +97,7 @@ def report(
     device = device_named(how.device)
     if how.batch_seqs < 1:
         raise InputError(f"--batch_seqs={how.batch_seqs}: must be at least 1")
-    sets = _sets(subjects[0], lm, how) if any(r.streams for r in reports) else {}
+    sets = token_rows(subjects[0], lm, how) if any(r.streams for r in reports) else {}
     main = next(iter(sets.values()), None)
     counts = None if main is None else _counts(main, lm)
     about = {str(s.folder): _about(s, lm, sets, device, how.dtype) for s in subjects}
@@ -115,6 +120,9 @@ def report(
         check_forward(lm, next(texts.batches(main, how.batch_seqs)).to(device))
     for run in made:
         run.head.to(device)
+    for s in subjects:
+        if s.imported and main is not None:
+            _start_imported(s, lm, main, how.batch_seqs)
     configs = {str(s.folder): s.config for s in subjects}
     try:
         make(jobs, lm, sets, about, how.batch_seqs)
@@ -123,6 +131,28 @@ def report(
             if how.wandb and run.tables:
                 send(run, configs[str(run.folder)])
     return made
+
+
+@torch.no_grad()
+def _start_imported(subject: SavedHead, lm: FrozenLM, rows: Rows, seqs: int) -> None:
+    """Give a head of another project what one of ours has from its training text: the mean
+    activation, which mean ablation splices in, and the norm from which on a token is a sink."""
+    head, acts, kept = subject.head, [], 0
+    for tokens in texts.batches(rows, seqs):
+        tokens = tokens.to(head.scale.device)
+        acts.append(lm.acts(tokens.ids)[tokens.keep].float())
+        kept += len(acts[-1])
+        if kept >= START_TOKENS:
+            break
+    x = torch.cat(acts)
+    sizes = x.norm(dim=1)
+    limit = sink_limit(sizes)
+    head.norm_limit.copy_(limit)
+    head.x_mean.copy_(x[within(sizes, limit)].mean(0))
+    log.info(
+        "%s: its mean activation and sink limit are those of the first %s tokens evaluated on, "
+        "as its folder does not have them", subject.folder, f"{kept:,}"
+    )  # fmt: skip
 
 
 def _home(subject: SavedHead, how: EvalSettings, about: Mapping[str, Any]) -> Path:
@@ -240,7 +270,12 @@ def _made(subject: SavedHead) -> set[str]:
     return {done["report"] for done in every if same_sample(done, sets)}
 
 
-def _sets(first: SavedHead, lm: FrozenLM, how: EvalSettings) -> dict[str, Rows]:
+def token_rows(first: SavedHead, lm: FrozenLM, how: EvalSettings) -> dict[str, Rows]:
+    """The token sets that are evaluated on, by name: the text asked for, or a run's own.
+
+    Raises:
+        InputError: There is none, or it does not fit the LM.
+    """
     documents, text, ctx_len = how.documents, how.text, how.ctx_len
     if documents is not None and documents < 1:
         raise InputError(f"--documents={documents}: must be at least 1")

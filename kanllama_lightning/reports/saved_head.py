@@ -10,7 +10,8 @@ from jsonargparse import ArgumentError, ArgumentParser
 from transformers import PreTrainedTokenizerBase
 
 from kanllama_lightning.data.token_data import TokenData
-from kanllama_lightning.heads.head import CARD, WEIGHTS, SAEHead, read_card
+from kanllama_lightning.exchange.formats import format_of
+from kanllama_lightning.heads.head import CARD, FORMAT, WEIGHTS, SAEHead, read_card
 from kanllama_lightning.lm.frozen import FrozenLM
 from kanllama_lightning.runs.folder import (
     CHECKPOINTS,
@@ -21,7 +22,7 @@ from kanllama_lightning.runs.folder import (
     read_summary,
 )
 from kanllama_lightning.runs.state import Kind, look
-from kanllama_lightning.storage.named import refuse_modules
+from kanllama_lightning.storage.named import name_of, refuse_modules
 from kanllama_lightning.storage.small_files import there
 from kanllama_lightning.types import InputError
 
@@ -46,6 +47,8 @@ class SavedHead(NamedTuple):
     """SHA-256 of the head's weights."""
     allow: Collection[str] = ()
     """Modules whose classes its files may name."""
+    imported: bool = False
+    """Whether it comes from another project, and so without statistics of its text."""
 
     def lm_args(self) -> dict[str, Any]:
         """What the LM it was trained on is built with."""
@@ -97,6 +100,8 @@ def read_subject(folder: Path, allow: Collection[str] = ()) -> SavedHead:
         raise InputError(f"RUN={str(folder)!r}: no such folder; give the folder of a finished run")
     if there(folder / CARD):
         return _subject(folder, folder, {}, {}, allow)
+    if format_of(folder) is not None:
+        return _imported(folder)
     if members(folder):
         raise InputError(
             f"RUN={str(folder)!r}: a run of several heads; name the folder of one of them: "
@@ -123,7 +128,8 @@ def read_subject(folder: Path, allow: Collection[str] = ()) -> SavedHead:
             )
         raise InputError(
             f"RUN={str(folder)!r}: neither a run folder nor a saved head (no {HEAD}/{CARD}, no "
-            f"{CARD}); give the folder that `train.py fit` left, or its {HEAD}/"
+            f"{CARD}); give the folder that `train.py fit` left, its {HEAD}/, or a folder of "
+            "SAELens, sparsify or dictionary_learning"
         )
     return _subject(folder, folder / HEAD, read_config(folder), read_summary(folder), allow)
 
@@ -147,6 +153,24 @@ def _subject(
         with (head / name).open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return SavedHead(folder, loaded, read_card(head), config, summary, digest.hexdigest(), allow)
+
+
+def _imported(folder: Path) -> SavedHead:
+    """The SAE of another project's folder; its card is made here."""
+    kind = format_of(folder)
+    assert kind is not None
+    head, origin = kind.read(folder)
+    digest = hashlib.sha256()
+    for name in kind.FILES[:2]:
+        with (folder / name).open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    card = {
+        "format": FORMAT,
+        "head": name_of(type(head)),
+        "init_args": head.init_args(),
+        "provenance": origin.provenance() | {"imported": kind.NAME},
+    }
+    return SavedHead(folder, head, card, {}, {}, digest.hexdigest(), imported=True)
 
 
 def shared_lm(subjects: list[SavedHead], given: Mapping[str, Any], dtype: str) -> FrozenLM:

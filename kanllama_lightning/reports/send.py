@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 import wandb
 
 from kanllama_lightning.reports.report import EvalRun
-from kanllama_lightning.runs.folder import CONFIG, LOGGER_ID, SUMMARY, read_logger_id
+from kanllama_lightning.runs.folder import CONFIG, LOGGER_ID, SUMMARY, around, read_logger_id
 from kanllama_lightning.runs.sections import titled_section
 from kanllama_lightning.runs.wandb_logger import RunLogger
 from kanllama_lightning.storage.small_files import Wrong, check, read_json, there
@@ -35,28 +35,29 @@ def send(run: EvalRun, config: dict[str, Any]) -> None:
         run: With its tables and figures.
         config: `config.yaml` of the training run.
     """
-    path = run.folder / LOGGER_ID
+    # the run of heads side by side was logged as one
+    root = run.folder if (run.folder / LOGGER_ID).is_file() else around(run.folder)
     logger = config.get("trainer", {}).get("logger")
-    if not path.is_file() or not isinstance(logger, dict):
+    if root is None or not (root / LOGGER_ID).is_file() or not isinstance(logger, dict):
         return
     try:
         args = check(logger.get("init_args", {}), LoggerArgs, "trainer.logger.init_args")
     except Wrong as e:
         raise InputError(f"{run.folder / CONFIG}: {e}; or leave W&B out: --wandb false") from e
     # behind what was trained on, before what a longer run would add, and no piece on another
-    row = (run.card.get("provenance", {}).get("tokens") or 0) + _pieces(run.folder)
+    row = (run.card.get("provenance", {}).get("tokens") or 0) + _pieces(root)
     logger = RunLogger(
         project=args.get("project", "kanllama-lightning"),
-        save_dir=str(run.folder),
-        name=args.get("name") or run.folder.name,
-        id=read_logger_id(run.folder),
+        save_dir=str(root),
+        name=args.get("name") or root.name,
+        id=read_logger_id(root),
         group=args.get("group"),
     )
     logger.group_by(run.lm.hook.name, run.lm.name)
     tracker = logger.experiment
     # what is beside the record goes beside it there too, under the name of its folder
     beside = run.out.relative_to(run.folder).parts[1:]
-    under = "/".join([titled_section("record"), *beside])
+    under = "/".join([titled_section("record"), *run.folder.relative_to(root).parts, *beside])
     try:
         for name, table in run.tables.items():
             texts = {c: str for c in table.columns if table[c].dtype == object}

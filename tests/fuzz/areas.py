@@ -22,7 +22,9 @@ from kanllama_lightning.cli.resume import find_checkpoint
 from kanllama_lightning.corpus import LocalCorpus
 from kanllama_lightning.data.shards import ActivationCache, ShardPlace
 from kanllama_lightning.data.token_data import TokenData
-from kanllama_lightning.heads import BatchTopK, JumpReLU, KANEncoder, SAEHead
+from kanllama_lightning.exchange import dictionary_learning, saelens, sparsify
+from kanllama_lightning.exchange.origin import Origin
+from kanllama_lightning.heads import BatchTopK, Gated, JumpReLU, KANEncoder, SAEHead, TopK
 from kanllama_lightning.judge import replies
 from kanllama_lightning.judge.client import _answer, _envelope, _judged
 from kanllama_lightning.judge.protocol import parse_explanation, parse_labels
@@ -60,6 +62,55 @@ def finite(value: Any, where: str = "it") -> None:
 # --------------------------------------------------------------------------------- saved heads
 
 
+def weights(data: bytes, changes: list[Edit]) -> bytes:
+    """A file of tensors after edits of them, or of its bytes."""
+    if changes[0].much % 3 == 0:
+        return broken(data, changes)
+    return save({k: v.contiguous() for k, v in changed_tensors(load(data), changes).items()})
+
+
+def torch_weights(data: bytes, changes: list[Edit]) -> bytes:
+    """The same of a file of `torch.save`; some of them would run code, or fill the memory."""
+    if changes[0].much % 3 == 0:
+        return broken(data, changes)
+    held = torch.load(io.BytesIO(data), weights_only=True)
+    state: Any = changed_tensors(held, changes)
+    odd: list[Any] = [_Evil(), torch.zeros(1).expand(10**12), torch.zeros(2, 2).to_sparse(), "a", 3]
+    if changes[0].what % 4 == 0:
+        state |= {sorted(held)[changes[0].where % len(held)]: odd[changes[0].much % len(odd)]}
+    if changes[0].what % 17 == 0:
+        state = odd[changes[0].much % len(odd)]
+    out = io.BytesIO()
+    torch.save(state, out, _use_new_zipfile_serialization=changes[0].what % 11 != 0)
+    return out.getvalue()
+
+
+def changed_tensors(state: dict[str, Any], changes: list[Edit]) -> dict[str, Any]:
+    """Tensors of other formats, values, shapes and names."""
+    state = dict(state)
+    for change in changes:
+        name = sorted(state)[change.where % len(state)]
+        old = state[name]
+        kinds = (torch.int8, torch.bool, torch.complex64, torch.float16, torch.float64)
+        values = (math.nan, math.inf, -math.inf, 0.0, -1.0, 3e38, 1e-38, 1e30)
+        if change.how < 2:
+            state[name] = old.to(kinds[change.what % len(kinds)])
+        elif change.how < 5:
+            state[name] = torch.full_like(old, values[change.what % len(values)])
+        elif change.how < 7:
+            flat = old.clone().reshape(-1)
+            if len(flat):
+                flat[change.much % len(flat)] = values[change.what % len(values)]
+            state[name] = flat.reshape(old.shape)
+        elif change.how < 9:
+            state[name] = old.reshape(-1)[: max(1, old.numel() // 2)].clone()
+        elif change.how == 9:
+            del state[name]
+        else:
+            state[f"more{change.what}"] = torch.ones(change.much % 5)
+    return state
+
+
 def heads(folder: Path) -> list[Area]:
     """Cards and weights of three heads that were started on data."""
     saved = []
@@ -74,37 +125,37 @@ def heads(folder: Path) -> list[Area]:
     def load_(where: Path) -> Callable[[], None]:
         return lambda: finite(SAEHead.load(where)(X).x_hat, "reconstruction")
 
-    def weights(data: bytes, changes: list[Edit]) -> bytes:
-        if changes[0].much % 3 == 0:
-            return broken(data, changes)
-        state = load(data)
-        for change in changes:
-            name = sorted(state)[change.where % len(state)]
-            old = state[name]
-            kinds = (torch.int8, torch.bool, torch.complex64, torch.float16, torch.float64)
-            values = (math.nan, math.inf, -math.inf, 0.0, -1.0, 3e38, 1e-38, 1e30)
-            if change.how < 2:
-                state[name] = old.to(kinds[change.what % len(kinds)])
-            elif change.how < 5:
-                state[name] = torch.full_like(old, values[change.what % len(values)])
-            elif change.how < 7:
-                flat = old.clone().reshape(-1)
-                if len(flat):
-                    flat[change.much % len(flat)] = values[change.what % len(values)]
-                state[name] = flat.reshape(old.shape)
-            elif change.how < 9:
-                state[name] = old.reshape(-1)[: max(1, old.numel() // 2)].clone()
-            elif change.how == 9:
-                del state[name]
-            else:
-                state[f"more{change.what}"] = torch.ones(change.much % 5)
-        return save({k: v.contiguous() for k, v in state.items()})
-
     areas = []
     for own in saved:
         areas += [
             Area(f"head.json of {own.name}", [own / "head.json"], damaged_json, load_(own)),
             Area(f"weights of {own.name}", [own / "head.safetensors"], weights, load_(own)),
+        ]
+    return areas
+
+
+def foreign(folder: Path) -> list[Area]:
+    """Folders of SAELens, sparsify and dictionary_learning."""
+    areas = []
+    for kind, head in ((saelens, JumpReLU), (saelens, KANEncoder), (sparsify, TopK),
+                       (dictionary_learning, Gated)):  # fmt: skip
+        own = folder / f"{kind.NAME}-{head.__name__}"
+        made = head(d_model=8, d_sae=16, target_l0=3)
+        made.start_(X)
+        made.calibrate_(X)
+        kind.write(made.eval(), Origin(lm="tiny", hook_point="model.layers.0", l0=3.0), own)
+        config, tensors = (own / name for name in kind.FILES[:2])
+
+        def read(own: Path = own) -> None:
+            subject = read_subject(own)
+            finite(subject.head(X).x_hat, "reconstruction")
+            finite(subject.head.encode(X), "latents")
+            subject.lm_args()
+
+        torn = torch_weights if tensors.suffix == ".pt" else weights
+        areas += [
+            Area(f"config of {own.name}", [config], damaged_json, read),
+            Area(f"weights of {own.name}", [tensors], torn, read),
         ]
     return areas
 
@@ -527,7 +578,7 @@ def configs(folder: Path) -> list[Area]:
 def every(folder: Path, lm: Path) -> dict[str, Area]:
     """All areas by name, each with files of its own."""
     found: list[Area] = []
-    for make in (heads, runs, subjects, records, caches, judged, texts, configs):
+    for make in (heads, foreign, runs, subjects, records, caches, judged, texts, configs):
         own = folder / make.__name__
         own.mkdir()
         found += make(own)

@@ -12,9 +12,13 @@ from tests.fuzz.areas import every
 from tests.fuzz.damage import Edit, edits
 from tests.fuzz.harness import Area, run
 
+FOREIGN = ("saelens-JumpReLU", "saelens-KANEncoder", "sparsify-TopK", "dictionary_learning-Gated")
+"""Folders of other projects, of which the slow suite damages 1,008."""
 FAST: dict[str, int] = {
     **{f"head.json of {name}": 12 for name in ("BatchTopK", "KANEncoder", "JumpReLU")},
     **{f"weights of {name}": 12 for name in ("BatchTopK", "KANEncoder", "JumpReLU")},
+    **{f"config of {name}": 7 for name in FOREIGN},
+    **{f"weights of {name}": 7 for name in FOREIGN},
     **{"neighbour of a run": 15, "seal, summary, config": 20, "tables of a run": 15},
     **{"checkpoint": 10, "run as evaluated": 15, "summary of a record": 8, "documents.csv": 8},
     **{"tables of a record": 15, "done files": 10, "cache manifest": 20, "judge replies": 25},

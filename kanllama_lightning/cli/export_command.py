@@ -1,0 +1,122 @@
+"""`evaluate.py export`: a head into another project's folder, read back and compared."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from jsonargparse import Namespace
+from rich.console import Console
+from torch import Tensor
+
+from kanllama_lightning.exchange import saelens
+from kanllama_lightning.exchange.agreement import agreement, made_rows, with_extremes
+from kanllama_lightning.exchange.formats import FORMATS
+from kanllama_lightning.exchange.origin import Origin
+from kanllama_lightning.reports import token_sets
+from kanllama_lightning.reports.evaluation import EvalSettings, device_named, token_rows
+from kanllama_lightning.reports.latents_report import LatentsReport
+from kanllama_lightning.reports.saved_head import LM_KEYS, SavedHead, read_subject, shared_lm
+from kanllama_lightning.runs.folder import EVAL, SUMMARY, make_folder
+from kanllama_lightning.runs.lookup import folder_named
+from kanllama_lightning.storage.small_files import Count, read_csv, read_json, there
+from kanllama_lightning.types import InputError
+
+
+def run_export(given: Namespace) -> None:
+    """Write a head for another project; raises InputError where what was written differs."""
+    if given.tokens < 1:
+        raise InputError(f"--tokens={given.tokens}: must be at least 1")
+    if given.to not in FORMATS:
+        raise InputError(f"--to {given.to}: no such format; known: {', '.join(FORMATS)}")
+    subject = read_subject(folder_named(given.run, given.runs_dir), given.allow)
+    head, out, kind = subject.head, Path(given.out), FORMATS[given.to]
+    make_folder(out.parent, "folder", "--out FOLDER")
+    became = kind.write(head, origin_of(subject), out)
+    again, _ = kind.read(out)
+    lm = {key: given.lm[key] for key in LM_KEYS}
+    how = EvalSettings(
+        lm=lm | {"untrained": lm["untrained"] or None},
+        **{key: given[key] for key in ("text", "ctx_len", "batch_seqs", "device", "dtype")},
+    )
+    x, what = activations(subject, how, given.tokens)
+    found = agreement(head, again.encode, again.decode, x)
+    say = Console(soft_wrap=True, highlight=False).print
+    say(f"Written: {out}, {head.title} as {became} of {given.to}")
+    say(f"Read back and compared on {what}:\n{found}")
+    if became == saelens.OURS:
+        say(
+            "SAELens loads it after `import kanllama_lightning.exchange.saelens_plugin`, and not "
+            "before"
+        )
+    if not found.holds:
+        raise InputError(
+            f"--out {str(out)!r}: what was written is not the same head ({found}); do not use it"
+        )
+
+
+def origin_of(subject: SavedHead) -> Origin:
+    """What a run, or the card of a saved head, says of itself."""
+    known = subject.card.get("provenance", {})
+    data = subject.config.get("data", {})
+    lm = subject.lm_args()
+    text = known.get("text") or data.get("train")
+    trained = {k: known[k] for k in ("tokens", "step", "commit", "lm_dtype", "imported")
+               if known.get(k) is not None}  # fmt: skip
+    l0 = subject.summary.get("val/l0")
+    return Origin(
+        lm=lm.get("name"),
+        hook_point=lm.get("hook_point"),
+        revision=lm.get("revision"),
+        bos=lm.get("bos"),
+        ctx_len=data.get("ctx_len"),
+        text=text if text is None or isinstance(text, str) else str(text),
+        tokenizer=lm.get("name"),
+        l0=l0 if isinstance(l0, float | int) and l0 > 0 else None,
+        trained=trained or None,
+        frequency=frequency_of(subject),
+    )
+
+
+def frequency_of(subject: SavedHead) -> Float[Tensor, " d_sae"] | None:
+    """How often each latent fires by the record; None without one of these weights."""
+    table, summary = (subject.folder / EVAL / f for f in (LatentsReport.files[0], SUMMARY))
+    if not there(table) or not there(summary):
+        return None
+    if read_json(summary, dict[str, Any]).get("head_sha256") != subject.sha256:
+        return None
+    found = torch.zeros(subject.head.d_sae)
+    for row in read_csv(table, {"latent": Count, "frequency": float}):
+        if row["latent"] < len(found):
+            found[row["latent"]] = row["frequency"]
+    return found
+
+
+@torch.no_grad()
+def activations(
+    subject: SavedHead, how: EvalSettings, tokens: int
+) -> tuple[Float[Tensor, "tok d_model"], str]:
+    """What an export is compared on, a tenth of it made extreme, and that in words.
+
+    Args:
+        subject: The head.
+        how: On which text, and where; made activations where there is no text.
+        tokens: How many rows, at most.
+    """
+    if "data" not in subject.config and how.text is None:
+        return made_rows(subject.head, tokens), (
+            f"{tokens:,} made activations, a tenth of them extreme (a saved head does not say "
+            "which text it is for; give some with --text)"
+        )
+    model = shared_lm([subject], how.lm, how.dtype)
+    name, rows = next(iter(token_rows(subject, model, how).items()))
+    device = device_named(how.device)
+    model.load_(device)
+    parts: list[Tensor] = []
+    for batch in token_sets.batches(rows, how.batch_seqs):
+        batch = batch.to(device)
+        parts.append(model.acts(batch.ids)[batch.keep].float().cpu())
+        if sum(map(len, parts)) >= tokens:
+            break
+    found = with_extremes(torch.cat(parts)[:tokens])
+    return found, f"{len(found):,} tokens of {name!r}, a tenth of them made extreme"

@@ -76,7 +76,7 @@ class JudgeSettings(NamedTuple):
     timeout: float
     """Seconds that the server may be silent."""
     retries: int
-    """Repetitions of a call that got no answer."""
+    """Repetitions of a call that got no answer; of one that was met with silence at most one."""
 
 
 class _Closed(openai.OpenAIError):
@@ -131,6 +131,7 @@ class Judge:
         self._lost_in_a_row = 0
         self._met = False
         self._seen = False
+        self._silent = False
         self._door = asyncio.Lock()
         self._places = asyncio.Semaphore(manner.concurrency)
         self._client = endpoint.client(
@@ -256,6 +257,7 @@ class Judge:
         call = _Call(self.most(question, room))
         CALL.set(call)
         create: Any = self._client.chat.completions.with_raw_response.create
+        patience = min(1, self.manner.retries)
         while True:
             call.sent = params = self._params(question, attempt, room)
             try:
@@ -268,15 +270,13 @@ class Judge:
             except openai.APIConnectionError as e:
                 unreached = type(e.__cause__).__name__ in ("ConnectError", "ConnectTimeout")
                 await self._settle(call, 0.0 if unreached else call.most)
-                silent = isinstance(e, openai.APITimeoutError)
+                silent = isinstance(e, openai.APITimeoutError) and not unreached
+                if silent:
+                    self._hint_at_silence()
+                    if patience:
+                        patience -= 1
+                        continue
                 why = f"no reply in {self.manner.timeout:g} s" if silent else "connection broke off"
-                if silent and why not in self.lost:
-                    log.warning(
-                        "the judge gave no reply in %g s; a slow server is given more by "
-                        "--interpretability.timeout SECONDS, or fewer calls at once by "
-                        "--interpretability.concurrency",
-                        self.manner.timeout,
-                    )
                 return self._lose("no connection" if unreached else why, unreached)
             except openai.APIStatusError as e:
                 if self._adapt(e, params, self._params(question, attempt, room)):
@@ -305,6 +305,17 @@ class Judge:
         self.asked += 1
         self._lost_in_a_row = 0
         return reply
+
+    def _hint_at_silence(self) -> None:
+        """Name the options that help, once."""
+        if not self._silent:
+            self._silent = True
+            log.warning(
+                "the judge gave no reply in %g s; a slow server is given more by "
+                "--interpretability.timeout SECONDS, or fewer calls at once by "
+                "--interpretability.concurrency",
+                self.manner.timeout,
+            )
 
     async def _before_try(self, _request: object) -> None:
         """Let a try go out, repetitions too, unless all is stopped or it could cost too much."""
@@ -397,10 +408,11 @@ class Judge:
         self._lost_in_a_row += 1
         nobody = unreached and not self.asked
         if nobody or self._lost_in_a_row >= max(3, 2 * self.manner.concurrency):
+            slow = " and needs no more than --interpretability.timeout" * self._silent
             self._stop(
                 f"interpretability.base_url={self.endpoint.shown!r}: {len(self.lost)} calls got no "
-                f"answer ({reason}); see that the server runs there; what came before is kept, "
-                "the same command goes on from there"
+                f"answer ({reason}); see that the server runs there{slow}; what came before is "
+                "kept, the same command goes on from there"
             )
         return f"no answer ({reason})"
 

@@ -114,7 +114,8 @@ class InterpretabilityReport(Report):
         dry_run: Write the prompts to eval/interpretability_prompts.jsonl and the estimated cost to
             the log, and ask nothing.
         timeout: Seconds that the server may be silent.
-        retries: Repetitions of a call that got no answer, each after a longer wait.
+        retries: Repetitions of a call that got no answer, each after a longer wait; of one that
+            the server was silent on, one at most.
         max_output: Most tokens of a reply; models that think first need more.
     """
 

@@ -234,6 +234,17 @@ def test_the_first_silence_names_the_option(tmp_path: Path, caplog: Any) -> None
     assert caplog.text.count("--interpretability.timeout SECONDS") == 1
 
 
+def test_a_silent_server_is_asked_twice_at_most(tmp_path: Path, caplog: Any) -> None:
+    with JudgeServer(fine, lambda _body, _n: Reply(delay=5.0)) as server:
+        begun = time.monotonic()
+        asked = ask(server.url, tmp_path, n=9, timeout=0.2, retries=9, concurrency=1, max_cost=20.0)
+        assert time.monotonic() - begun < 4
+        assert len(server.requests) == 3 * 2
+    assert "3 calls got no answer (no reply in 0.2 s)" in str(asked.judge.stopped)
+    assert "--interpretability.timeout" in str(asked.judge.stopped)
+    assert caplog.text.count("--interpretability.timeout SECONDS") == 1
+
+
 def test_a_second_answer_counts(tmp_path: Path) -> None:
     def misbehave(body: Any, _n: int) -> Reply | None:
         return Reply(body=completion("{")) if body["seed"] == 3 else None

@@ -30,6 +30,8 @@ MOST_TOKENS = 1 << 30
 """Tokens of one reply; a server that reports more has reported nonsense."""
 LENGTHS = "list lengths"
 """Marks a server that supports JSON schemas but not minItems and maxItems."""
+SCHEMAS = "json_schema"
+"""Marks a server that knows response_format only by its older type, json_object."""
 ADAPTABLE = ("temperature", "seed", "max_completion_tokens", "max_tokens", "response_format")
 FILTERS = ("content_filter", "content_policy_violation")
 """Error codes that mean that a content filter blocked the request."""
@@ -74,7 +76,7 @@ class JudgeSettings(NamedTuple):
     timeout: float
     """Seconds that the server may be silent."""
     retries: int
-    """Repetitions of a call that got no answer."""
+    """Repetitions of a call that got no answer; of one that was met with silence at most one."""
 
 
 class _Closed(openai.OpenAIError):
@@ -86,6 +88,8 @@ class _Call:
 
     def __init__(self, most: float) -> None:
         self.most, self.open = most, False
+        self.sent: Mapping[str, Any] = {}
+        """Its parameters."""
 
 
 CALL: ContextVar[_Call] = ContextVar("CALL")
@@ -127,6 +131,7 @@ class Judge:
         self._lost_in_a_row = 0
         self._met = False
         self._seen = False
+        self._silent = False
         self._door = asyncio.Lock()
         self._places = asyncio.Semaphore(manner.concurrency)
         self._client = endpoint.client(
@@ -228,6 +233,8 @@ class Judge:
         params = self._wanted(question, attempt, room)
         if "max_tokens" in self.refused:
             params["max_completion_tokens"] = params["max_tokens"]
+        if SCHEMAS in self.refused:
+            params["response_format"] = {"type": "json_object", "schema": question.schema}
         if LENGTHS in self.refused:
             params["response_format"] = _without_lengths(params["response_format"])
         return {name: value for name, value in params.items() if name not in self.refused}
@@ -250,8 +257,9 @@ class Judge:
         call = _Call(self.most(question, room))
         CALL.set(call)
         create: Any = self._client.chat.completions.with_raw_response.create
+        patience = min(1, self.manner.retries)
         while True:
-            params = self._params(question, attempt, room)
+            call.sent = params = self._params(question, attempt, room)
             try:
                 response = await create(
                     model=self.manner.model, messages=question.messages, **params
@@ -262,21 +270,22 @@ class Judge:
             except openai.APIConnectionError as e:
                 unreached = type(e.__cause__).__name__ in ("ConnectError", "ConnectTimeout")
                 await self._settle(call, 0.0 if unreached else call.most)
-                silent = isinstance(e, openai.APITimeoutError)
+                silent = isinstance(e, openai.APITimeoutError) and not unreached
+                if silent:
+                    self._hint_at_silence()
+                    if patience:
+                        patience -= 1
+                        continue
                 why = f"no reply in {self.manner.timeout:g} s" if silent else "connection broke off"
-                if silent and why not in self.lost:
-                    log.warning(
-                        "the judge gave no reply in %g s; a slow server is given more by "
-                        "--interpretability.timeout SECONDS, or fewer calls at once by "
-                        "--interpretability.concurrency",
-                        self.manner.timeout,
-                    )
                 return self._lose("no connection" if unreached else why, unreached)
             except openai.APIStatusError as e:
-                if self._adapt(e, params):
+                if self._adapt(e, params, self._params(question, attempt, room)):
                     continue
                 if e.code in FILTERS:
                     return {"failure": "refused"}
+                if _other_model(e):
+                    self._stop(self._explained(e))
+                    return "not asked"
                 if e.status_code in (400, 413, 422):
                     log.warning("the judge does not take a question (%s)", _code(e))
                     return {"failure": f"not taken ({_code(e)})"}
@@ -297,6 +306,17 @@ class Judge:
         self._lost_in_a_row = 0
         return reply
 
+    def _hint_at_silence(self) -> None:
+        """Name the options that help, once."""
+        if not self._silent:
+            self._silent = True
+            log.warning(
+                "the judge gave no reply in %g s; a slow server is given more by "
+                "--interpretability.timeout SECONDS, or fewer calls at once by "
+                "--interpretability.concurrency",
+                self.manner.timeout,
+            )
+
     async def _before_try(self, _request: object) -> None:
         """Let a try go out, repetitions too, unless all is stopped or it could cost too much."""
         call = CALL.get()
@@ -313,42 +333,56 @@ class Judge:
             raise _Closed
 
     async def _after_try(self, response: Any) -> None:
-        """See that a try which the server turned away costs nothing."""
-        if not response.is_success:
-            await self._settle(CALL.get(), 0.0)
+        """See that a try which the server turned away costs nothing; nor is it made twice.
+
+        Some servers answer 500 to a parameter that they do not know: sending it again is no use.
+        """
+        if response.is_success:
+            return
+        call = CALL.get()
+        await self._settle(call, 0.0)
+        if response.status_code >= 500:
+            await response.aread()
+            if _objected(response.status_code, response.text, call.sent):
+                response.headers["x-should-retry"] = "false"
 
     async def _settle(self, call: _Call, cost: float) -> None:
         if call.open:
             call.open = False
             await self.budget.settle(call.most, cost)
 
-    def _adapt(self, error: openai.APIStatusError, sent: Mapping[str, Any]) -> bool:
-        """Leave out the parameter that the server objects to, from now on; False if it is none."""
-        if error.status_code not in (400, 422):
-            return False
-        body = error.body if isinstance(error.body, dict) else {}
-        said = f"{error.param or ''} {body.get('message', '')} {body.get('detail', '')}"
-        first = [n for n in ADAPTABLE if error.param and str(error.param).startswith(n)]
-        named = first or [n for n in ADAPTABLE if n in sent and re.search(rf"\b{n}\b", said)]
-        if not named or named[0] not in sent:
-            # another call has met this meanwhile: what is asked now is not what was sent then
-            return bool(named) and named[0] in self.refused
-        name = named[0]
-        if name == "response_format" and LENGTHS not in self.refused:
-            name = LENGTHS
-        if name not in self.refused:
-            self.refused.add(name)
-            self.cache.refuse(self.endpoint.shown, self.manner.model, self.refused)
-            log.warning("the judge does not take %s: left out from now on", name)
+    def _adapt(
+        self, error: openai.APIStatusError, sent: Mapping[str, Any], now: Mapping[str, Any]
+    ) -> bool:
+        """Leave out the parameter that the server objects to, from now on; False if it is none.
+
+        Args:
+            error: What it answered.
+            sent: The parameters then.
+            now: What they are now, if another call has met this meanwhile.
+        """
+        text = error.response.text
+        named = _objected(error.status_code, text, sent, str(error.param or ""))
+        if named is None or now != sent:
+            return named is not None
+        name = named
+        if name == "response_format":
+            older = sent[name]["type"] == "json_schema" and "json_object" in text
+            steps = (SCHEMAS,) if older else (LENGTHS, SCHEMAS, name)
+            name = next(step for step in steps if step not in self.refused)
+        self.refused.add(name)
+        self.cache.refuse(self.endpoint.shown, self.manner.model, self.refused)
+        instead = "asked as json_object" if name == SCHEMAS else "left out"
+        log.warning("the judge does not take %s: %s from now on", name, instead)
         return True
 
     def _explained(self, error: openai.APIStatusError) -> str:
         where, status = self.endpoint.shown, error.status_code
-        if status == 404:
+        if status == 404 or _other_model(error):
             problem = (
                 f"interpretability.model={self.manner.model!r}: {where} does not know it, or is "
-                "no such place (404); check --interpretability.model and --interpretability."
-                "base_url"
+                f"no such place ({status}); check --interpretability.model ({where}/models lists "
+                "what it has) and --interpretability.base_url"
             )
         elif status in (401, 403):
             problem = (
@@ -374,10 +408,11 @@ class Judge:
         self._lost_in_a_row += 1
         nobody = unreached and not self.asked
         if nobody or self._lost_in_a_row >= max(3, 2 * self.manner.concurrency):
+            slow = " and needs no more than --interpretability.timeout" * self._silent
             self._stop(
                 f"interpretability.base_url={self.endpoint.shown!r}: {len(self.lost)} calls got no "
-                f"answer ({reason}); see that the server runs there; what came before is kept, "
-                "the same command goes on from there"
+                f"answer ({reason}); see that the server runs there{slow}; what came before is "
+                "kept, the same command goes on from there"
             )
         return f"no answer ({reason})"
 
@@ -449,6 +484,31 @@ def _code(error: openai.APIStatusError) -> str:
     """What a server calls a problem, if it is a plain word."""
     code = error.code or ""
     return code if re.fullmatch(r"[a-z_]{1,40}", code) else str(error.status_code)
+
+
+def _objected(status: int, text: str, sent: Mapping[str, Any], param: str = "") -> str | None:
+    """The parameter that an error is about, of those sent; None if it is about none of them.
+
+    Args:
+        status: Of the error; a server that broke down objects to what it names alone.
+        text: The body of the error.
+        sent: The parameters.
+        param: What the server says it is about.
+    """
+    if status not in (400, 422) and status < 500:
+        return None
+    words = set(re.findall(r"\w+", re.sub(r"\\[nrt]", " ", text)))
+    if words & {"json_schema", "json_object"}:
+        words.add("response_format")
+    first = [name for name in ADAPTABLE if name in sent and param.startswith(name)]
+    named = first or [name for name in ADAPTABLE if name in sent and name in words]
+    return named[0] if named and (status < 500 or len(named) == 1) else None
+
+
+def _other_model(error: openai.APIStatusError) -> bool:
+    """Whether the server has another model than the one asked for (transformers: "pinned to")."""
+    wrong = error.param == "model" or error.code == "model_not_found"
+    return error.status_code == 400 and (wrong or "is pinned to" in error.response.text)
 
 
 def _without_lengths(value: Any) -> Any:

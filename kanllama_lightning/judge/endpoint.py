@@ -55,6 +55,8 @@ class Endpoint:
     ) -> openai.AsyncOpenAI:
         """A client that waits before each repetition, as long as the server asks.
 
+        A server that says nothing may still be at work: such a call is not repeated here.
+
         Args:
             timeout: Seconds without a byte.
             retries: Repetitions of a call.
@@ -72,14 +74,24 @@ class Endpoint:
             timeout=timeout,
             default_query=self._query or None,
             default_headers=headers or None,
-            http_client=openai.DefaultAsyncHttpxClient(
-                event_hooks={"request": [before], "response": [after]}
-            ),
+            http_client=_Client(event_hooks={"request": [before], "response": [after]}),
         )
 
     def scrubbed(self, reply: Any) -> Any:
         """What a server says, text or plain values, without secrets that it repeats."""
         return known.scrubbed_tree(self._secrets.scrubbed_tree(reply))
+
+
+class _Client(openai.DefaultAsyncHttpxClient):
+    """Tells of silence in a way that the client above it hands on at once."""
+
+    async def send(self, request: Any, **how: Any) -> Any:
+        try:
+            return await super().send(request, **how)
+        except Exception as e:
+            if type(e).__name__ == "ReadTimeout":
+                raise openai.APITimeoutError(request) from e
+            raise
 
 
 def shown_address(base_url: str | None) -> str:

@@ -114,8 +114,10 @@ class InterpretabilityReport(Report):
         dry_run: Write the prompts to eval/interpretability_prompts.jsonl and the estimated cost to
             the log, and ask nothing.
         timeout: Seconds that the server may be silent.
-        retries: Repetitions of a call that got no answer, each after a longer wait.
+        retries: Repetitions of a call that got no answer, each after a longer wait; of one that
+            the server was silent on, one at most.
         max_output: Most tokens of a reply; models that think first need more.
+        remark: A sentence for the page, such as what this judge is worth.
     """
 
     name = "interpretability"
@@ -141,13 +143,14 @@ class InterpretabilityReport(Report):
         timeout: float = 60.0,
         retries: int = 5,
         max_output: int = 300,
+        remark: str | None = None,
     ) -> None:
         self.latents, self.model, self.base_url = latents, model, base_url
         self.price_in, self.price_out, self.max_cost = price_in, price_out, max_cost
         self.concurrency, self.controls, self.windows = concurrency, controls, windows
         self.width, self.tokens, self.seed, self.dry_run = width, tokens, seed, dry_run
         self.timeout, self.retries = timeout, retries
-        self.max_output = max_output
+        self.max_output, self.remark = max_output, remark
         least = {"latents": 1, "concurrency": 1, "controls": 0, "windows": 2 * LEAST, "width": 2,
                  "retries": 0, "max_output": 1}  # fmt: skip
         least |= {"price_in": 0, "price_out": 0, "max_cost": 0}
@@ -165,6 +168,8 @@ class InterpretabilityReport(Report):
     def settings(self) -> dict[str, Any]:
         """The constructor arguments that count; of the address no password."""
         kept = {k: v for k, v in super().settings().items() if k not in HOW}
+        if self.remark is None:
+            del kept["remark"]
         return kept | {"base_url": shown_address(self.base_url)}
 
     def applies(self, run: EvalRun) -> str | None:
@@ -442,6 +447,7 @@ def _said(report: InterpretabilityReport, figures: dict[str, Any], too_few: str 
         return f"{figures[name]:{form}}{ends}"
 
     text = f"Attention: {too_few.partition(': ')[2]}. " if too_few else ""
+    text += f"{report.remark} " if report.remark else ""
     text += (
         f"{report.model} explained {figures['n_judged']} latents ({figures['n_failed']} failed) of "
         f"{figures['n_alive']:,} that fire, {figures['n_skipped']:,} of which fire in too few "

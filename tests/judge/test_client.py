@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from kanllama_lightning.judge.budget import Prices, estimate_tokens
-from kanllama_lightning.judge.client import Answer, Judge, JudgeQuestion, JudgeSettings
+from kanllama_lightning.judge.client import LENGTHS, Answer, Judge, JudgeQuestion, JudgeSettings
 from kanllama_lightning.judge.endpoint import Endpoint, discreet
 from kanllama_lightning.judge.replies import REFUSED
 from kanllama_lightning.types import InputError
@@ -234,6 +234,17 @@ def test_the_first_silence_names_the_option(tmp_path: Path, caplog: Any) -> None
     assert caplog.text.count("--interpretability.timeout SECONDS") == 1
 
 
+def test_a_silent_server_is_asked_twice_at_most(tmp_path: Path, caplog: Any) -> None:
+    with JudgeServer(fine, lambda _body, _n: Reply(delay=5.0)) as server:
+        begun = time.monotonic()
+        asked = ask(server.url, tmp_path, n=9, timeout=0.2, retries=9, concurrency=1, max_cost=20.0)
+        assert time.monotonic() - begun < 4
+        assert len(server.requests) == 3 * 2
+    assert "3 calls got no answer (no reply in 0.2 s)" in str(asked.judge.stopped)
+    assert "--interpretability.timeout" in str(asked.judge.stopped)
+    assert caplog.text.count("--interpretability.timeout SECONDS") == 1
+
+
 def test_a_second_answer_counts(tmp_path: Path) -> None:
     def misbehave(body: Any, _n: int) -> Reply | None:
         return Reply(body=completion("{")) if body["seed"] == 3 else None
@@ -289,7 +300,64 @@ def test_a_server_that_knows_no_schema(tmp_path: Path) -> None:
 
     with JudgeServer(fine, misbehave) as server:
         assert ask(server.url, tmp_path, max_cost=10.0).first.value == 0
-    assert len(server.requests) == 3
+    formats = [body.get("response_format", {}).get("type") for body in server.requests]
+    assert formats == ["json_schema", "json_schema", "json_object", None]
+
+
+LLAMA_CPP = (
+    "1 validation error:\n  {'type': 'literal_error', 'loc': ('body', 'response_format', 'type'), "
+    "'msg': \"Input should be 'text' or 'json_object'\", 'input': 'json_schema', 'ctx': "
+    "{'expected': \"'text' or 'json_object'\"}}\n\n  File \"app.py\", line 376"
+)
+
+
+def test_llama_cpp_knows_the_older_type_alone_and_answers_500(tmp_path: Path, caplog: Any) -> None:
+    def misbehave(body: Any, _n: int) -> Reply | None:
+        older = body["response_format"]["type"] == "json_object"
+        return None if older else error(500, "internal_server_error", message=LLAMA_CPP)
+
+    with JudgeServer(fine, misbehave) as server:
+        asked = ask(server.url, tmp_path, n=6, max_cost=10.0)
+        again = ask(server.url, tmp_path, n=7, max_cost=10.0)
+    assert [a.value for a in asked.answers] == list(range(6))
+    assert again.answers[6].value == 6
+    assert len(server.requests) == 1 + 7
+    kept = {"type": "json_object", "schema": question().schema}
+    assert all(body["response_format"] == kept for body in server.requests[1:])
+    assert caplog.text.count("does not take json_schema: asked as json_object") == 1
+
+
+def test_a_500_is_an_objection_only_if_it_names_one_parameter(tmp_path: Path) -> None:
+    def names_one(body: Any, _n: int) -> Reply | None:
+        return error(500, message="bad field:\nseed") if "seed" in body else None
+
+    with JudgeServer(fine, names_one) as server:
+        assert ask(server.url, tmp_path / "a").first.value == 0
+        assert len(server.requests) == 2
+    with JudgeServer(fine, lambda body, _n: error(500, message=json.dumps(body))) as server:
+        asked = ask(server.url, tmp_path / "b", retries=2)
+        assert (asked.first.failure, len(server.requests)) == ("no answer (answer 500)", 3)
+    assert not asked.judge.refused
+
+
+@pytest.mark.parametrize("parameter", ["max_tokens", "max_completion_tokens", "response_format"])
+def test_objections_without_end_are_given_up(parameter: str, tmp_path: Path) -> None:
+    with JudgeServer(fine, lambda _body, _n: error(400, "x", parameter)) as server:
+        asked = ask(server.url, tmp_path, n=6)
+    assert {a.failure for a in asked.answers} == {"not taken (x)"}
+    assert len(server.requests) <= 6 + 3
+
+
+def test_calls_under_way_take_one_step_together(tmp_path: Path) -> None:
+    def misbehave(body: Any, _n: int) -> Reply | None:
+        first = body["messages"][1]["content"] == "question 0"
+        long = "minItems" in json.dumps(body["response_format"])
+        return error(400, "x", "response_format") if long and not first else None
+
+    with JudgeServer(fine, misbehave, delay=0.1) as server:
+        asked = ask(server.url, tmp_path, n=5, max_cost=20.0)
+    assert [a.value for a in asked.answers] == list(range(5))
+    assert asked.judge.refused == {LENGTHS}
 
 
 @pytest.mark.parametrize(
@@ -298,6 +366,8 @@ def test_a_server_that_knows_no_schema(tmp_path: Path) -> None:
         (error(401, "invalid_api_key", message=f"Incorrect key: {KEY}"), "OPENAI_API_KEY"),
         (error(403), "OPENAI_API_KEY"),
         (error(404, "model_not_found"), "interpretability.model='m'"),
+        (error(400, "x", "model"), "interpretability.model='m'"),
+        (Reply(400, {"detail": "Server is pinned to 'other'"}), "interpretability.model='m'"),
         (error(429, "insufficient_quota"), "insufficient_quota"),
         (error(402), "answers 402"),
     ],

@@ -436,6 +436,13 @@ def test_without_controls(run: Path, server: JudgeServer) -> None:
     assert not any(k.startswith(("random", "shuffled", "over")) for k in figures(run))
 
 
+def test_a_remark_is_on_the_page_as_it_was_written(known: Judged) -> None:
+    page = record(known.run) / f"{NAME}.html"
+    before = page.read_text()
+    assert call(known.run, known.url, *known.text, remark="A <b> judge.") == 0
+    assert page.read_text() == before.replace("<p>gpt-4o", "<p>A &lt;b&gt; judge. gpt-4o", 1)
+
+
 @pytest.mark.parametrize(
     ("argument", "value"),
     [("latents", 0), ("windows", 9), ("concurrency", 0), ("timeout", 0), ("max_cost", -1),

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kanllama_lightning.console.phase import Phase
 from kanllama_lightning.data.vocabulary import special_ids
 from kanllama_lightning.functional.bootstrap import interval
 from kanllama_lightning.lm.frozen import EMBEDDED
@@ -137,19 +138,21 @@ class CeBenchReport(Report):
         means = torch.zeros(len(self._ids), run.head.d_sae)
         tokens = torch.zeros(len(self._ids), dtype=torch.int64)
         l0 = torch.zeros(len(self._ids), dtype=torch.float64)
-        for i, ids in enumerate(self._ids):
-            seen = seen_by(run.head, run.lm, [ids])
-            tokens[i] = len(seen.x)
-            if not len(seen.x):
-                raise InputError(
-                    f"ce_bench.pairs={self.pairs!r}, pair {i // 2 + 1}: a story has no token that "
-                    "counts, only special ones or attention sinks; give a longer text"
-                )
-            codes = seen.out.codes.sparse()
-            sums = torch.zeros(run.head.d_sae, dtype=torch.float64)
-            sums.index_add_(0, codes.latents.cpu(), codes.values.double().cpu())
-            means[i] = sums / len(seen.x)
-            l0[i] = float(seen.out.codes.l0().sum())
+        with Phase("reading", len(self._ids), "stories") as progress:
+            for i, ids in enumerate(self._ids):
+                seen = seen_by(run.head, run.lm, [ids])
+                tokens[i] = len(seen.x)
+                if not len(seen.x):
+                    raise InputError(
+                        f"ce_bench.pairs={self.pairs!r}, pair {i // 2 + 1}: a story has no token "
+                        "that counts, only special ones or attention sinks; give a longer text"
+                    )
+                codes = seen.out.codes.sparse()
+                sums = torch.zeros(run.head.d_sae, dtype=torch.float64)
+                sums.index_add_(0, codes.latents.cpu(), codes.values.double().cpu())
+                means[i] = sums / len(seen.x)
+                l0[i] = float(seen.out.codes.l0().sum())
+                progress.add()
         return means, tokens, l0
 
 

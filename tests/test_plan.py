@@ -11,19 +11,20 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from kanllama_lightning.callbacks import baselines
 from kanllama_lightning.cli.plan_command import PlanCLI
 from kanllama_lightning.console.units import duration, size
-from kanllama_lightning.heads import BatchTopK, SAEHead, Standard, TopK
+from kanllama_lightning.heads import PCA, BatchTopK, SAEHead, Standard, TopK
 from kanllama_lightning.lm.frozen import FrozenLM
 from kanllama_lightning.plan import timing
 from kanllama_lightning.plan.costs import HeadCost, _Counter, head_cost, lm_flops
-from kanllama_lightning.plan.estimate import RunEstimate
+from kanllama_lightning.plan.estimate import RunEstimate, control_runs
 from kanllama_lightning.plan.plan_page import verdict
 from kanllama_lightning.plan.timing import HeadTime, head_time, lm_rest_seconds, lm_seconds
 from kanllama_lightning.training.head_trainer import HeadTrainer
 from kanllama_lightning.training.schedule import Schedule
 from kanllama_lightning.types import SAEOutput
-from tests.conftest import SMALL, rest_slow
+from tests.conftest import ALONE, SMALL, Fit, rest_slow, side_by_side_config
 from tests.test_configs import HEAD_CONFIGS, ROOT, SOME
 from train import main
 
@@ -197,11 +198,33 @@ def test_verdicts() -> None:
 
 
 def test_validations_by_hand() -> None:
-    e = made(lm_rest_seconds=0.003, val_tokens=100, val_sets=2, validations=4)
+    e = made(lm_rest_seconds=0.003, val_tokens=100, val_sets=2, validations=4, control_runs=6)
     seen = 0.002 + 5 * 0.003 + (1e-3 + 5e-4) / 3
     assert e.seen_seconds == pytest.approx(seen)
     assert e.validation_seconds == pytest.approx(200 * seen)
     assert e.all_validations_seconds == pytest.approx(5 * 200 * seen + 6 * 100 * 0.003)
+
+
+def test_controls_are_counted_as_they_are_run(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PCA is shared by heads of one L0; every head is run untrained, and the LM untouched."""
+    heads = {"a": {"class_path": "TopK"}, "b": {"class_path": "BatchTopK"}}
+    heads["c"] = {"class_path": "TopK", "init_args": {"target_l0": 6}}
+    ran: list[int] = []
+    losses = baselines.losses_by_head
+
+    def counted(lm: Any, batch: Any, x_hats: Any, ablations: Any) -> Any:
+        ran.append(1 + len(x_hats) + len(ablations))
+        return losses(lm, batch, x_hats, ablations)
+
+    monkeypatch.setattr(baselines, "losses_by_head", counted)
+    assert fit(side_by_side_config(tmp_path, heads), **ALONE, model__tokens="640") == 0
+    size = {"d_model": 16, "d_sae": 32}
+    made: list[SAEHead] = [kind(**size, target_l0=4) for kind in (TopK, BatchTopK)]
+    made.append(TopK(**size, target_l0=6))
+    assert set(ran) == {control_runs(made)} == {6}
+    assert control_runs([PCA(16, 4)]) == 0
 
 
 def test_the_rest_of_the_lm(

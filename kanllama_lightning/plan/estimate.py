@@ -1,12 +1,14 @@
 """Memory, disk and time of a run, and whether an activation cache would pay."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from kanllama_lightning.data.shards import ROW_DTYPE
 from kanllama_lightning.data.token_data import TokenData
+from kanllama_lightning.heads import SAEHead
 from kanllama_lightning.lm.frozen import FrozenLM
 from kanllama_lightning.lm.preflight import disk_bytes
 from kanllama_lightning.plan.costs import HeadCost, head_cost, lm_flops
@@ -18,10 +20,14 @@ DISK_RATE = 1e9
 """Bytes per second of reading or writing a disk, taken for granted: an ordinary SSD."""
 FORWARD = 1 / 3
 """Share of a training step that is the forward pass: the backward pass takes about two."""
-CONTROLS = 3
-"""In the final validation, of each head: PCA, random directions, the untrained head."""
 FEW_PERCENT = 0.1
 """Share of a step's time: a smaller share of the LM is not worth a cache."""
+
+
+def control_runs(heads: Sequence[SAEHead]) -> int:
+    """Runs of the LM for the controls of heads: untouched, PCA of each L0, each head untrained."""
+    l0 = [head.target_l0 for head in heads if hasattr(head, "target_l0")]
+    return 1 + len(set(l0)) + len(l0) if l0 else 0
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ class RunEstimate:
         val_tokens: Tokens of each validation set.
         val_sets: How many there are.
         validations: In training, the final one not counted.
+        control_runs: Of the LM, on the first set of the final validation (`control_runs`).
     """
 
     costs: dict[str, HeadCost]
@@ -67,6 +74,7 @@ class RunEstimate:
     val_tokens: int = 0
     val_sets: int = 0
     validations: int = 0
+    control_runs: int = 0
 
     @classmethod
     def of(
@@ -118,6 +126,7 @@ class RunEstimate:
             val_tokens=data.val_tokens,
             val_sets=(data.val_fraction > 0) + len(data.val_corpora),
             validations=schedule.steps // val_check_interval if val_check_interval else 0,
+            control_runs=control_runs([t.head for t in given]),
         )
 
     # ------------------------------------------------------------------ memory and disk
@@ -193,9 +202,8 @@ class RunEstimate:
 
     @property
     def all_validations_seconds(self) -> float:
-        """Seconds of all validations; in the final one the first set is also read with three
-        controls of each head."""
-        controls = CONTROLS * len(self.times) * self.val_tokens * self.lm_rest_seconds
+        """Seconds of all validations; in the final one the first set is read with controls too."""
+        controls = self.control_runs * self.val_tokens * self.lm_rest_seconds
         return (self.validations + 1) * self.validation_seconds + controls
 
     @property

@@ -1,6 +1,7 @@
 """The planner: figures by hand, what it says, and that it starts, loads and writes nothing."""
 
 import json
+import logging
 import shutil
 import time
 from collections.abc import Callable
@@ -16,11 +17,12 @@ from kanllama_lightning.cli.plan_command import PlanCLI
 from kanllama_lightning.console.units import duration, size
 from kanllama_lightning.heads import PCA, BatchTopK, SAEHead, Standard, TopK
 from kanllama_lightning.lm.frozen import FrozenLM
-from kanllama_lightning.plan import timing
-from kanllama_lightning.plan.costs import HeadCost, _Counter, head_cost, lm_flops
-from kanllama_lightning.plan.estimate import RunEstimate, control_runs
+from kanllama_lightning.plan import timing, validation
+from kanllama_lightning.plan.costs import HeadCost, _Counter, head_cost, lm_flops, lm_rest_flops
+from kanllama_lightning.plan.estimate import RunEstimate
 from kanllama_lightning.plan.plan_page import verdict
 from kanllama_lightning.plan.timing import HeadTime, head_time, lm_rest_seconds, lm_seconds
+from kanllama_lightning.plan.validation import FEW, control_runs, validation_size, validations
 from kanllama_lightning.training.head_trainer import HeadTrainer
 from kanllama_lightning.training.schedule import Schedule
 from kanllama_lightning.types import SAEOutput
@@ -74,6 +76,11 @@ def test_lm_operations_are_those_of_a_real_pass(
     attentions = lm.hook.layer + (lm.hook.kind != "resid_pre")
     scores = attentions * 4 * 16 * (10 + 1) / 2  # torch has no formula for these on a CPU
     assert 30 * (lm_flops(lm, 10) - scores) == counter.flops
+    prefix = lm.prefix(ids)
+    with _Counter() as counter:
+        lm.logits(lm.resume(prefix, prefix.acts))
+    scores = (lm.config.num_hidden_layers - attentions) * 4 * 16 * (10 + 1) / 2
+    assert 30 * (lm_rest_flops(lm, 10) - scores) == counter.flops
 
 
 def test_lm_parameters(make_lm: Callable[..., FrozenLM]) -> None:
@@ -296,6 +303,67 @@ def test_plans_every_config(
     assert cli.estimate.validations == cli.estimate.tokens // cli.estimate.batch // 500
     assert 0 < cli.estimate.seen_seconds < 1
     assert "the whole run" in said
+
+
+@pytest.fixture
+def small(tiny_lm_dir: Path, text_file: Path) -> Callable[..., list[str]]:
+    """Arguments of a run on the tiny model that says nothing of validation tokens."""
+
+    def args(**changed: Any) -> list[str]:
+        given = SMALL | {"lm.name": tiny_lm_dir, "data.train": text_file, "data.val_tokens": None}
+        given |= {name.replace("__", "."): value for name, value in changed.items()}
+        return [f"--{name}={value}" for name, value in given.items() if value is not None]
+
+    return args
+
+
+def test_validation_is_a_tenth_of_the_counted_training(
+    planned: Callable[..., PlanCLI],
+    small: Callable[..., list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(validation, "head_cost", lambda *_, **__: HeadCost(1, 3000.0, 64.0, 0.0))
+    monkeypatch.setattr(validation, "lm_flops", lambda *_: 10.0)
+    monkeypatch.setattr(validation, "lm_rest_flops", lambda *_: 5.0)
+    cli = planned(*small())
+    given = (cli.model, cli.datamodule, 10)
+    assert validations(40, 10) == 4
+    training = 2560 * 3000 + 40 * 64 + (2560 + 512) * 10
+    one = 5 * (10 + 4 * 5 + 1000) + 3 * 5  # a token, five times, and PCA, untrained, untouched
+    least = validation_size(*given)
+    assert least == (4096, pytest.approx(4096 * one / training)), "the least, whatever it takes"
+    assert cli.datamodule.val_tokens == least.tokens
+    monkeypatch.setattr(validation, "LEAST", 32)
+    sized = validation_size(*given)
+    assert sized.tokens == int(0.1 * training / one) // 32 * 32 == 128
+    assert sized.share == pytest.approx(128 * one / training)
+    assert 0.08 < sized.share <= 0.1
+    cli.datamodule.cache = "somewhere"
+    monkeypatch.setattr(validation, "head_cost", lambda *_, **__: HeadCost(1, 1.0, 0.0, 0.0))
+    cheap = validation_size(*given)
+    assert cheap.share == pytest.approx(cheap.tokens * (5 * (30 + 1 / 3) + 15) / 2560), "no LM"
+    monkeypatch.setattr(validation, "VAL_TOKENS", 70)
+    monkeypatch.setattr(validation, "SHARE", 1e9)
+    assert validation_size(*given).tokens == 64, "at most, in whole rows"
+
+
+def test_validation_is_sized_where_nobody_says(
+    planned: Callable[..., PlanCLI],
+    small: Callable[..., list[str]],
+    capsys: pytest.CaptureFixture,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    first, again = planned(*small()), planned(*small())
+    assert first.datamodule.val_tokens == again.datamodule.val_tokens == 4096 < FEW
+    assert "validation: 4,096 tokens of each set" in caplog.text
+    assert "--data.val_tokens" in caplog.text
+    assert "will be wide" in " ".join(capsys.readouterr().out.split())
+    caplog.clear()
+    said = planned(*small(data__val_tokens=16384))
+    assert said.datamodule.val_tokens == said.estimate.val_tokens == 16384
+    assert "tokens of each set" not in caplog.text
+    assert "will be wide" not in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -35,8 +35,7 @@ class PlanCLI(KanllamaCLI):
         module, data = self.model, self.datamodule
         autocast = str(trainer.precision) == "bf16-mixed"
         every = trainer.val_check_interval
-        steps = every if isinstance(every, int) and every > 0 else None
-        self.estimate = RunEstimate.of(module.lm, module, data, device, autocast, steps)
+        self.estimate = RunEstimate.of(module.lm, module, data, device, autocast, every)
         name = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
         free = Free(free_memory(), shutil.disk_usage(".").free)
         shown = table(self.estimate, module.lm.hook_point, name, free)

@@ -116,11 +116,7 @@ def lm_flops(lm: FrozenLM, ctx_len: int) -> float:
         lm: Its weights need not be loaded.
         ctx_len: Positions per row.
     """
-    c = lm.config
-    width, head_dim, kv = lm.attention_shape
-    attention = 2 * width * head_dim * (2 * c.num_attention_heads + 2 * kv)
-    attention += 4 * head_dim * c.num_attention_heads * (ctx_len + 1) / 2
-    mlp = 6 * width * c.intermediate_size
+    attention, mlp = _block_flops(lm, ctx_len)
     inside = {
         "resid_pre": 0.0,
         "attn_out": attention,
@@ -129,3 +125,23 @@ def lm_flops(lm: FrozenLM, ctx_len: int) -> float:
         "resid_post": attention + mlp,
     }
     return float(lm.hook.layer * (attention + mlp) + inside[lm.hook.kind])
+
+
+def lm_rest_flops(lm: FrozenLM, ctx_len: int) -> float:
+    """Operations per position of going on from the hook point to the logits, counted the same way.
+
+    Args:
+        lm: Its weights need not be loaded.
+        ctx_len: Positions per row.
+    """
+    blocks = lm.config.num_hidden_layers * sum(_block_flops(lm, ctx_len))
+    return blocks - lm_flops(lm, ctx_len) + 2 * lm.d_model * lm.vocab_size
+
+
+def _block_flops(lm: FrozenLM, ctx_len: int) -> tuple[float, float]:
+    """Operations per position of a block's attention and of its MLP."""
+    c = lm.config
+    width, head_dim, kv = lm.attention_shape
+    attention = 2 * width * head_dim * (2 * c.num_attention_heads + 2 * kv)
+    attention += 4 * head_dim * c.num_attention_heads * (ctx_len + 1) / 2
+    return attention, 6 * width * c.intermediate_size

@@ -1,33 +1,25 @@
 """Memory, disk and time of a run, and whether an activation cache would pay."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from kanllama_lightning.data.shards import ROW_DTYPE
 from kanllama_lightning.data.token_data import TokenData
-from kanllama_lightning.heads import SAEHead
 from kanllama_lightning.lm.frozen import FrozenLM
 from kanllama_lightning.lm.preflight import disk_bytes
 from kanllama_lightning.plan.costs import HeadCost, head_cost, lm_flops
 from kanllama_lightning.plan.timing import HeadTime, head_time, lm_rest_seconds, lm_seconds
+from kanllama_lightning.plan.validation import FORWARD, SPLICED, control_runs, validations
 from kanllama_lightning.training.head_trainer import HeadTrainer
 from kanllama_lightning.training.module import SAEModule
 
 DISK_RATE = 1e9
 """Bytes per second of reading or writing a disk, taken for granted: an ordinary SSD."""
-FORWARD = 1 / 3
-"""Share of a training step that is the forward pass: the backward pass takes about two."""
 FEW_PERCENT = 0.1
 """Share of a step's time: a smaller share of the LM is not worth a cache."""
-
-
-def control_runs(heads: Sequence[SAEHead]) -> int:
-    """Runs of the LM for the controls of heads: untouched, PCA of each L0, each head untrained."""
-    l0 = [head.target_l0 for head in heads if hasattr(head, "target_l0")]
-    return 1 + len(set(l0)) + len(l0) if l0 else 0
 
 
 @dataclass(frozen=True)
@@ -84,7 +76,7 @@ class RunEstimate:
         data: TokenData,
         device: torch.device,
         autocast: bool,
-        val_check_interval: int | None = None,
+        val_check_interval: Any = None,
     ) -> "RunEstimate":
         """Estimate a run whose parts are built, but neither loaded nor set up.
 
@@ -94,7 +86,8 @@ class RunEstimate:
             data: Gives the shape of token batches.
             device: Where the run would be.
             autocast: Whether heads train in bf16-mixed.
-            val_check_interval: Steps between two validations; None for the final one alone.
+            val_check_interval: Steps between two validations; other than a number for the final
+                one alone.
         """
         schedule, buffer = module.schedule, module.buffer
         lm_rows = data.lm_batch_seqs * data.ctx_len
@@ -125,7 +118,7 @@ class RunEstimate:
             lm_rest_seconds=rest,
             val_tokens=data.val_tokens,
             val_sets=(data.val_fraction > 0) + len(data.val_corpora),
-            validations=schedule.steps // val_check_interval if val_check_interval else 0,
+            validations=validations(schedule.steps, val_check_interval),
             control_runs=control_runs([t.head for t in given]),
         )
 
@@ -191,7 +184,7 @@ class RunEstimate:
     def seen_seconds(self) -> float:
         """Per token that is validated, or read for a record: one pass up to the hook point, four
         on from there for a head and one more for each further one, and the heads' forward pass."""
-        runs = 3 + len(self.times)
+        runs = SPLICED + len(self.times)
         forward = sum(time.per_token for time in self.times.values()) * FORWARD
         return self.lm_seconds + runs * self.lm_rest_seconds + forward
 

@@ -6,6 +6,7 @@ from rich.table import Table
 
 from kanllama_lightning.console.units import duration, size
 from kanllama_lightning.plan.estimate import DISK_RATE, FEW_PERCENT, RunEstimate
+from kanllama_lightning.plan.validation import FEW
 
 RUNS = 10
 
@@ -76,10 +77,11 @@ def table(estimate: RunEstimate, hook_point: str, device: str, free: Free) -> Ta
         duration(e.seconds(1, e.cached)),
         "reading text comes on top, and the validations",
     )
+    few = f"; under {FEW:,} of a set: delta CE's interval will be wide" * (e.val_tokens < FEW)
     made.add_row(
         "a validation",
         duration(e.validation_seconds),
-        f"{e.val_sets * e.val_tokens:,} tokens; what looks at weights alone comes on top",
+        f"{e.val_sets * e.val_tokens:,} tokens; what looks at weights alone comes on top" + few,
     )
     made.add_row(
         "all validations",

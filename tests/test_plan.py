@@ -13,15 +13,31 @@ import torch
 from transformers import LlamaConfig
 
 from kanllama_lightning.callbacks import baselines
+from kanllama_lightning.cli.evaluate_command import REPORTS
 from kanllama_lightning.cli.plan_command import PlanCLI
 from kanllama_lightning.console.units import duration, size
 from kanllama_lightning.heads import PCA, BatchTopK, SAEHead, Standard, TopK
+from kanllama_lightning.heads.dense_kan import DenseKAN
 from kanllama_lightning.lm.frozen import FrozenLM
 from kanllama_lightning.plan import timing, validation
-from kanllama_lightning.plan.costs import HeadCost, _Counter, head_cost, lm_flops, lm_rest_flops
-from kanllama_lightning.plan.estimate import RunEstimate
-from kanllama_lightning.plan.plan_page import verdict
-from kanllama_lightning.plan.timing import HeadTime, head_time, lm_rest_seconds, lm_seconds
+from kanllama_lightning.plan.costs import (
+    HeadCost,
+    Work,
+    _Counter,
+    head_cost,
+    lm_flops,
+    lm_rest_flops,
+)
+from kanllama_lightning.plan.estimate import RecordTime, RunEstimate
+from kanllama_lightning.plan.plan_page import Free, table, verdict
+from kanllama_lightning.plan.timing import (
+    HeadTime,
+    RestTime,
+    head_time,
+    lens_seconds,
+    lm_rest_seconds,
+    lm_seconds,
+)
 from kanllama_lightning.plan.validation import FEW, control_runs, validation_size, validations
 from kanllama_lightning.training.head_trainer import HeadTrainer
 from kanllama_lightning.training.schedule import Schedule
@@ -242,7 +258,27 @@ def test_the_rest_of_the_lm(
     for layer in (0, 2):
         lm = make_lm(f"model.layers.{layer}")
         rest = lm_rest_seconds(lm, (layer + 1) * 0.01, 4, 64, CPU)
-        assert rest == pytest.approx((2 - layer) * 0.01 + 0.01)
+        assert rest == (pytest.approx((2 - layer) * 0.01), pytest.approx(0.01))
+    monkeypatch.setattr(timing, "_fastest", lambda *_: [timing.LENS_DIRECTIONS * 0.25])
+    assert lens_seconds(lm, CPU) == pytest.approx(0.25), "the whole vocabulary of the tiny LM"
+
+
+def test_a_record_by_hand() -> None:
+    times = RecordTime(0.002, RestTime(0.003, 0.001), 0.5)
+    e = made(record=times)
+    assert e.read_seconds == pytest.approx(0.002 + (1e-3 + 5e-4) / 3)
+    assert e.work_seconds(Work()) == 0
+    work = Work(upto=10, on=20, logits=30, directions=4, requests=7)
+    assert e.work_seconds(work) == pytest.approx(10 * 0.002 + 20 * 0.003 + 30 * 0.001 + 4 * 0.5)
+    record = {"a": work._replace(requests=0), "b": Work(), "c": Work(requests=7), "d": "no words"}
+    shown = table(e, "h", "here", Free(1, 1), record)
+    what, figures, how = (list(column.cells) for column in shown.columns)
+    at = what.index("record: a")
+    assert what[at : at + 3] == ["record: a", "record: c", "record: d"], "b takes the pass alone"
+    read, own = 65_536 * e.read_seconds, e.work_seconds(work)
+    assert figures[at - 2 : at] == [duration(read + own), duration(read)]
+    assert figures[at : at + 3] == [duration(own), "7 calls", ""]
+    assert how[at + 2] == "cannot be made: no words"
 
 
 def test_sizes_and_durations() -> None:
@@ -303,6 +339,13 @@ def test_plans_every_config(
     assert cli.estimate.validations == cli.estimate.tokens // cli.estimate.batch // 500
     assert 0 < cli.estimate.seen_seconds < 1
     assert "the whole run" in said
+    alone = ("sparsity", "reconstruction")  # the pass is all they need
+    for kind in REPORTS:
+        applies = kind.name != "interpretability" or not any(
+            isinstance(head, DenseKAN) for head in heads.values()
+        )
+        assert (f"record: {kind.name}" in said) == (kind.name not in alone and applies)
+    assert "cannot be made" not in said
 
 
 @pytest.fixture

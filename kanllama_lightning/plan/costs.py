@@ -15,6 +15,9 @@ from kanllama_lightning.types import StepContext
 TOKENS = (32, 64)
 """Batches that are counted: what both have in common is per step, the rest per token."""
 
+SPLICED = 3
+"""Runs of the LM on from the hook point beside those of the heads: untouched, zeros, mean."""
+
 PICKING = {
     torch.ops.aten._embedding_bag: (0, 1),
     torch.ops.aten._embedding_bag_forward_only: (0, 1),
@@ -28,6 +31,21 @@ IN_PLACE = {
     torch.ops.aten.baddbmm_: torch.ops.aten.baddbmm,
 }
 """Products that torch has a formula for under another name only."""
+
+
+class Work(NamedTuple):
+    """What a report takes, in things that have a price; a position is a token of one run."""
+
+    upto: float = 0.0
+    """Positions that the LM is run on up to the hook point."""
+    on: float = 0.0
+    """Positions that it is run on from there, through its last block."""
+    logits: float = 0.0
+    """Positions whose logits are made, and made into losses."""
+    directions: float = 0.0
+    """Directions that the logit lens reads."""
+    requests: float = 0.0
+    """Calls of a judge, whose time nobody knows here."""
 
 
 class HeadCost(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from kanllama_lightning.data.token_data import VAL_TOKENS, TokenData
 from kanllama_lightning.heads import SAEHead
-from kanllama_lightning.plan.costs import head_cost, lm_flops, lm_rest_flops
+from kanllama_lightning.plan.costs import SPLICED, head_cost, lm_flops, lm_rest_flops
 from kanllama_lightning.training.module import SAEModule
 
 SHARE = 0.1
@@ -20,8 +20,6 @@ FEW = 8192
 """Tokens below which the interval of delta CE is wide."""
 FORWARD = 1 / 3
 """Share of a training step that is the forward pass: the backward pass takes about two."""
-SPLICED = 3
-"""Runs of the LM on from the hook point beside those of the heads: untouched, zeros, mean."""
 
 
 class ValidationSize(NamedTuple):

@@ -88,8 +88,9 @@ class LogitLens(LookingCallback):
         self, trainer: L.Trainer, pl_module: Any, name: str, meter: Activations, rows: Tensor
     ) -> None:
         head = pl_module.heads()[name]
+        speaks = trainer.is_global_zero
         found = read_directions(
-            head, pl_module.lm, meter, rows, top=0, block=self.block, judged=JUDGED
+            head, pl_module.lm, meter, rows, top=0, block=self.block, judged=JUDGED, shown=speaks
         ).figures
         logged = {f"val/lens_{k}": value for k, value in found.items() if math.isfinite(value)}
         pl_module.log_dict(prefixed(name, logged) | {"tokens": float(pl_module.tokens_seen)})

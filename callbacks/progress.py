@@ -76,23 +76,20 @@ class Progress(L.Callback):
                 duration(left),
             )
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Begin to count batches."""
-        total = sum(len(loader) for loader in trainer.val_dataloaders)
-        self._validation = Phase("validating", total, "batches", trainer.is_global_zero)
-
-    def on_validation_batch_end(
+    def on_validation_batch_start(
         self,
         trainer: L.Trainer,
         pl_module: Any,
-        outputs: Any,
         batch: Any,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Count one."""
+        """Count the batch before: most of its work is other callbacks', behind this one."""
         if self._validation is not None:
             self._validation.add()
+            return
+        total = sum(len(loader) for loader in trainer.val_dataloaders)
+        self._validation = Phase("validating", total, "batches", trainer.is_global_zero)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """All batches are through."""

@@ -1,6 +1,7 @@
 """The planner: figures by hand, what it says, and that it starts, loads and writes nothing."""
 
 import json
+import logging
 import shutil
 import time
 from collections.abc import Callable
@@ -11,19 +12,37 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from kanllama_lightning.callbacks import baselines
+from kanllama_lightning.cli.evaluate_command import REPORTS
 from kanllama_lightning.cli.plan_command import PlanCLI
 from kanllama_lightning.console.units import duration, size
-from kanllama_lightning.heads import BatchTopK, SAEHead, Standard, TopK
+from kanllama_lightning.heads import PCA, BatchTopK, SAEHead, Standard, TopK
+from kanllama_lightning.heads.dense_kan import DenseKAN
 from kanllama_lightning.lm.frozen import FrozenLM
-from kanllama_lightning.plan import timing
-from kanllama_lightning.plan.costs import HeadCost, _Counter, head_cost, lm_flops
-from kanllama_lightning.plan.estimate import RunEstimate
-from kanllama_lightning.plan.plan_page import verdict
-from kanllama_lightning.plan.timing import HeadTime, head_time, lm_rest_seconds, lm_seconds
+from kanllama_lightning.plan import timing, validation
+from kanllama_lightning.plan.costs import (
+    HeadCost,
+    Work,
+    _Counter,
+    head_cost,
+    lm_flops,
+    lm_rest_flops,
+)
+from kanllama_lightning.plan.estimate import RecordTime, RunEstimate
+from kanllama_lightning.plan.plan_page import Free, table, verdict
+from kanllama_lightning.plan.timing import (
+    HeadTime,
+    RestTime,
+    head_time,
+    lens_seconds,
+    lm_rest_seconds,
+    lm_seconds,
+)
+from kanllama_lightning.plan.validation import FEW, control_runs, validation_size, validations
 from kanllama_lightning.training.head_trainer import HeadTrainer
 from kanllama_lightning.training.schedule import Schedule
 from kanllama_lightning.types import SAEOutput
-from tests.conftest import SMALL, rest_slow
+from tests.conftest import ALONE, SMALL, Fit, rest_slow, side_by_side_config
 from tests.test_configs import HEAD_CONFIGS, ROOT, SOME
 from train import main
 
@@ -73,6 +92,11 @@ def test_lm_operations_are_those_of_a_real_pass(
     attentions = lm.hook.layer + (lm.hook.kind != "resid_pre")
     scores = attentions * 4 * 16 * (10 + 1) / 2  # torch has no formula for these on a CPU
     assert 30 * (lm_flops(lm, 10) - scores) == counter.flops
+    prefix = lm.prefix(ids)
+    with _Counter() as counter:
+        lm.logits(lm.resume(prefix, prefix.acts))
+    scores = (lm.config.num_hidden_layers - attentions) * 4 * 16 * (10 + 1) / 2
+    assert 30 * (lm_rest_flops(lm, 10) - scores) == counter.flops
 
 
 def test_lm_parameters(make_lm: Callable[..., FrozenLM]) -> None:
@@ -197,11 +221,33 @@ def test_verdicts() -> None:
 
 
 def test_validations_by_hand() -> None:
-    e = made(lm_rest_seconds=0.003, val_tokens=100, val_sets=2, validations=4)
+    e = made(lm_rest_seconds=0.003, val_tokens=100, val_sets=2, validations=4, control_runs=6)
     seen = 0.002 + 5 * 0.003 + (1e-3 + 5e-4) / 3
     assert e.seen_seconds == pytest.approx(seen)
     assert e.validation_seconds == pytest.approx(200 * seen)
     assert e.all_validations_seconds == pytest.approx(5 * 200 * seen + 6 * 100 * 0.003)
+
+
+def test_controls_are_counted_as_they_are_run(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PCA is shared by heads of one L0; every head is run untrained, and the LM untouched."""
+    heads = {"a": {"class_path": "TopK"}, "b": {"class_path": "BatchTopK"}}
+    heads["c"] = {"class_path": "TopK", "init_args": {"target_l0": 6}}
+    ran: list[int] = []
+    losses = baselines.losses_by_head
+
+    def counted(lm: Any, batch: Any, x_hats: Any, ablations: Any) -> Any:
+        ran.append(1 + len(x_hats) + len(ablations))
+        return losses(lm, batch, x_hats, ablations)
+
+    monkeypatch.setattr(baselines, "losses_by_head", counted)
+    assert fit(side_by_side_config(tmp_path, heads), **ALONE, model__tokens="640") == 0
+    size = {"d_model": 16, "d_sae": 32}
+    made: list[SAEHead] = [kind(**size, target_l0=4) for kind in (TopK, BatchTopK)]
+    made.append(TopK(**size, target_l0=6))
+    assert set(ran) == {control_runs(made)} == {6}
+    assert control_runs([PCA(16, 4)]) == 0
 
 
 def test_the_rest_of_the_lm(
@@ -212,7 +258,27 @@ def test_the_rest_of_the_lm(
     for layer in (0, 2):
         lm = make_lm(f"model.layers.{layer}")
         rest = lm_rest_seconds(lm, (layer + 1) * 0.01, 4, 64, CPU)
-        assert rest == pytest.approx((2 - layer) * 0.01 + 0.01)
+        assert rest == (pytest.approx((2 - layer) * 0.01), pytest.approx(0.01))
+    monkeypatch.setattr(timing, "_fastest", lambda *_: [timing.LENS_DIRECTIONS * 0.25])
+    assert lens_seconds(lm, CPU) == pytest.approx(0.25), "the whole vocabulary of the tiny LM"
+
+
+def test_a_record_by_hand() -> None:
+    times = RecordTime(0.002, RestTime(0.003, 0.001), 0.5)
+    e = made(record=times)
+    assert e.read_seconds == pytest.approx(0.002 + (1e-3 + 5e-4) / 3)
+    assert e.work_seconds(Work()) == 0
+    work = Work(upto=10, on=20, logits=30, directions=4, requests=7)
+    assert e.work_seconds(work) == pytest.approx(10 * 0.002 + 20 * 0.003 + 30 * 0.001 + 4 * 0.5)
+    record = {"a": work._replace(requests=0), "b": Work(), "c": Work(requests=7), "d": "no words"}
+    shown = table(e, "h", "here", Free(1, 1), record)
+    what, figures, how = (list(column.cells) for column in shown.columns)
+    at = what.index("record: a")
+    assert what[at : at + 3] == ["record: a", "record: c", "record: d"], "b takes the pass alone"
+    read, own = 65_536 * e.read_seconds, e.work_seconds(work)
+    assert figures[at - 2 : at] == [duration(read + own), duration(read)]
+    assert figures[at : at + 3] == [duration(own), "7 calls", ""]
+    assert how[at + 2] == "cannot be made: no words"
 
 
 def test_sizes_and_durations() -> None:
@@ -273,6 +339,74 @@ def test_plans_every_config(
     assert cli.estimate.validations == cli.estimate.tokens // cli.estimate.batch // 500
     assert 0 < cli.estimate.seen_seconds < 1
     assert "the whole run" in said
+    alone = ("sparsity", "reconstruction")  # the pass is all they need
+    for kind in REPORTS:
+        applies = kind.name != "interpretability" or not any(
+            isinstance(head, DenseKAN) for head in heads.values()
+        )
+        assert (f"record: {kind.name}" in said) == (kind.name not in alone and applies)
+    assert "cannot be made" not in said
+
+
+@pytest.fixture
+def small(tiny_lm_dir: Path, text_file: Path) -> Callable[..., list[str]]:
+    """Arguments of a run on the tiny model that says nothing of validation tokens."""
+
+    def args(**changed: Any) -> list[str]:
+        given = SMALL | {"lm.name": tiny_lm_dir, "data.train": text_file, "data.val_tokens": None}
+        given |= {name.replace("__", "."): value for name, value in changed.items()}
+        return [f"--{name}={value}" for name, value in given.items() if value is not None]
+
+    return args
+
+
+def test_validation_is_a_tenth_of_the_counted_training(
+    planned: Callable[..., PlanCLI],
+    small: Callable[..., list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(validation, "head_cost", lambda *_, **__: HeadCost(1, 3000.0, 64.0, 0.0))
+    monkeypatch.setattr(validation, "lm_flops", lambda *_: 10.0)
+    monkeypatch.setattr(validation, "lm_rest_flops", lambda *_: 5.0)
+    cli = planned(*small())
+    given = (cli.model, cli.datamodule, 10)
+    assert validations(40, 10) == 4
+    training = 2560 * 3000 + 40 * 64 + (2560 + 512) * 10
+    one = 5 * (10 + 4 * 5 + 1000) + 3 * 5  # a token, five times, and PCA, untrained, untouched
+    least = validation_size(*given)
+    assert least == (4096, pytest.approx(4096 * one / training)), "the least, whatever it takes"
+    assert cli.datamodule.val_tokens == least.tokens
+    monkeypatch.setattr(validation, "LEAST", 32)
+    sized = validation_size(*given)
+    assert sized.tokens == int(0.1 * training / one) // 32 * 32 == 128
+    assert sized.share == pytest.approx(128 * one / training)
+    assert 0.08 < sized.share <= 0.1
+    cli.datamodule.cache = "somewhere"
+    monkeypatch.setattr(validation, "head_cost", lambda *_, **__: HeadCost(1, 1.0, 0.0, 0.0))
+    cheap = validation_size(*given)
+    assert cheap.share == pytest.approx(cheap.tokens * (5 * (30 + 1 / 3) + 15) / 2560), "no LM"
+    monkeypatch.setattr(validation, "VAL_TOKENS", 70)
+    monkeypatch.setattr(validation, "SHARE", 1e9)
+    assert validation_size(*given).tokens == 64, "at most, in whole rows"
+
+
+def test_validation_is_sized_where_nobody_says(
+    planned: Callable[..., PlanCLI],
+    small: Callable[..., list[str]],
+    capsys: pytest.CaptureFixture,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    first, again = planned(*small()), planned(*small())
+    assert first.datamodule.val_tokens == again.datamodule.val_tokens == 4096 < FEW
+    assert "validation: 4,096 tokens of each set" in caplog.text
+    assert "--data.val_tokens" in caplog.text
+    assert "will be wide" in " ".join(capsys.readouterr().out.split())
+    caplog.clear()
+    said = planned(*small(data__val_tokens=16384))
+    assert said.datamodule.val_tokens == said.estimate.val_tokens == 16384
+    assert "tokens of each set" not in caplog.text
+    assert "will be wide" not in capsys.readouterr().out
 
 
 @pytest.mark.slow

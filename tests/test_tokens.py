@@ -188,6 +188,11 @@ def test_a_small_corpus_holds_out_more(path, tmp_path, caplog):
     assert "60 documents" in caplog.text
     assert data(path, val_fraction=0.2).val_fraction == 0.2
     assert data(path, val_fraction=0.05, val_tokens=10_000).val_fraction == 0.1
+    unsaid = TokenData(TOKENIZER, path, val_fraction=0.005, ctx_len=8)
+    unsaid.val_tokens = 16  # a command sizes the sets, not what is held out
+    unsaid.setup("fit")
+    assert unsaid.val_fraction == data(path, val_fraction=0.005, val_tokens=131_072).val_fraction
+    assert len(unsaid._val["heldout"].ids) == 2
     large = write(tmp_path / "large.jsonl", stories(3000))
     assert data(large, val_fraction=0.02).val_fraction == 0.02
 

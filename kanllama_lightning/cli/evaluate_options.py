@@ -36,7 +36,11 @@ TEXT = (
         many=True,
     ),
     Setting("ctx_len", "With --text: tokens per row (default: the run's).", int | None),
-    Setting("batch_seqs", "Rows that the LM runs at once.", int, 16),
+    Setting(
+        "batch_seqs",
+        "Rows that the LM runs at once (default: 16; fewer of a large LM on a CPU).",
+        int | None,
+    ),
     Setting("wandb", "Send tables and figures to the W&B run too, if the run had one.", bool, True),
     Setting(
         "png",

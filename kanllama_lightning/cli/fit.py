@@ -30,6 +30,7 @@ from kanllama_lightning.heads import SAEHead
 from kanllama_lightning.lm.frozen import FrozenLM
 from kanllama_lightning.lm.number_format import AUTO, fastest
 from kanllama_lightning.lm.preflight import check_room
+from kanllama_lightning.plan.validation import validation_size
 from kanllama_lightning.runs.folder import (
     HEAD,
     LOGGER_ID,
@@ -323,7 +324,7 @@ class KanllamaCLI(LightningCLI):
         self.model.check_lm(self.datamodule, device)
 
     def after_instantiate_classes(self) -> None:
-        """Say which heads they are; refuse rows that are too long for the LM; name W&B's group."""
+        """Say which heads they are; refuse too long rows; name W&B's group, size validations."""
         for name, head in self.model.heads().items():
             shared = self.config[self.subcommand].model.optimizer
             own = self.model.together.optimizers[name] if self.model.together else {}
@@ -332,9 +333,19 @@ class KanllamaCLI(LightningCLI):
         lm.check_length(
             length, f"data.ctx_len={length}", f"set --data.ctx_len {lm.positions} or less"
         )
-        for logger in self.trainer.loggers:
+        for logger in self.trainer.loggers if self.trainer else ():  # a plan has none
             if isinstance(logger, RunLogger):
                 logger.group_by(lm.hook.name, lm.name)
+        if self.datamodule.val_sized:
+            every = self.config[self.subcommand].trainer.val_check_interval
+            size = validation_size(self.model, self.datamodule, every)
+            self.datamodule.val_tokens = size.tokens
+            log.info(
+                "validation: %s tokens of each set, %.2g %% of the training's operations for all "
+                "validations; --data.val_tokens sets another number",
+                f"{size.tokens:,}",
+                100 * size.share,
+            )
 
     def after_fit(self) -> None:
         """Calibrate, validate and save, in that order."""

@@ -2,16 +2,24 @@
 
 import os
 import shutil
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
+from kanllama_lightning.cli.evaluate_command import REPORTS
 from kanllama_lightning.cli.fit import KanllamaCLI
+from kanllama_lightning.heads import SAEHead
+from kanllama_lightning.lm.frozen import FrozenLM
 from kanllama_lightning.lm.preflight import free_memory
+from kanllama_lightning.plan.costs import Work
 from kanllama_lightning.plan.estimate import RunEstimate
-from kanllama_lightning.plan.plan_page import Free, table
+from kanllama_lightning.plan.plan_page import RECORD_TOKENS, Free, table
+from kanllama_lightning.reports.report import EvalRun
 from kanllama_lightning.training.module import check_precision
+from kanllama_lightning.types import InputError
 
 
 class PlanCLI(KanllamaCLI):
@@ -35,11 +43,11 @@ class PlanCLI(KanllamaCLI):
         module, data = self.model, self.datamodule
         autocast = str(trainer.precision) == "bf16-mixed"
         every = trainer.val_check_interval
-        steps = every if isinstance(every, int) and every > 0 else None
-        self.estimate = RunEstimate.of(module.lm, module, data, device, autocast, steps)
+        self.estimate = RunEstimate.of(module.lm, module, data, device, autocast, every)
         name = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
         free = Free(free_memory(), shutil.disk_usage(".").free)
-        shown = table(self.estimate, module.lm.hook_point, name, free)
+        record = _record(module.lm, list(module.heads().values()), data.ctx_len)
+        shown = table(self.estimate, module.lm.hook_point, name, free, record)
         Console().print(shown)
         busy, cores = os.getloadavg()[0], os.cpu_count() or 1
         if busy > cores / 2:
@@ -47,3 +55,19 @@ class PlanCLI(KanllamaCLI):
                 f"This machine is busy (load {busy:.1f} on {cores} cores): the times above are too "
                 "long for an idle one, perhaps many times; plan again when it is."
             )
+
+
+def _record(lm: FrozenLM, heads: Sequence[SAEHead], ctx_len: int) -> dict[str, Work | str]:
+    """What every report takes for the heads that it applies to, or why it cannot be, by name."""
+    nowhere = Path()
+    found: dict[str, Work | str] = {}
+    for report in (kind() for kind in REPORTS):
+        runs = [EvalRun(nowhere, head, lm, {}, [], nowhere) for head in heads]
+        served = [run.head for run in runs if report.applies(run) is None]
+        if not served:
+            continue
+        try:
+            found[report.name] = report.work(lm, served, RECORD_TOKENS, ctx_len)
+        except InputError as e:
+            found[report.name] = str(e)
+    return found

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kanllama_lightning.console.phase import Phase
 from kanllama_lightning.dashboard.contents import Ablation
 from kanllama_lightning.functional.losses import kl_divergence
 from kanllama_lightning.heads.head import SAEHead
@@ -47,15 +48,17 @@ def ablate(
     """
     totals: dict[int, _Total] = {}
     rows = _rows(places)
-    for first in range(0, len(rows), batch_seqs):
-        some = rows[first : first + batch_seqs]
-        prefix = lm.prefix(_ids(some).to(lm.device))
-        flat = [(row, place) for row, mine in enumerate(some) for place in mine]
-        for part in range(0, len(flat), AT_ONCE):
-            those = flat[part : part + AT_ONCE]
-            changes, kl = _changes(head, lm, prefix, those)
-            for (_, place), change, far in zip(those, changes, kl.tolist(), strict=True):
-                totals.setdefault(place.latent, _Total()).add(change, far, place.follows)
+    with Phase("ablating latents", len(places), "places") as progress:
+        for first in range(0, len(rows), batch_seqs):
+            some = rows[first : first + batch_seqs]
+            prefix = lm.prefix(_ids(some).to(lm.device))
+            flat = [(row, place) for row, mine in enumerate(some) for place in mine]
+            for part in range(0, len(flat), AT_ONCE):
+                those = flat[part : part + AT_ONCE]
+                changes, kl = _changes(head, lm, prefix, those)
+                for (_, place), change, far in zip(those, changes, kl.tolist(), strict=True):
+                    totals.setdefault(place.latent, _Total()).add(change, far, place.follows)
+                progress.add(len(those))
     return {latent: total.mean(lm) for latent, total in totals.items()}
 
 

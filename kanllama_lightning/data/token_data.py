@@ -23,6 +23,7 @@ from kanllama_lightning.types import InputError, TokenBatch
 logger = logging.getLogger(__name__)
 
 HELD_OUT = "heldout"
+VAL_TOKENS = 131_072  # of a set where nobody says; what the held-out share is chosen for then
 HELD_OUT_AT_MOST = 0.1  # of a corpus too small to give `val_tokens` at the share asked for
 HELD_OUT_MARGIN = 1.2  # over the estimate, which rests on a sample
 PREFETCHED_BATCHES = 32  # bridge the seconds that a background process packs a new block
@@ -48,7 +49,9 @@ class TokenData(LightningDataModule):
         val_fraction: Share of the training documents that is held out as the validation set
             `heldout`; 0 for none. A small corpus holds out more, up to a tenth, until that gives
             `val_tokens`; the share in force is logged.
-        val_tokens: Tokens per validation set, rounded down to whole rows.
+        val_tokens: Tokens per validation set, rounded down to whole rows. Left out, a command
+            sets it so that the validations take a tenth of the training (`plan/validation.py`),
+            and 131,072 are held out for.
         ctx_len: Tokens per row.
         lm_batch_seqs: Rows per training batch and process.
         val_batch_seqs: Rows per validation batch and process.
@@ -69,7 +72,7 @@ class TokenData(LightningDataModule):
         train: str | Corpus,
         val: str | Corpus | list[str | Corpus] | None = None,
         val_fraction: float = 0.005,
-        val_tokens: int = 131_072,
+        val_tokens: int | None = None,
         ctx_len: int = 512,
         lm_batch_seqs: int = 8,
         val_batch_seqs: int = 8,
@@ -82,9 +85,8 @@ class TokenData(LightningDataModule):
         super().__init__()
         _require(0 <= val_fraction <= 0.5, "val_fraction", val_fraction, "shares from 0 to 0.5")
         _require(ctx_len >= 2, "ctx_len", ctx_len, "whole numbers from 2 up")
-        _require(
-            val_tokens >= ctx_len, "val_tokens", val_tokens, f"at least one row, {ctx_len} tokens"
-        )
+        enough = val_tokens is None or val_tokens >= ctx_len
+        _require(enough, "val_tokens", val_tokens, f"at least one row, {ctx_len} tokens")
         _require(lm_batch_seqs >= 1, "lm_batch_seqs", lm_batch_seqs, "whole numbers from 1 up")
         _require(val_batch_seqs >= 1, "val_batch_seqs", val_batch_seqs, "whole numbers from 1 up")
         _require(seed >= 0, "seed", seed, "whole numbers from 0 up")
@@ -106,7 +108,12 @@ class TokenData(LightningDataModule):
         several = val if isinstance(val, list) else [val] if val else []
         self.val_corpora = [resolve(corpus) for corpus in several]
         self.val_fraction = val_fraction
-        self.val_tokens = val_tokens
+        self.val_sized = val_tokens is None
+        """Whether nobody said how many tokens to validate on."""
+        self.split_tokens = VAL_TOKENS if val_tokens is None else val_tokens
+        """Tokens that the held-out share of a small corpus is to give: the same documents for
+        training and record, whatever a command sets `val_tokens` to."""
+        self.val_tokens = max(self.split_tokens, ctx_len)
         self.ctx_len = ctx_len
         self.lm_batch_seqs = lm_batch_seqs
         self.val_batch_seqs = val_batch_seqs
@@ -298,14 +305,14 @@ class TokenData(LightningDataModule):
         sample = list(islice(corpus.once(), 0, SAMPLE_SPAN, step))
         lengths = [len(ids) + 2 for ids in self.encoder.encode(sample)]
         tokens = sum(lengths) / max(1, len(lengths)) * corpus.n_documents
-        needed = HELD_OUT_MARGIN * self.val_tokens / max(1.0, tokens)
+        needed = HELD_OUT_MARGIN * self.split_tokens / max(1.0, tokens)
         raised = min(needed, HELD_OUT_AT_MOST)
         if 0 < self.val_fraction < raised:
             logger.info(
                 "val_fraction raised from %.3g to %.3g, for %d validation tokens",
                 self.val_fraction,
                 raised,
-                self.val_tokens,
+                self.split_tokens,
             )
             self.val_fraction = raised
         self.epoch_tokens = (1 - self.val_fraction) * tokens

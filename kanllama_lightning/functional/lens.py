@@ -6,6 +6,7 @@ nor the order of the tokens. RMSNorm does not centre, so no mean is taken off (M
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -46,6 +47,7 @@ def logit_lens(
     top: int = 10,
     block: int = 256,
     bins: int = 0,
+    done: Callable[[int], None] | None = None,
 ) -> LensStatistics:
     """Moments and extreme tokens of T = (w g) W_U.
 
@@ -59,6 +61,7 @@ def logit_lens(
         top: Tokens listed at either end; all of them if the vocabulary has fewer; 0 lists none.
         block: Directions worked on at once.
         bins: Bins of the histogram of T; 0 makes none.
+        done: Told after each block how many directions it was.
     """
     if top < 0 or block < 1 or bins < 0:
         raise ValueError(f"top={top}, block={block}, bins={bins}: must be at least 0, 1 and 0")
@@ -66,7 +69,11 @@ def logit_lens(
     gain = gain.float()
     k = min(top, weights.shape[1])
     # one block even where there is no direction: its empty tensors have the right shapes
-    found = [_block(w.float() * gain, weights, k, bins) for w in directions.split(block)]
+    found = []
+    for w in directions.split(block):
+        found.append(_block(w.float() * gain, weights, k, bins))
+        if done is not None:
+            done(len(w))
     return LensStatistics(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
@@ -114,6 +121,7 @@ def random_unit(
     n: int = 1024,
     seed: int = 0,
     block: int = 256,
+    done: Callable[[int], None] | None = None,
 ) -> LensStatistics:
     """The baseline: the moments of n random unit directions, from a generator of their own.
 
@@ -123,10 +131,11 @@ def random_unit(
         n: How many.
         seed: The same seed gives the same directions, on every device.
         block: Directions worked on at once.
+        done: As in `logit_lens`.
     """
     drawn = torch.randn(n, len(gain), generator=torch.Generator().manual_seed(seed))
     unit = drawn / drawn.norm(dim=1, keepdim=True)
-    return logit_lens(unit.to(gain.device), gain, unembedding, top=0, block=block)
+    return logit_lens(unit.to(gain.device), gain, unembedding, top=0, block=block, done=done)
 
 
 def largest_cosine(directions: Float[Tensor, "n d_model"], block: int = 256) -> Float[Tensor, " n"]:

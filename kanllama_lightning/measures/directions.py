@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from kanllama_lightning.console.phase import Phase
 from kanllama_lightning.functional.lens import (
     LensStatistics,
     largest_cosine,
@@ -25,6 +26,8 @@ from kanllama_lightning.measures.metrics import Activations
 
 STRAIGHT = 0.95
 """Straightness from which on what a latent writes is a direction (METHODS B6)."""
+RANDOM = 1024
+"""Random unit directions that the latents' are compared with."""
 OPERATING_POINT, END = 0.5, 0.99
 """Quantiles of a latent's activations: where its direction is taken, where its curve ends."""
 
@@ -60,6 +63,7 @@ def read_directions(
     block: int = 256,
     judged: int | None = None,
     bins: int = 0,
+    shown: bool = True,
 ) -> DirectionStats:
     """The logit lens and the geometry of a head's directions.
 
@@ -75,14 +79,16 @@ def read_directions(
         block: Latents worked on at once.
         judged: Most latents whose straightness is found, evenly spread (default: all).
         bins: Bins of the histogram of each direction's logits; 0 makes none.
+        shown: Whether this process says how far it is.
     """
     with torch.autocast(x.device.type, enabled=False):
         directions = head.directions(activations.quantile(OPERATING_POINT).float(), x).float()
         straightness = _straightness(head, activations, judged)
         # the gain is no part of W_U, which may be tied to the embedding
         gain, unembedding = lm.model.model.norm.weight, lm.unembed()
-        lens = logit_lens(directions, gain, unembedding, top, block, bins)
-        random = random_unit(gain, unembedding, block=block)
+        with Phase("logit lens", len(directions) + RANDOM, "directions", shown) as progress:
+            lens = logit_lens(directions, gain, unembedding, top, block, bins, progress.add)
+            random = random_unit(gain, unembedding, RANDOM, block=block, done=progress.add)
         max_cosine = largest_cosine(directions, block)
     counted = (activations.fired > 0) & lens.kurtosis.isfinite()
     figures = _figures(activations, counted, lens, random, max_cosine, straightness)

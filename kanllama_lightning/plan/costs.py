@@ -15,6 +15,9 @@ from kanllama_lightning.types import StepContext
 TOKENS = (32, 64)
 """Batches that are counted: what both have in common is per step, the rest per token."""
 
+SPLICED = 3
+"""Runs of the LM on from the hook point beside those of the heads: untouched, zeros, mean."""
+
 PICKING = {
     torch.ops.aten._embedding_bag: (0, 1),
     torch.ops.aten._embedding_bag_forward_only: (0, 1),
@@ -28,6 +31,21 @@ IN_PLACE = {
     torch.ops.aten.baddbmm_: torch.ops.aten.baddbmm,
 }
 """Products that torch has a formula for under another name only."""
+
+
+class Work(NamedTuple):
+    """What a report takes, in things that have a price; a position is a token of one run."""
+
+    upto: float = 0.0
+    """Positions that the LM is run on up to the hook point."""
+    on: float = 0.0
+    """Positions that it is run on from there, through its last block."""
+    logits: float = 0.0
+    """Positions whose logits are made, and made into losses."""
+    directions: float = 0.0
+    """Directions that the logit lens reads."""
+    requests: float = 0.0
+    """Calls of a judge, whose time nobody knows here."""
 
 
 class HeadCost(NamedTuple):
@@ -116,11 +134,7 @@ def lm_flops(lm: FrozenLM, ctx_len: int) -> float:
         lm: Its weights need not be loaded.
         ctx_len: Positions per row.
     """
-    c = lm.config
-    width, head_dim, kv = lm.attention_shape
-    attention = 2 * width * head_dim * (2 * c.num_attention_heads + 2 * kv)
-    attention += 4 * head_dim * c.num_attention_heads * (ctx_len + 1) / 2
-    mlp = 6 * width * c.intermediate_size
+    attention, mlp = _block_flops(lm, ctx_len)
     inside = {
         "resid_pre": 0.0,
         "attn_out": attention,
@@ -129,3 +143,23 @@ def lm_flops(lm: FrozenLM, ctx_len: int) -> float:
         "resid_post": attention + mlp,
     }
     return float(lm.hook.layer * (attention + mlp) + inside[lm.hook.kind])
+
+
+def lm_rest_flops(lm: FrozenLM, ctx_len: int) -> float:
+    """Operations per position of going on from the hook point to the logits, counted the same way.
+
+    Args:
+        lm: Its weights need not be loaded.
+        ctx_len: Positions per row.
+    """
+    blocks = lm.config.num_hidden_layers * sum(_block_flops(lm, ctx_len))
+    return blocks - lm_flops(lm, ctx_len) + 2 * lm.d_model * lm.vocab_size
+
+
+def _block_flops(lm: FrozenLM, ctx_len: int) -> tuple[float, float]:
+    """Operations per position of a block's attention and of its MLP."""
+    c = lm.config
+    width, head_dim, kv = lm.attention_shape
+    attention = 2 * width * head_dim * (2 * c.num_attention_heads + 2 * kv)
+    attention += 4 * head_dim * c.num_attention_heads * (ctx_len + 1) / 2
+    return attention, 6 * width * c.intermediate_size

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
@@ -9,19 +10,35 @@ from kanllama_lightning.data.shards import ROW_DTYPE
 from kanllama_lightning.data.token_data import TokenData
 from kanllama_lightning.lm.frozen import FrozenLM
 from kanllama_lightning.lm.preflight import disk_bytes
-from kanllama_lightning.plan.costs import HeadCost, head_cost, lm_flops
-from kanllama_lightning.plan.timing import HeadTime, head_time, lm_rest_seconds, lm_seconds
+from kanllama_lightning.plan.costs import SPLICED, HeadCost, Work, head_cost, lm_flops
+from kanllama_lightning.plan.timing import (
+    HeadTime,
+    RestTime,
+    head_time,
+    lens_seconds,
+    lm_rest_seconds,
+    lm_seconds,
+    record_lm,
+)
+from kanllama_lightning.plan.validation import FORWARD, control_runs, validations
 from kanllama_lightning.training.head_trainer import HeadTrainer
 from kanllama_lightning.training.module import SAEModule
 
 DISK_RATE = 1e9
 """Bytes per second of reading or writing a disk, taken for granted: an ordinary SSD."""
-FORWARD = 1 / 3
-"""Share of a training step that is the forward pass: the backward pass takes about two."""
-CONTROLS = 3
-"""In the final validation, of each head: PCA, random directions, the untrained head."""
 FEW_PERCENT = 0.1
 """Share of a step's time: a smaller share of the LM is not worth a cache."""
+
+
+class RecordTime(NamedTuple):
+    """Seconds that things take in a record, which runs the LM in float32."""
+
+    upto: float
+    """A position up to the hook point."""
+    rest: RestTime
+    """A position on from there."""
+    direction: float
+    """A direction of the logit lens."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +64,8 @@ class RunEstimate:
         val_tokens: Tokens of each validation set.
         val_sets: How many there are.
         validations: In training, the final one not counted.
+        control_runs: Of the LM, on the first set of the final validation (`control_runs`).
+        record: What things take in a record of the heads, on this machine.
     """
 
     costs: dict[str, HeadCost]
@@ -67,6 +86,8 @@ class RunEstimate:
     val_tokens: int = 0
     val_sets: int = 0
     validations: int = 0
+    control_runs: int = 0
+    record: RecordTime = RecordTime(0.0, RestTime(0.0, 0.0), 0.0)
 
     @classmethod
     def of(
@@ -76,7 +97,7 @@ class RunEstimate:
         data: TokenData,
         device: torch.device,
         autocast: bool,
-        val_check_interval: int | None = None,
+        val_check_interval: Any = None,
     ) -> "RunEstimate":
         """Estimate a run whose parts are built, but neither loaded nor set up.
 
@@ -86,7 +107,8 @@ class RunEstimate:
             data: Gives the shape of token batches.
             device: Where the run would be.
             autocast: Whether heads train in bf16-mixed.
-            val_check_interval: Steps between two validations; None for the final one alone.
+            val_check_interval: Steps between two validations; other than a number for the final
+                one alone.
         """
         schedule, buffer = module.schedule, module.buffer
         lm_rows = data.lm_batch_seqs * data.ctx_len
@@ -95,6 +117,12 @@ class RunEstimate:
         parameters = list(module.trainees.parameters())
         upto = lm_seconds(lm, data.lm_batch_seqs, data.ctx_len, device)
         rest = lm_rest_seconds(lm, upto, data.val_batch_seqs, data.ctx_len, device)
+        record = RecordTime(upto, rest, lens_seconds(lm, device))
+        if lm.dtype != torch.float32:
+            own = record_lm(lm)
+            first = lm_seconds(own, data.val_batch_seqs, data.ctx_len, device)
+            second = lm_rest_seconds(own, first, data.val_batch_seqs, data.ctx_len, device)
+            record = record._replace(upto=first, rest=second)
         held = buffer.capacity_tokens + schedule.batch + lm_rows
         return cls(
             costs={name: head_cost(t.head, autocast) for name, t in trainees.items()},
@@ -114,10 +142,12 @@ class RunEstimate:
             planes=sum(t.head.d_sae for t in trainees.values()),
             cached=data.cache is not None,
             cache_rows=data.cache_tokens or schedule.rows_read(module.filling_rows),
-            lm_rest_seconds=rest,
+            lm_rest_seconds=sum(rest),
+            record=record,
             val_tokens=data.val_tokens,
             val_sets=(data.val_fraction > 0) + len(data.val_corpora),
-            validations=schedule.steps // val_check_interval if val_check_interval else 0,
+            validations=validations(schedule.steps, val_check_interval),
+            control_runs=control_runs([t.head for t in given]),
         )
 
     # ------------------------------------------------------------------ memory and disk
@@ -179,12 +209,27 @@ class RunEstimate:
         return first + runs * (self.tokens * self.head_seconds + rows * self.disk_seconds)
 
     @property
+    def forward_seconds(self) -> float:
+        """Per token: the forward pass of all heads."""
+        return sum(time.per_token for time in self.times.values()) * FORWARD
+
+    @property
     def seen_seconds(self) -> float:
-        """Per token that is validated, or read for a record: one pass up to the hook point, four
-        on from there for a head and one more for each further one, and the heads' forward pass."""
-        runs = 3 + len(self.times)
-        forward = sum(time.per_token for time in self.times.values()) * FORWARD
-        return self.lm_seconds + runs * self.lm_rest_seconds + forward
+        """Per token that is validated: one pass up to the hook point, four on from there for a
+        head and one more for each further one, and the heads' forward pass."""
+        runs = SPLICED + len(self.times)
+        return self.lm_seconds + runs * self.lm_rest_seconds + self.forward_seconds
+
+    @property
+    def read_seconds(self) -> float:
+        """Per token of a record: the pass that all its reports share."""
+        return self.record.upto + self.forward_seconds
+
+    def work_seconds(self, work: Work) -> float:
+        """What a report takes beside that pass; nothing for requests."""
+        priced = work.upto * self.record.upto + work.on * self.record.rest.blocks
+        priced += work.logits * self.record.rest.logits
+        return priced + work.directions * self.record.direction
 
     @property
     def validation_seconds(self) -> float:
@@ -193,9 +238,8 @@ class RunEstimate:
 
     @property
     def all_validations_seconds(self) -> float:
-        """Seconds of all validations; in the final one the first set is also read with three
-        controls of each head."""
-        controls = CONTROLS * len(self.times) * self.val_tokens * self.lm_rest_seconds
+        """Seconds of all validations; in the final one the first set is read with controls too."""
+        controls = self.control_runs * self.val_tokens * self.lm_rest_seconds
         return (self.validations + 1) * self.validation_seconds + controls
 
     @property

@@ -1,13 +1,18 @@
 """The plan as a table for a terminal."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from rich.table import Table
 
 from kanllama_lightning.console.units import duration, size
+from kanllama_lightning.plan.costs import Work
 from kanllama_lightning.plan.estimate import DISK_RATE, FEW_PERCENT, RunEstimate
+from kanllama_lightning.plan.validation import FEW
 
 RUNS = 10
+RECORD_TOKENS = 65_536
+"""Of each set, in the record that is priced."""
 
 
 class Free(NamedTuple):
@@ -17,7 +22,13 @@ class Free(NamedTuple):
     disk: int
 
 
-def table(estimate: RunEstimate, hook_point: str, device: str, free: Free) -> Table:
+def table(
+    estimate: RunEstimate,
+    hook_point: str,
+    device: str,
+    free: Free,
+    record: Mapping[str, Work | str],
+) -> Table:
     """What a run takes, a line each, and how each figure was come by.
 
     Args:
@@ -25,6 +36,8 @@ def table(estimate: RunEstimate, hook_point: str, device: str, free: Free) -> Ta
         hook_point: Where activations are read.
         device: Where the run would be.
         free: Memory free there, and disk free here.
+        record: What each report takes for a record of RECORD_TOKENS tokens, beside the pass that
+            they share; or why it cannot be made.
     """
     e, made = estimate, Table(title=f"Plan of a run on {device}; nothing was started or written")
     made.add_column("what")
@@ -76,10 +89,11 @@ def table(estimate: RunEstimate, hook_point: str, device: str, free: Free) -> Ta
         duration(e.seconds(1, e.cached)),
         "reading text comes on top, and the validations",
     )
+    few = f"; under {FEW:,} of a set: delta CE's interval will be wide" * (e.val_tokens < FEW)
     made.add_row(
         "a validation",
         duration(e.validation_seconds),
-        f"{e.val_sets * e.val_tokens:,} tokens; what looks at weights alone comes on top",
+        f"{e.val_sets * e.val_tokens:,} tokens; what looks at weights alone comes on top" + few,
     )
     made.add_row(
         "all validations",
@@ -91,14 +105,37 @@ def table(estimate: RunEstimate, hook_point: str, device: str, free: Free) -> Ta
         duration(e.seconds(1, e.cached) + e.all_validations_seconds),
         "training and validations",
     )
+    made.add_section()
+    read = RECORD_TOKENS * e.read_seconds
+    works = {name: work for name, work in record.items() if isinstance(work, Work)}
+    seconds = {name: e.work_seconds(work) for name, work in works.items()}
     made.add_row(
-        "a record, per million tokens of text",
-        duration(1e6 * e.seen_seconds),
-        "`evaluate.py report`: its one pass; drawing and what reads no text come on top",
+        f"a record of {RECORD_TOKENS:,} tokens",
+        duration(read + sum(seconds.values())),
+        "`evaluate.py report`, of all heads, in float32; drawing comes on top",
     )
+    made.add_row("record: the pass", duration(read), "up to the hook point and through the heads")
+    for name, work in record.items():
+        if isinstance(work, str):
+            made.add_row(f"record: {name}", "", f"cannot be made: {work}")
+        elif work.requests:
+            made.add_row(f"record: {name}", f"{work.requests:,.0f} calls", "only if it is named")
+        elif any(work):
+            made.add_row(f"record: {name}", duration(seconds[name]), _parts(work))
     made.add_section()
     made.add_row("activation cache", size(e.cache_disk), verdict(e, hook_point, free.disk))
     return made
+
+
+def _parts(work: Work) -> str:
+    """What a report is made of."""
+    said = {
+        "positions up to the hook point": work.upto,
+        "on from it": work.on,
+        "to losses": work.logits,
+        "directions of the logit lens": work.directions,
+    }
+    return ", ".join(f"{n:,.0f} {what}" for what, n in said.items() if n)
 
 
 def verdict(e: RunEstimate, hook_point: str, free_disk: int) -> str:

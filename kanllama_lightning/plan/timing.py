@@ -1,5 +1,6 @@
 """What a step of a head and a pass of the LM take on this machine, measured in some seconds."""
 
+import copy
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,6 +8,7 @@ from typing import NamedTuple
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 
+from kanllama_lightning.functional.lens import logit_lens
 from kanllama_lightning.lm.frozen import FrozenLM
 from kanllama_lightning.lm.hook_points import HookPoint
 from kanllama_lightning.training.head_trainer import HeadTrainer
@@ -21,6 +23,8 @@ MOST_POSITIONS = 4096
 """Tokens of a pass of the LM."""
 MOST_VOCABULARY = 8192
 """Tokens of the unembedding that is timed."""
+LENS_VOCABULARY, LENS_DIRECTIONS, LENS_BINS = 1 << 16, 64, 60
+"""Tokens, directions and bins of the logit lens that is timed."""
 FEWER = 4
 """A step is measured on so many times fewer rows too: what both have in common is per step."""
 PROGRESS = 0.5
@@ -107,10 +111,19 @@ def lm_seconds(lm: FrozenLM, lm_batch_seqs: int, ctx_len: int, device: torch.dev
     return (lm.hook.layer * whole + own) / n
 
 
+class RestTime(NamedTuple):
+    """Seconds per position that an LM takes from the hook point on."""
+
+    blocks: float
+    """To its last hidden state."""
+    logits: float
+    """From there to the losses, in fp32 whatever the LM's number format."""
+
+
 def lm_rest_seconds(
     lm: FrozenLM, upto: float, lm_batch_seqs: int, ctx_len: int, device: torch.device
-) -> float:
-    """Seconds per position of going on from the hook point to the losses, timed the same way.
+) -> RestTime:
+    """How long it takes to go on from the hook point to the losses, timed the same way.
 
     Args:
         lm: Its weights need not be loaded.
@@ -124,11 +137,11 @@ def lm_rest_seconds(
     rows = max(1, min(lm_batch_seqs, MOST_POSITIONS // ctx_len))
     ids = torch.zeros(rows, ctx_len, dtype=torch.int64, device=device)
     vocab = min(lm.vocab_size, MOST_VOCABULARY)
-    hidden = torch.randn(64, lm.d_model, generator=_seeded()).to(device, lm.dtype)
-    unembedding = torch.randn(lm.d_model, vocab, generator=_seeded()).to(device, lm.dtype)
+    hidden = torch.randn(64, lm.d_model, generator=_seeded()).to(device)
+    unembedding = torch.randn(vocab, lm.d_model, generator=_seeded()).to(device).T
 
     def losses() -> None:
-        logits = (hidden @ unembedding).float().log_softmax(-1)
+        logits = (hidden @ unembedding).log_softmax(-1)
         (logits.exp() * logits).sum(-1)
 
     def block() -> None:
@@ -137,7 +150,34 @@ def lm_rest_seconds(
     losses()
     whole, end = _fastest([block, losses], device)
     blocks = lm.config.num_hidden_layers * whole / ids.numel() - upto
-    return max(0.0, blocks) + end / len(hidden) * lm.vocab_size / vocab
+    return RestTime(max(0.0, blocks), end / len(hidden) * lm.vocab_size / vocab)
+
+
+def lens_seconds(lm: FrozenLM, device: torch.device) -> float:
+    """Seconds per direction of the logit lens as reports use it, timed on a few directions.
+
+    Args:
+        lm: Its weights need not be loaded.
+        device: Where it would be read.
+    """
+    vocab = min(lm.vocab_size, LENS_VOCABULARY)
+    directions = torch.randn(LENS_DIRECTIONS, lm.d_model, generator=_seeded()).to(device)
+    unembedding = torch.randn(vocab, lm.d_model, generator=_seeded()).to(device).T
+    gain = torch.ones(lm.d_model, device=device)
+
+    def lens() -> None:
+        logit_lens(directions, gain, unembedding, bins=LENS_BINS)
+
+    lens()
+    (seconds,) = _fastest([lens], device)
+    return seconds / LENS_DIRECTIONS * lm.vocab_size / vocab
+
+
+def record_lm(lm: FrozenLM) -> FrozenLM:
+    """The same LM, still without weights, in the number format that a record runs it in."""
+    other = copy.copy(lm)
+    other.dtype = torch.float32
+    return other
 
 
 def _affordable(work: Callable[[int], None], most: int, device: torch.device) -> int:

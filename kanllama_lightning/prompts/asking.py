@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from kanllama_lightning.console.phase import Phase
 from kanllama_lightning.functional.losses import kl_divergence
 from kanllama_lightning.heads.head import SAEHead
 from kanllama_lightning.lm.frozen import FrozenLM
@@ -23,7 +24,7 @@ from kanllama_lightning.types import ValidationBatch
 
 RUNS = ("original", "sae", "zero", "mean")
 """Activations as they are, reconstructed, 0, and the mean of the head's start sample."""
-TOKENS_AT_ONCE = 2048
+TOKENS_AT_ONCE = 512
 """Tokens, padding included, that the LM is given at once; at least one prompt."""
 
 
@@ -113,7 +114,7 @@ def ask(head: SAEHead, lm: FrozenLM, asked: Sequence[AskedPrompt], top: int) -> 
     rows = [[first, *a.prompt_ids, *a.answer_ids[:-1]] for a in asked]
     found: dict[int, dict[str, Reading]] = {}
     about: dict[int, tuple[int, bool, float]] = {}
-    for some in _batches(rows):
+    for some in _batches(rows, "prompts"):
         seen = seen_by(head, lm, [rows[i] for i in some])
         hidden = {run: lm.resume(seen.prefix, acts) for run, acts in _spliced(head, seen).items()}
         l0 = torch.zeros(seen.mask.shape, dtype=torch.float64, device=lm.device)
@@ -181,7 +182,7 @@ def _decode(
         if not open_:
             return said
         rows = [[bos(lm), *asked[i].prompt_ids, *new[i, run]] for i, run in open_]
-        for some in _batches(rows):
+        for some in _batches(rows, "answers"):
             seen = seen_by(head, lm, [rows[n] for n in some])
             acts = seen.prefix.acts.clone()
             for run, spliced in _spliced(head, seen).items():
@@ -201,16 +202,18 @@ def _spliced(head: SAEHead, seen: ValidationBatch) -> dict[str, Float[Tensor, "b
     return {"original": acts} | {run: put(acts, seen.mask, rows[run]) for run in RUNS[1:]}
 
 
-def _batches(rows: Sequence[list[int]]) -> Iterator[list[int]]:
-    """Numbers of rows of like length, as many as go at once."""
-    some: list[int] = []
+def _batches(rows: Sequence[list[int]], what: str) -> Iterator[list[int]]:
+    """Numbers of rows of like length, as many as go at once; a batch is done when the next is
+    asked for."""
+    every: list[list[int]] = []
     for i in sorted(range(len(rows)), key=lambda i: len(rows[i])):
-        if some and (len(some) + 1) * len(rows[i]) > TOKENS_AT_ONCE:
+        if not every or (len(every[-1]) + 1) * len(rows[i]) > TOKENS_AT_ONCE:
+            every.append([])
+        every[-1].append(i)
+    with Phase("asking", len(rows), what) as progress:
+        for some in every:
             yield some
-            some = []
-        some.append(i)
-    if some:
-        yield some
+            progress.add(len(some))
 
 
 def _text(lm: FrozenLM, ids: list[int]) -> str:

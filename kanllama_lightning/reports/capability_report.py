@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,9 +12,11 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from kanllama_lightning.functional.proportion import wilson
-from kanllama_lightning.lm.frozen import EMBEDDED
+from kanllama_lightning.heads.head import SAEHead
+from kanllama_lightning.lm.frozen import EMBEDDED, FrozenLM
 from kanllama_lightning.lm.token_text import quoted, token_text, visible
 from kanllama_lightning.pages.plots import PALETTE, styled
+from kanllama_lightning.plan.costs import Work
 from kanllama_lightning.prompts import LLAMA, Prompt, load, world_prompts
 from kanllama_lightning.prompts.asking import RUNS, Answers, AskedPrompt, ask, question
 from kanllama_lightning.reports.report import EvalRun, Figures, Report
@@ -143,22 +146,36 @@ class CapabilityReport(Report):
             lines.append(f'  {LABELS[row["run"]]:<15}{figures}  "{row["top1"]}"')
         return "\n".join(lines)
 
+    def work(self, lm: FrozenLM, heads: Sequence[SAEHead], tokens: int, ctx_len: int) -> Work:
+        """All runs of every prompt; those whose answer is longer than a token are asked again."""
+        asked = [question(lm, prompt) for prompt in self._prompts(lm)]
+        length = [1 + len(a.prompt_ids) + len(a.answer_ids) - 1 for a in asked]
+        again = sum(1 + n for n, a in zip(length, asked, strict=True) if a.most > 1)
+        more = sum(a.most > 1 for a in asked)
+        answers = sum(len(a.answer_ids) for a in asked)
+        runs = len(RUNS) * len(heads)
+        return Work(
+            upto=len(heads) * sum(length) + runs * again,
+            on=runs * (sum(length) + again),
+            logits=runs * (answers + more),
+        )
+
     def begin(self, run: EvalRun) -> None:
         """Read and tokenise the prompts."""
         self._questions = []
-        for n, prompt in enumerate(self._prompts(run), start=1):
+        for n, prompt in enumerate(self._prompts(run.lm), start=1):
             try:
                 self._questions.append(question(run.lm, prompt))
             except InputError as e:
                 which = f"prompts={self.prompts!r}, prompt {n}" if self.prompts else "capability"
                 raise InputError(f"{which}: {e}") from e
 
-    def _prompts(self, run: EvalRun) -> list[Prompt]:
+    def _prompts(self, lm: FrozenLM) -> list[Prompt]:
         if self.prompt is not None and self.answer is not None:
             return [Prompt("own", self.prompt, (self.answer,))]
         if self.prompts is not None:
             return load(self.prompts)
-        return world_prompts() if run.lm.name == EMBEDDED else load(LLAMA)
+        return world_prompts() if lm.name == EMBEDDED else load(LLAMA)
 
     def _source(self, run: EvalRun) -> str:
         if self.prompt is not None:

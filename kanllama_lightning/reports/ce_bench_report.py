@@ -1,6 +1,7 @@
 """CE-Bench: contrastive and independence scores over pairs of opposite stories."""
 
 import hashlib
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kanllama_lightning.console.phase import Phase
 from kanllama_lightning.data.vocabulary import special_ids
 from kanllama_lightning.functional.bootstrap import interval
-from kanllama_lightning.lm.frozen import EMBEDDED
+from kanllama_lightning.heads.head import SAEHead
+from kanllama_lightning.lm.frozen import EMBEDDED, FrozenLM
 from kanllama_lightning.lm.token_text import visible
 from kanllama_lightning.measures.contrast_scores import ContrastScores, contrast_scores, permuted
 from kanllama_lightning.pages.plots import PALETTE, SYMBOLS, styled
+from kanllama_lightning.plan.costs import Work
 from kanllama_lightning.prompts.pairs import ENGLISH, Pair, load_pairs, world_pairs
 from kanllama_lightning.prompts.text_ids import bos, check_length, seen_by, text_ids
 from kanllama_lightning.reports.report import EvalRun, Figures, Report
@@ -75,10 +79,19 @@ class CeBenchReport(Report):
             "others with --ce_bench.pairs FILE"
         )
 
+    def _chosen(self, lm: FrozenLM) -> list[Pair]:
+        world = self.pairs is None and lm.name == EMBEDDED
+        return world_pairs() if world else load_pairs(self.pairs or ENGLISH)
+
+    def work(self, lm: FrozenLM, heads: Sequence[SAEHead], tokens: int, ctx_len: int) -> Work:
+        """Every story, up to the hook point."""
+        stories = [story for pair in self._chosen(lm) for story in (pair.story1, pair.story2)]
+        n = sum(1 + len(text_ids(lm, story, "story")) for story in stories)
+        return Work(upto=len(heads) * n)
+
     def begin(self, run: EvalRun) -> None:
         """Read and tokenise the pairs."""
-        world = self.pairs is None and run.lm.name == EMBEDDED
-        self._pairs = world_pairs() if world else load_pairs(self.pairs or ENGLISH)
+        self._pairs = self._chosen(run.lm)
         self._ids = []
         for n, pair in enumerate(self._pairs, start=1):
             for story in (pair.story1, pair.story2):
@@ -137,19 +150,21 @@ class CeBenchReport(Report):
         means = torch.zeros(len(self._ids), run.head.d_sae)
         tokens = torch.zeros(len(self._ids), dtype=torch.int64)
         l0 = torch.zeros(len(self._ids), dtype=torch.float64)
-        for i, ids in enumerate(self._ids):
-            seen = seen_by(run.head, run.lm, [ids])
-            tokens[i] = len(seen.x)
-            if not len(seen.x):
-                raise InputError(
-                    f"ce_bench.pairs={self.pairs!r}, pair {i // 2 + 1}: a story has no token that "
-                    "counts, only special ones or attention sinks; give a longer text"
-                )
-            codes = seen.out.codes.sparse()
-            sums = torch.zeros(run.head.d_sae, dtype=torch.float64)
-            sums.index_add_(0, codes.latents.cpu(), codes.values.double().cpu())
-            means[i] = sums / len(seen.x)
-            l0[i] = float(seen.out.codes.l0().sum())
+        with Phase("reading", len(self._ids), "stories") as progress:
+            for i, ids in enumerate(self._ids):
+                seen = seen_by(run.head, run.lm, [ids])
+                tokens[i] = len(seen.x)
+                if not len(seen.x):
+                    raise InputError(
+                        f"ce_bench.pairs={self.pairs!r}, pair {i // 2 + 1}: a story has no token "
+                        "that counts, only special ones or attention sinks; give a longer text"
+                    )
+                codes = seen.out.codes.sparse()
+                sums = torch.zeros(run.head.d_sae, dtype=torch.float64)
+                sums.index_add_(0, codes.latents.cpu(), codes.values.double().cpu())
+                means[i] = sums / len(seen.x)
+                l0[i] = float(seen.out.codes.l0().sum())
+                progress.add()
         return means, tokens, l0
 
 

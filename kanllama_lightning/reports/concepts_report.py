@@ -1,6 +1,6 @@
 """Whether the latents mean something: known facts of the embedded world against them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from kanllama_lightning.embedded import FACTS
 from kanllama_lightning.functional.sparse import SparseCodes
 from kanllama_lightning.heads import BatchTopK, SAEHead
-from kanllama_lightning.lm.frozen import EMBEDDED
+from kanllama_lightning.lm.frozen import EMBEDDED, FrozenLM
 from kanllama_lightning.measures.concept_matching import (
     LEAST,
     RECOVERED,
@@ -26,11 +26,14 @@ from kanllama_lightning.measures.concept_matching import (
     recover,
 )
 from kanllama_lightning.pages.plots import HEIGHT, PALETTE, styled
+from kanllama_lightning.plan.costs import Work
 from kanllama_lightning.reports.report import EvalRun, Figures, Report
 from kanllama_lightning.types import InputError
 
 CONTROL_STORIES = 200
 """From which untrained heads get their scale and threshold."""
+STORY_TOKENS = 130
+"""Of a story, about."""
 CONTROL_SEED = 1_000_003
 """Seed of those stories, and of an untrained BatchTopK head."""
 DASHES = ("solid", "dash", "dot", "dashdot")
@@ -72,6 +75,11 @@ class ConceptsReport(Report):
             f"the facts that hold are only known of the stories of lm.name={EMBEDDED!r}, not of "
             f"{run.lm.name!r}"
         )
+
+    def work(self, lm: FrozenLM, heads: Sequence[SAEHead], tokens: int, ctx_len: int) -> Work:
+        """Stories of its own, up to the hook point."""
+        stories = self.stories + CONTROL_STORIES * self.controls
+        return Work(upto=len(heads) * STORY_TOKENS * stories)
 
     def begin(self, run: EvalRun) -> None:
         """Refuse an LM whose text nothing is known about."""

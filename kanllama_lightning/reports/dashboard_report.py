@@ -1,7 +1,7 @@
 """The feature dashboard: what every latent fires on, says, and has to do with, on one page."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,16 +26,20 @@ from kanllama_lightning.dashboard.pool import Pool
 from kanllama_lightning.functional.cofiring import Neighbours, neighbours
 from kanllama_lightning.functional.sparse import SparseCodes
 from kanllama_lightning.heads.encoders import FrozenLinearEncoder, LinearEncoder
+from kanllama_lightning.heads.head import SAEHead
 from kanllama_lightning.heads.sae import SAE
+from kanllama_lightning.lm.frozen import FrozenLM
 from kanllama_lightning.lm.token_text import token_text
 from kanllama_lightning.measures.contexts import Contexts, Windows
 from kanllama_lightning.measures.directions import (
     OPERATING_POINT,
+    RANDOM,
     STRAIGHT,
     DirectionStats,
     read_directions,
 )
 from kanllama_lightning.measures.metrics import Activations
+from kanllama_lightning.plan.costs import Work
 from kanllama_lightning.reports.labels import PEAKS, READS, TELLING, Known, firing_tokens
 from kanllama_lightning.reports.report import INDEX, EvalRun, Figures, Report, Seen
 from kanllama_lightning.types import InputError
@@ -57,6 +61,8 @@ SHARED_CODES = 1 << 21
 SHOWN_TOKENS, COORDINATES, RELATED, LENS_BINS = 10, 10, 5, 60
 START, INTERESTING = 6, 50
 """Latents to look at first; firings from which on one may be among them."""
+PLACES = 8
+"""Tokens of a latent at which it is ablated."""
 SPARK = 16
 """Most bins of a sparkline."""
 ORDER = ("strongest", "second", "third", "fourth", "weakest")
@@ -107,6 +113,21 @@ class DashboardReport(Report):
         self._contexts: Contexts | None = None
         self._x: list[Tensor] = []
         self._codes: list[SparseCodes] = []
+
+    def work(self, lm: FrozenLM, heads: Sequence[SAEHead], tokens: int, ctx_len: int) -> Work:
+        """The logit lens of every latent, and the rows up to the places that are ablated.
+
+        Places are taken to lie anywhere: so many rows have some, each up to the last of them.
+        """
+        rows = max(1, min(tokens, self.tokens or tokens) // ctx_len)
+        upto = places = 0.0
+        for head in heads:
+            n = PLACES * min(self.ablated, head.d_sae)
+            hit = rows * -math.expm1(-n / rows)
+            upto += ctx_len * hit * n / (n + hit) if n else 0.0
+            places += n
+        lens = sum(head.d_sae + RANDOM for head in heads)
+        return Work(upto=upto, on=upto + places, logits=2 * places, directions=lens)
 
     def begin(self, run: EvalRun) -> None:
         """Without windows."""
@@ -177,7 +198,7 @@ class DashboardReport(Report):
         return ablate(run.head, run.lm, places)
 
 
-def _places(contexts: Contexts, latent: int, most: int = 8) -> list[AblatedPlace]:
+def _places(contexts: Contexts, latent: int, most: int = PLACES) -> list[AblatedPlace]:
     """The tokens on which a latent fires most."""
     windows = contexts.windows(latent)[0].pick(slice(most))
     places = []

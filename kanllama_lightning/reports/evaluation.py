@@ -39,6 +39,10 @@ log = logging.getLogger(__name__)
 
 CTX_LEN = 512
 """Tokens per row for a saved head without a run, unless another number is asked for."""
+ROWS_AT_ONCE = 16
+"""Rows that the LM runs at once, at most."""
+CPU_AT_ONCE = 1.5e11
+"""Weights times tokens of a batch on a CPU, at most: some ten seconds for two heads."""
 
 
 START_TOKENS = 8192
@@ -54,8 +58,8 @@ class EvalSettings(NamedTuple):
     """Files, folders or hub datasets; None for the run's own validation sets."""
     ctx_len: int | None = None
     """Tokens per row of `text`; None for the run's."""
-    batch_seqs: int = 16
-    """Rows that the LM runs at once."""
+    batch_seqs: int | None = None
+    """Rows that the LM runs at once; None for 16, or fewer of a large LM on a CPU."""
     device: str = "auto"
     dtype: str = "float32"
     """Number format of the LM."""
@@ -95,7 +99,7 @@ def report(
     subjects = [read_subject(folder, how.allow) for folder in runs]
     lm = shared_lm(subjects, how.lm, how.dtype)
     device = device_named(how.device)
-    if how.batch_seqs < 1:
+    if how.batch_seqs is not None and how.batch_seqs < 1:
         raise InputError(f"--batch_seqs={how.batch_seqs}: must be at least 1")
     sets = token_rows(subjects[0], lm, how) if any(r.streams for r in reports) else {}
     main = next(iter(sets.values()), None)
@@ -116,8 +120,10 @@ def report(
     if not jobs:
         return made
     lm.load_(device)
+    rows = how.batch_seqs or ROWS_AT_ONCE
     if main is not None:
-        check_forward(lm, next(texts.batches(main, how.batch_seqs)).to(device))
+        rows = how.batch_seqs or rows_at_once(lm, main.ids.shape[1], device)
+        check_forward(lm, next(texts.batches(main, rows)).to(device))
     for run in made:
         run.head.to(device)
     for s in subjects:
@@ -125,7 +131,7 @@ def report(
             _start_imported(s, lm, main, how.batch_seqs)
     configs = {str(s.folder): s.config for s in subjects}
     try:
-        make(jobs, lm, sets, about, how.batch_seqs)
+        make(jobs, lm, sets, about, rows)
     finally:
         for run in made:
             if how.wandb and run.tables:
@@ -354,6 +360,19 @@ def _about(
             for name, rows in sets.items()
         },
     }
+
+
+def rows_at_once(lm: FrozenLM, ctx_len: int, device: torch.device) -> int:
+    """Rows of a batch of the pass: on a CPU so few that it can say how far it is.
+
+    Args:
+        lm: Its weights need not be loaded.
+        ctx_len: Tokens per row.
+        device: Where it runs.
+    """
+    if device.type != "cpu":
+        return ROWS_AT_ONCE
+    return max(1, min(ROWS_AT_ONCE, int(CPU_AT_ONCE / (lm.n_parameters * ctx_len))))
 
 
 def device_named(name: str) -> torch.device:

@@ -20,6 +20,7 @@ from torch import Tensor
 from kanllama_lightning.functional.bootstrap import middle, ratios
 from kanllama_lightning.heads import BatchTopK
 from kanllama_lightning.heads.dense_kan import DenseKAN
+from kanllama_lightning.heads.head import SAEHead
 from kanllama_lightning.judge.budget import Prices
 from kanllama_lightning.judge.client import Judge, JudgeSettings
 from kanllama_lightning.judge.endpoint import Endpoint, discreet, shown_address
@@ -35,7 +36,9 @@ from kanllama_lightning.judge.panel import (
 )
 from kanllama_lightning.judge.protocol import (
     CATEGORIES,
+    DETECT,
     LEAST,
+    PER_CALL,
     PLACEHOLDER,
     SCORES,
     Case,
@@ -45,9 +48,11 @@ from kanllama_lightning.judge.protocol import (
     shown,
     spread,
 )
+from kanllama_lightning.lm.frozen import FrozenLM
 from kanllama_lightning.lm.token_text import pieces
 from kanllama_lightning.measures.contexts import Contexts
 from kanllama_lightning.pages.plots import PALETTE, SYMBOLS, styled
+from kanllama_lightning.plan.costs import Work
 from kanllama_lightning.reports.one_pass import DONE
 from kanllama_lightning.reports.report import EvalRun, Figures, Report, Seen
 from kanllama_lightning.types import InputError, ValidationBatch
@@ -180,6 +185,13 @@ class InterpretabilityReport(Report):
                 "on which one is silent"
             )
         return None
+
+    def work(self, lm: FrozenLM, heads: Sequence[SAEHead], tokens: int, ctx_len: int) -> Work:
+        """Calls of the judge: an explanation of each latent, and what it tells in some calls."""
+        detection = -(-2 * DETECT // PER_CALL)
+        judged = sum(min(self.latents, head.d_sae) + self.controls for head in heads)
+        shuffled = len(heads) * self.controls
+        return Work(requests=judged * (1 + detection) + shuffled * detection)
 
     def begin(self, run: EvalRun) -> None:
         """See that there is a server to ask, and a key for it."""

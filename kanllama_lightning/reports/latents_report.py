@@ -14,17 +14,21 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from kanllama_lightning.heads.head import SAEHead
+from kanllama_lightning.lm.frozen import FrozenLM
 from kanllama_lightning.lm.token_text import token_text, visible
 from kanllama_lightning.measures.contexts import Contexts
 from kanllama_lightning.measures.directions import (
     END,
     OPERATING_POINT,
+    RANDOM,
     STRAIGHT,
     DirectionStats,
     read_directions,
 )
 from kanllama_lightning.measures.metrics import Activations
 from kanllama_lightning.pages.plots import PALETTE, SYMBOLS, styled
+from kanllama_lightning.plan.costs import Work
 from kanllama_lightning.reports.labels import COLUMN, PEAKS, READS, Known, firing_tokens
 from kanllama_lightning.reports.report import EvalRun, Figures, Report, Seen
 from kanllama_lightning.types import InputError
@@ -77,6 +81,10 @@ class LatentsReport(Report):
         self._meter: Activations | None = None
         self._contexts: Contexts | None = None
         self._x: list[Tensor] = []
+
+    def work(self, lm: FrozenLM, heads: Sequence[SAEHead], tokens: int, ctx_len: int) -> Work:
+        """The logit lens of every latent, and of random directions."""
+        return Work(directions=sum(head.d_sae + RANDOM for head in heads))
 
     def begin(self, run: EvalRun) -> None:
         """Without counts and rows."""

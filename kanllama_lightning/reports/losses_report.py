@@ -1,6 +1,7 @@
 """What the LM loses when it has to make do with the reconstruction."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -9,10 +10,13 @@ import torch
 from torch import Tensor
 
 from kanllama_lightning.functional.bootstrap import interval
+from kanllama_lightning.heads.head import SAEHead
+from kanllama_lightning.lm.frozen import FrozenLM
 from kanllama_lightning.lm.splice import put, spliced_losses
 from kanllama_lightning.measures import cells, metrics
 from kanllama_lightning.measures.metrics import NOT_MEANINGFUL, NOT_MEANINGFUL_WHY
 from kanllama_lightning.pages.plots import PALETTE, styled
+from kanllama_lightning.plan.costs import SPLICED, Work
 from kanllama_lightning.reports.documents import LOSSES, RUNS, Documents
 from kanllama_lightning.reports.report import EvalRun, Figures, Report, Seen
 
@@ -56,6 +60,11 @@ class LossesReport(Report):
         self._meters: dict[str, metrics.SplicedLossMetric] = {}
         self._documents: dict[str, Documents] = {}
         self._checks: dict[str, float] = {}
+
+    def work(self, lm: FrozenLM, heads: Sequence[SAEHead], tokens: int, ctx_len: int) -> Work:
+        """Three runs and one of each head, on from the hook point, of every token."""
+        seen = (SPLICED + len(heads)) * min(tokens, self.tokens or tokens)
+        return Work(on=seen, logits=seen)
 
     def begin(self, run: EvalRun) -> None:
         """One meter per set."""

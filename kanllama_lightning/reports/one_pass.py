@@ -253,8 +253,8 @@ def _stream(jobs: Sequence[Job], lm: FrozenLM, sets: Mapping[str, Rows], batch_s
                     preflight(lm, tokens, reference.norm_limit)
                     first = False
                 wanting = [i for i, job in enumerate(jobs) if _wants(job.report, looked[i])]
-                progress.add()
                 if not wanting:
+                    progress.add()
                     continue
                 prefix = lm.prefix(tokens.ids)
                 views = {
@@ -271,6 +271,7 @@ def _stream(jobs: Sequence[Job], lm: FrozenLM, sets: Mapping[str, Rows], batch_s
                     own = losses.get(id(job.run)) if job.report.splices else None
                     job.report.observe(job.run, Seen(views[id(job.run)], index, own))
                     looked[i] += tokens.ids.numel()
+                progress.add()
 
 
 def _wants(report: Report, looked: int) -> bool:

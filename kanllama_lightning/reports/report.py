@@ -17,6 +17,7 @@ from kanllama_lightning.heads.head import SAEHead
 from kanllama_lightning.lm.frozen import FrozenLM
 from kanllama_lightning.lm.splice import SplicedLosses
 from kanllama_lightning.pages.plots import write_page, write_png, write_svg
+from kanllama_lightning.plan.costs import Work
 from kanllama_lightning.storage.files import replacing, write_text
 from kanllama_lightning.storage.small_files import ANEW, read_csv
 from kanllama_lightning.types import ValidationBatch
@@ -171,6 +172,17 @@ class Report(ABC):
     def finish(self, run: EvalRun) -> Figures | None:
         """Write the files, return the figures; None if there is nothing to record."""
         return {}
+
+    def work(self, lm: FrozenLM, heads: Sequence[SAEHead], tokens: int, ctx_len: int) -> Work:
+        """What it takes for a few heads, beside the pass over the text that reports share.
+
+        Args:
+            lm: Its weights need not be loaded.
+            heads: Those that it applies to; of no use but for their sizes.
+            tokens: Tokens of the text.
+            ctx_len: Tokens per row.
+        """
+        return Work()
 
     def settings(self) -> dict[str, Any]:
         """The constructor arguments, for the record and to know whether it is up to date."""

@@ -13,6 +13,7 @@ from kanllama_lightning.exchange import saelens
 from kanllama_lightning.exchange.agreement import agreement, made_rows, with_extremes
 from kanllama_lightning.exchange.formats import FORMATS
 from kanllama_lightning.exchange.origin import Origin
+from kanllama_lightning.functional.splines.py kanllama_lightning.reports.evaluation import rows_at_once
 from kanllama_lightning.reports import token_sets
 from kanllama_lightning.reports.evaluation import EvalSettings, device_named, token_rows
 from kanllama_lightning.reports.latents_report import LatentsReport
@@ -113,7 +114,8 @@ def activations(
     device = device_named(how.device)
     model.load_(device)
     parts: list[Tensor] = []
-    for batch in token_sets.batches(rows, how.batch_seqs):
+    at_once = how.batch_seqs or rows_at_once(model, rows.ids.shape[1], device)
+    for batch in token_sets.batches(rows, at_once):
         batch = batch.to(device)
         parts.append(model.acts(batch.ids)[batch.keep].float().cpu())
         if sum(map(len, parts)) >= tokens:

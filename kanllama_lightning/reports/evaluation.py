@@ -128,7 +128,7 @@ def report(
         run.head.to(device)
     for s in subjects:
         if s.imported and main is not None:
-            _start_imported(s, lm, main, how.batch_seqs)
+            _start_imported(s, lm, main, rows)
     configs = {str(s.folder): s.config for s in subjects}
     try:
         make(jobs, lm, sets, about, rows)

@@ -13,9 +13,13 @@ from kanllama_lightning.exchange import saelens
 from kanllama_lightning.exchange.agreement import agreement, made_rows, with_extremes
 from kanllama_lightning.exchange.formats import FORMATS
 from kanllama_lightning.exchange.origin import Origin
-from kanllama_lightning.functional.splines.py kanllama_lightning.reports.evaluation import rows_at_once
 from kanllama_lightning.reports import token_sets
-from kanllama_lightning.reports.evaluation import EvalSettings, device_named, token_rows
+from kanllama_lightning.reports.evaluation import (
+    EvalSettings,
+    device_named,
+    rows_at_once,
+    token_rows,
+)
 from kanllama_lightning.reports.latents_report import LatentsReport
 from kanllama_lightning.reports.saved_head import LM_KEYS, SavedHead, read_subject, shared_lm
 from kanllama_lightning.runs.folder import EVAL, SUMMARY, make_folder

@@ -184,15 +184,20 @@ class Judge:
                 return Answer(None, reply, True, len(replies), *_usage(replies))
             replies.append(reply)
             value, failure, final = _judged(reply, parse)
-            self._look_at_first(failure)
+            self._look_at_first(reply, failure)
             if final:
                 break
         return _answer(value, failure, replies)
 
-    def _look_at_first(self, failure: str | None) -> None:
+    def _look_at_first(self, reply: Mapping[str, Any], failure: str | None) -> None:
         """Say once whether the schema binds the server, by the first reply that came now."""
-        if self._seen or not self.asked or failure == TRUNCATED:
+        if self._seen or not self.asked:
             return
+        if failure == TRUNCATED:
+            # JSON, its fence or a thought that is cut off says nothing yet; other words do
+            if str(reply.get("content") or "").lstrip()[:1] in ("", "{", "`", "<"):
+                return
+            failure = "its answer is no JSON"
         self._seen = True
         if failure is not None and "response_format" not in self.refused:
             log.warning(
@@ -381,8 +386,8 @@ class Judge:
         if status == 404 or _other_model(error):
             problem = (
                 f"interpretability.model={self.manner.model!r}: {where} does not know it, or is "
-                f"no such place ({status}); check --interpretability.model ({where}/models lists "
-                "what it has) and --interpretability.base_url"
+                f"no such place ({status}); check --interpretability.model (what the server calls "
+                "its model) and --interpretability.base_url"
             )
         elif status in (401, 403):
             problem = (

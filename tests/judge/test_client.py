@@ -221,6 +221,12 @@ def test_the_first_reply_shows_whether_the_schema_binds(tmp_path: Path, caplog: 
     with JudgeServer(fine, words) as server:
         ask(server.url, tmp_path / "a", n=3, max_cost=20.0)
     assert caplog.text.count("does not keep to it (no number)") == 1
+    for begun, times in (("Sure! Here", 1), ('{"labels": [1', 0), ("<think>I", 0), (None, 0)):
+        caplog.clear()
+        cut = Reply(body=completion(begun, finish="length"))
+        with JudgeServer(fine, lambda _body, _n, cut=cut: cut) as server:
+            ask(server.url, tmp_path / f"cut {begun}", n=2, max_cost=20.0)
+        assert caplog.text.count("does not keep to it (its answer is no JSON)") == times
     caplog.clear()
     with JudgeServer(fine) as server:
         ask(server.url, tmp_path / "b", n=3, max_cost=20.0)

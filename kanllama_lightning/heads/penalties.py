@@ -360,7 +360,8 @@ class Jump(Penalised):
 
     def levels(self, variance: Float[Tensor, ""]) -> list[Float[Tensor, " d_sae"] | float]:
         """The lower end of the window, a little lowered (it is found by rounding), and theta."""
-        theta, width = self.theta.detach(), self.bandwidth * variance.sqrt()
+        # of a head that was saved before the variance was, nothing but theta counts
+        theta, width = self.theta.detach(), self.bandwidth * variance.sqrt().nan_to_num(0.0)
         return [theta - 0.5 * width - 1e-6 * (theta + width), theta]
 
     def latents(

@@ -1311,8 +1311,9 @@ def test_start_gives_the_encoder_its_best_size(kind):
             head.encoder.W_enc.div_(factor)
 
 
-def test_a_head_from_before_the_loss_had_one_unit_is_read(tmp_path):
-    head = trained(BatchTopK).eval()
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_head_from_before_the_loss_had_one_unit_is_read(kind, tmp_path):
+    head = trained(kind).eval()
     head.save(tmp_path)
     state = load_file(tmp_path / "head.safetensors")
     want = head(rows())
@@ -1320,6 +1321,7 @@ def test_a_head_from_before_the_loss_had_one_unit_is_read(tmp_path):
     save_file(state, tmp_path / "head.safetensors")
     old = SAEHead.load(tmp_path)
     assert same_outputs(old(rows()), want)
+    assert torch.equal(old.encode(rows()), head.encode(rows()))
     assert old.losses(rows(), old(rows()), NOTHING_DEAD)["reconstruction"].isnan()
     save_file(state | {"x_variance": torch.tensor(-1.0)}, tmp_path / "head.safetensors")
     with pytest.raises(InputError, match="x_variance=-1 must be larger than 0"):

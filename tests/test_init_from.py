@@ -7,6 +7,8 @@ import pandas as pd
 import pytest
 import torch
 
+from kanllama_lightning.exchange import saelens
+from kanllama_lightning.exchange.origin import Origin
 from kanllama_lightning.heads import BatchTopK, SAEHead
 from tests.conftest import Finished, Fit
 
@@ -62,6 +64,22 @@ def test_fine_tuning_begins_where_the_other_run_ended(
     head = finished.folder / "head"
     assert fit(run=str(tmp_path / "head"), model__init_from=str(head), **QUICK) == 0
     assert SAEHead.load(tmp_path / "head" / "head").scale == SAEHead.load(head).scale
+
+
+@pytest.mark.slow
+def test_fine_tuning_begins_with_an_sae_of_another_tool(
+    fit: Fit, finished: Finished, tmp_path: Path
+) -> None:
+    head = SAEHead.load(finished.folder / "head")
+    saelens.write(head, Origin(lm="some/llama"), tmp_path / "theirs")
+    given = {"model__head": "JumpReLU", "model__init_from": str(tmp_path / "theirs")}
+    found = {}
+    for name, init in (("on", given["model__init_from"]), ("anew", None)):
+        run = tmp_path / name
+        assert fit(run=str(run), **QUICK | given | {"model__init_from": init}) == 0
+        found[name] = json.loads((run / "summary.json").read_text())["val/fvu"]
+    ended = json.loads((finished.folder / "summary.json").read_text())["val/fvu"]
+    assert found["on"] < ended + 0.3 * (found["anew"] - ended)
 
 
 @pytest.mark.parametrize(

@@ -190,24 +190,59 @@ class LinearSAE(NamedTuple):
         Args:
             l0: Its mean L0, if that is known.
         """
-        norms = self.W_dec.double().norm(dim=1)
-        scale = 1 / norms.median().clamp_min(1e-30).float()
         made = self.reading(not isinstance(self.rule, Positive))
-        if bool(((norms * scale - 1).abs() < SAME_NORM).all()):
+        scale = 1 / self._norms().median().clamp_min(1e-30).float()
+        if self._alike():
             made = made.reading_scaled(1 / scale)
         else:
             scale = torch.ones(())
             if not isinstance(self.rule, LargestOfToken):
                 made = made.with_unit_rows()
+        return made._held(scale, l0)
+
+    @torch.no_grad()
+    def head_at(self, scale: Float[Tensor, ""], l0: int | None = None) -> SAE:
+        """The head that makes the same of activations at a given scale, as one that is trained on
+        has it: its latents are as many times as large as that takes.
+
+        Args:
+            scale: Of the head.
+            l0: Its mean L0, if that is known.
+
+        Raises:
+            InputError: Latents of another size would be chosen otherwise.
+        """
+        if isinstance(self.rule, LargestOfToken) and not self._alike():
+            raise InputError(
+                "a TopK whose dictionary rows have several norms chooses other latents when they "
+                "have one; start from another kind of head"
+            )
+        made = self.reading(not isinstance(self.rule, Positive)).with_unit_rows()
+        by = scale.expand(self.d_sae)
+        made = made._replace(
+            b_enc=made.b_enc * scale, b_dec=made.b_dec * scale, rule=made.rule.times(by)
+        )
+        return made._held(scale, l0)
+
+    def _norms(self) -> Float[Tensor, " d_sae"]:
+        return self.W_dec.double().norm(dim=1)
+
+    def _alike(self) -> bool:
+        """Whether all dictionary rows have one norm."""
+        norms = self._norms()
+        return bool((norms / norms.median().clamp_min(1e-30) - 1).abs().max() < SAME_NORM)
+
+    def _held(self, scale: Float[Tensor, ""], l0: int | None) -> SAE:
+        """A head of these numbers, which are in its units already."""
         l0 = min(self.d_sae, max(1, UNKNOWN_L0 if l0 is None else l0))
-        head = made.rule.head(self.d_model, self.d_sae, l0)
+        head = self.rule.head(self.d_model, self.d_sae, l0)
         assert isinstance(head.encoder, LinearEncoder)
         assert isinstance(head.decoder, UnitDirections)
         head.scale.copy_(scale)
-        head.encoder.W_enc.copy_(made.W_enc)
-        head.encoder.b_enc.copy_(made.b_enc)
-        head.decoder.W_dec.copy_(made.W_dec)
-        head.b_dec.copy_(made.b_dec)
+        head.encoder.W_enc.copy_(self.W_enc)
+        head.encoder.b_enc.copy_(self.b_enc)
+        head.decoder.W_dec.copy_(self.W_dec)
+        head.b_dec.copy_(self.b_dec)
         return head.eval()
 
 

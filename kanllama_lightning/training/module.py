@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from kanllama_lightning.console.phase import Phase
 from kanllama_lightning.data.buffer import ShuffleBuffer
+from kanllama_lightning.exchange.formats import format_of, read_foreign
+from kanllama_lightning.exchange.linear_sae import linear_form
 from kanllama_lightning.functional import ranks
 from kanllama_lightning.functional.moments import norms
 from kanllama_lightning.functional.sinks import regular, sink_limit, within
@@ -69,7 +71,7 @@ def check_precision(precision: str) -> None:
 
 def first_folder(root: Path, name: str) -> Path:
     """Folder of the saved head that a head of this name starts from: a run's, or the head's own."""
-    if (root / CARD).is_file():
+    if (root / CARD).is_file() or format_of(root) is not None:
         return root
     own = root / name / HEAD
     return own if (own / CARD).is_file() or not (root / HEAD / CARD).is_file() else root / HEAD
@@ -97,8 +99,9 @@ class SAEModule(L.LightningModule):
             1 % of the budget, at most a million).
         clip_ratio: A gradient longer than this many times its running mean is shortened to
             that; catches spikes whatever the scale of the loss.
-        init_from: Run, or folder of a saved head, whose weights the head starts from instead of
-            random ones; of heads side by side, a run of heads of the same names.
+        init_from: Run, or folder of a saved head or of another tool's SAE, whose weights the head
+            starts from instead of random ones; of heads side by side, a run of heads of the same
+            names.
         seed: Seed of the shuffling of activations (linked to `seed_everything`).
     """
 
@@ -141,6 +144,7 @@ class SAEModule(L.LightningModule):
         )
         self.init_from = init_from
         self._first: dict[str, SAEHead] = {}
+        self._imported: set[str] = set()
         self.tokens_seen = 0
         self.clock = StepClock()
         self._drought = Drought()
@@ -235,7 +239,13 @@ class SAEModule(L.LightningModule):
         root = Path(self.init_from)
         for name, head in self.heads().items():
             folder = first_folder(root, name)
-            first = SAEHead.load(folder, allow=head.modules_named())
+            if format_of(folder) is not None:
+                first, origin = read_foreign(folder)
+                about = origin.provenance()
+                self._imported.add(name)
+            else:
+                first = SAEHead.load(folder, allow=head.modules_named())
+                about = read_card(folder).get("provenance", {})
             if not head.fits(first):
                 raise InputError(
                     f"model.init_from={self.init_from!r}: {folder} holds a {described(first)}; "
@@ -243,7 +253,6 @@ class SAEModule(L.LightningModule):
                     f"--model.head {type(first).__name__} --model.head.d_sae {first.d_sae}, or "
                     "leave --model.init_from out"
                 )
-            about = read_card(folder).get("provenance", {})
             there = (about.get("lm"), about.get("hook_point"))
             if there != (self.lm.name, self.lm.hook.name):
                 log.warning(
@@ -255,7 +264,10 @@ class SAEModule(L.LightningModule):
     def _take_over_first(self) -> None:
         self.read_first()
         for name, first in self._first.items():
-            self.heads()[name].take_over_(first)
+            head = self.heads()[name]
+            if name in self._imported:  # their activations were not scaled, or otherwise
+                first = linear_form(first).head_at(head.scale.cpu())
+            head.take_over_(first)
             log.info("%sstarts from the weights in %s", f"{name}: " if name else "", self.init_from)
         self._first = {}
 

@@ -19,6 +19,7 @@ from kanllama_lightning.exchange.linear_sae import (
     LargestOfToken,
     LinearSAE,
     Positive,
+    linear_form,
 )
 from kanllama_lightning.exchange.origin import Origin, site
 from kanllama_lightning.heads import SAEHead
@@ -336,3 +337,18 @@ def test_refused_in_one_line(
     said = capsys.readouterr().err
     assert "error: BatchTopK: sparsify keeps the k largest" in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("name", ["Standard", "Gated", "JumpReLU", "TopK", "BatchTopK"])
+def test_an_imported_head_is_the_same_at_the_scale_of_training(name: str, tmp_path: Path) -> None:
+    head = trained(name)
+    saelens.write(head, ORIGIN, tmp_path)
+    imported, _ = read_foreign(tmp_path)
+    scale = 3 * head.scale
+    at = linear_form(imported).head_at(scale)
+    assert at.scale == scale
+    rows = made_rows(head, 500)
+    assert torch.equal(at.encode(rows) != 0, imported.encode(rows) != 0)
+    torch.testing.assert_close(at(rows).x_hat, imported(rows).x_hat, rtol=1e-4, atol=1e-3)
+    norms = at.decoder.W_dec.norm(dim=1)
+    torch.testing.assert_close(norms, torch.ones_like(norms))

@@ -1,6 +1,7 @@
 """Weights & Biases: pieces of one run follow on each other; without a network it logs offline."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import plotly.graph_objects as go
 import pytest
 
+from docs import make_workspace
 from kanllama_lightning.cli import main
 from kanllama_lightning.reports.send import titled
 from kanllama_lightning.runs.sections import SECTIONS, by_section, charted, titled_section
@@ -97,6 +99,7 @@ def test_the_service_of_a_process_that_ended_is_not_asked(
 
 FALLBACK = """
 import sys
+from docs import make_workspace
 from kanllama_lightning.cli import main
 from kanllama_lightning.runs.wandb_logger import RunLogger
 run = RunLogger(save_dir=sys.argv[1], name="x", id="abcd1234").experiment
@@ -169,3 +172,26 @@ def test_sections_sort_in_reading_order() -> None:
     assert titles == sorted(titles)
     assert [title[0].isalpha() for title in titles] == [True] * len(titles)
     assert by_section({"epoch": 1, "val/a/ev": 0.5, "train/ev": 0.5, "lm": "x"}) == {"lm": "x"}
+
+
+def test_the_web_workspace_shows_every_main_figure_of_every_head():
+    patterns = make_workspace.main_charts()
+    of_heads = [figure for figure in SECTIONS["main"] if "/" in figure]
+    for figure in (*SECTIONS["main"], *(f"kan/{figure}" for figure in of_heads)):
+        name = charted(figure)
+        fitting = [title for title, pattern in patterns.items() if re.search(pattern, name)]
+        assert fitting == [name.split("/")[1]]
+    assert not [p for p in patterns.values() if re.search(p, "a_main/fvu_of_another")]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_web_workspace_is_made_of_charts():
+    pytest.importorskip("wandb_workspaces")
+    (first,) = make_workspace.workspace("team", "project").sections
+    assert [chart.title for chart in first.panels] == [*make_workspace.main_charts()]
+
+
+@pytest.mark.parametrize("args", [[], ["project"], ["a/b/c"], ["a/"], ["a", "b"]])
+def test_whose_workspace_it_is(args, capsys):
+    assert make_workspace.main(args) == 2
+    assert "give TEAM/PROJECT" in capsys.readouterr().err

@@ -79,7 +79,7 @@ class ValidationMeter(L.Callback, ABC):
             for i, (which, meter) in enumerate(meters.items()):
                 values = meter.compute()
                 of_set = {f"val/{which}/{key}": value for key, value in values.items()}
-                pl_module.log_dict(prefixed(name, of_set), logger=i > 0)
+                pl_module.log_dict(prefixed(name, of_set), logger=None if i else False)
                 if i == 0:
                     first = {f"val/{key}": value for key, value in values.items()}
                     pl_module.log_dict(prefixed(name, first))

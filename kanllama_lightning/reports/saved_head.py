@@ -1,6 +1,7 @@
 """From what a person names, a run folder or a saved head, to what is evaluated."""
 
 import hashlib
+import inspect
 import logging
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -82,6 +83,9 @@ class SavedHead(NamedTuple):
             TokenData, "data", instantiate=False, skip={"tokenizer", "seed", "workers"}
         )
         given = {k: v for k, v in given.items() if k not in ("seed", "workers", "tokenizer")}
+        for name, parameter in inspect.signature(TokenData.__init__).parameters.items():
+            if parameter.annotation is int and given.get(name, 0) is None:
+                raise TypeError(f"{name} is null")
         made = parser.instantiate_classes(parser.parse_object({"data": given})).data
         return TokenData(tokenizer, **made.as_dict() if hasattr(made, "as_dict") else made)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from kanllama_lightning.runs.sections import SECTIONS, charted  # noqa: E402
+from kanllama_lightning.runs.sections import SECTIONS, charted, titled_section  # noqa: E402
 
 NAME = "KAN-LLaMA Lightning"
 COLUMNS = 3
@@ -40,7 +40,9 @@ def workspace(team: str, project: str) -> Any:
         for title, figures in main_charts().items()
     ]
     layout = workspaces.SectionLayoutSettings(columns=COLUMNS, rows=-(-len(charts) // COLUMNS))
-    first = workspaces.Section(name="a_main", panels=charts, is_open=True, layout_settings=layout)
+    first = workspaces.Section(
+        name=titled_section("main"), panels=charts, is_open=True, layout_settings=layout
+    )
     return workspaces.Workspace(
         name=NAME, entity=team, project=project, sections=[first], auto_generate_panels=True
     )

@@ -13,10 +13,11 @@ from kanllama_lightning.exchange import saelens
 from kanllama_lightning.exchange.agreement import agreement, made_rows, with_extremes
 from kanllama_lightning.exchange.formats import FORMATS
 from kanllama_lightning.exchange.origin import Origin
-from kanllama_lightning.reports import token_sets
 from kanllama_lightning.reports.evaluation import (
     EvalSettings,
+    check_batch_seqs,
     device_named,
+    first_activations,
     rows_at_once,
     token_rows,
 )
@@ -44,6 +45,7 @@ def run_export(given: Namespace) -> None:
         lm=lm | {"untrained": lm["untrained"] or None},
         **{key: given[key] for key in ("text", "ctx_len", "batch_seqs", "device", "dtype")},
     )
+    check_batch_seqs(how)
     x, what = activations(subject, how, given.tokens)
     found = agreement(head, again.encode, again.decode, x)
     say = Console(soft_wrap=True, highlight=False).print
@@ -117,12 +119,6 @@ def activations(
     name, rows = next(iter(token_rows(subject, model, how).items()))
     device = device_named(how.device)
     model.load_(device)
-    parts: list[Tensor] = []
     at_once = how.batch_seqs or rows_at_once(model, rows.ids.shape[1], device)
-    for batch in token_sets.batches(rows, at_once):
-        batch = batch.to(device)
-        parts.append(model.acts(batch.ids)[batch.keep].float().cpu())
-        if sum(map(len, parts)) >= tokens:
-            break
-    found = with_extremes(torch.cat(parts)[:tokens])
+    found = with_extremes(first_activations(model, rows, at_once, tokens)[:tokens].cpu())
     return found, f"{len(found):,} tokens of {name!r}, a tenth of them made extreme"

@@ -135,6 +135,11 @@ class TokenData(LightningDataModule):
         """Names of the validation sets, in the order of their loaders; known after `setup`."""
         return list(self._val)
 
+    @property
+    def val_sets(self) -> int:
+        """How many validation sets there are; known from the start."""
+        return (self.val_fraction > 0) + len(self.val_corpora)
+
     def resume_from(self, position: Int[Tensor, " 3"]) -> None:
         """Let the next training loader start at the `position` of a batch: with the row after."""
         self.position = position.clone()

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from kanllama_lightning.heads.head import FLOATS, LARGEST
+from kanllama_lightning.storage.files import replacing
 from kanllama_lightning.storage.small_files import ordinary_size
 from kanllama_lightning.types import InputError
 
@@ -129,6 +131,13 @@ def _numbers(path: Path, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
             )
         made[name] = one.detach().float().contiguous().clone()
     return made
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file whole."""
+    whole = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
+    with replacing(path) as part:
+        save_file(whole, part)
 
 
 def refuse_others(folder: Path, mine: Collection[str]) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from kanllama_lightning.exchange.foreign_files import (
@@ -17,6 +16,7 @@ from kanllama_lightning.exchange.foreign_files import (
     Dims,
     from_safetensors,
     refuse_others,
+    save_tensors,
     shapes_of,
     unfit,
 )
@@ -32,7 +32,6 @@ from kanllama_lightning.exchange.linear_sae import (
 )
 from kanllama_lightning.exchange.origin import KEY, Origin, from_said
 from kanllama_lightning.heads.head import SAEHead, built
-from kanllama_lightning.storage.files import replacing
 from kanllama_lightning.storage.named import name_of
 from kanllama_lightning.storage.small_files import Count, read_json, there, write_json
 from kanllama_lightning.types import InputError
@@ -105,10 +104,10 @@ def write(head: SAEHead, origin: Origin, folder: Path) -> str:
         tensors = dict(head.state_dict())
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SPARSITY).unlink(missing_ok=True)  # of an earlier export
-    _save(folder / WEIGHTS, tensors)
+    save_tensors(folder / WEIGHTS, tensors)
     if origin.frequency is not None:
         log10 = (origin.frequency.double() + LEAST).log10().float()
-        _save(folder / SPARSITY, {"sparsity": log10})
+        save_tensors(folder / SPARSITY, {"sparsity": log10})
     write_json(folder / CONFIG, own | common)
     return str(own["architecture"])
 
@@ -124,12 +123,6 @@ def _of_rule(rule: Rule) -> tuple[dict[str, Any], dict[str, Tensor]]:
             return found, {}
         case BehindGate(r_mag, b_mag):
             return {"architecture": "gated"}, {"r_mag": r_mag, "b_mag": b_mag}
-
-
-def _save(path: Path, tensors: dict[str, Tensor]) -> None:
-    whole = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
-    with replacing(path) as part:
-        save_file(whole, part)
 
 
 def _metadata(origin: Origin) -> dict[str, Any]:

@@ -7,19 +7,17 @@ form there.
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
-from safetensors.torch import save_file
-
 from kanllama_lightning.exchange.foreign_files import (
     ANEW,
     from_safetensors,
     refuse_others,
+    save_tensors,
     shapes_of,
     unfit,
 )
 from kanllama_lightning.exchange.linear_sae import LargestOfToken, LinearSAE, linear_form
 from kanllama_lightning.exchange.origin import Origin, from_said
 from kanllama_lightning.heads.head import SAEHead
-from kanllama_lightning.storage.files import replacing
 from kanllama_lightning.storage.small_files import Count, read_json, there, write_json
 from kanllama_lightning.types import InputError
 
@@ -61,8 +59,7 @@ def write(head: SAEHead, origin: Origin, folder: Path) -> str:
         "W_dec": sae.W_dec,
         "b_dec": sae.b_dec,
     }
-    with replacing(folder / WEIGHTS) as part:
-        save_file({k: v.cpu().clone().contiguous() for k, v in tensors.items()}, part)
+    save_tensors(folder / WEIGHTS, tensors)
     config = {
         "activation": "topk",
         "expansion_factor": max(1, sae.d_sae // sae.d_model),

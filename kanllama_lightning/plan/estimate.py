@@ -145,7 +145,7 @@ class RunEstimate:
             lm_rest_seconds=sum(rest),
             record=record,
             val_tokens=data.val_tokens,
-            val_sets=(data.val_fraction > 0) + len(data.val_corpora),
+            val_sets=data.val_sets,
             validations=validations(schedule.steps, val_check_interval),
             control_runs=control_runs([t.head for t in given]),
         )

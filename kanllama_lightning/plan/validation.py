@@ -67,9 +67,8 @@ def validation_size(module: SAEModule, data: TokenData, every: Any) -> Validatio
     training = tokens * per_token + schedule.steps * per_step
     if data.cache is None:
         training += (tokens + module.filling_rows) * upto
-    sets = (data.val_fraction > 0) + len(data.val_corpora)
     seen = upto + (SPLICED + len(heads)) * rest + FORWARD * per_token
-    times = sets * (validations(schedule.steps, every) + 1)
+    times = data.val_sets * (validations(schedule.steps, every) + 1)
     one = times * seen + control_runs(heads) * rest  # a token of each set, in all validations
     rows = int(SHARE * training / one) // data.ctx_len
     least, most = -(-LEAST // data.ctx_len), max(1, VAL_TOKENS // data.ctx_len)

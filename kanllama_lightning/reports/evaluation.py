@@ -10,8 +10,11 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from kanllama_lightning.data.packing import Rows
+from kanllama_lightning.functional.moments import norms
 from kanllama_lightning.functional.sinks import sink_limit, within
 from kanllama_lightning.lm.frozen import FrozenLM
 from kanllama_lightning.lm.preflight import check_forward
@@ -43,8 +46,6 @@ ROWS_AT_ONCE = 16
 """Rows that the LM runs at once, at most."""
 CPU_AT_ONCE = 1.5e11
 """Weights times tokens of a batch on a CPU, at most: some ten seconds for two heads."""
-
-
 START_TOKENS = 8192
 """Tokens that the mean and the sink limit of an imported head are of."""
 
@@ -99,8 +100,7 @@ def report(
     subjects = [read_subject(folder, how.allow) for folder in runs]
     lm = shared_lm(subjects, how.lm, how.dtype)
     device = device_named(how.device)
-    if how.batch_seqs is not None and how.batch_seqs < 1:
-        raise InputError(f"--batch_seqs={how.batch_seqs}: must be at least 1")
+    check_batch_seqs(how)
     sets = token_rows(subjects[0], lm, how) if any(r.streams for r in reports) else {}
     main = next(iter(sets.values()), None)
     counts = None if main is None else _counts(main, lm)
@@ -143,21 +143,14 @@ def report(
 def _start_imported(subject: SavedHead, lm: FrozenLM, rows: Rows, seqs: int) -> None:
     """Give a head of another project what one of ours has from its training text: the mean
     activation, which mean ablation splices in, and the norm from which on a token is a sink."""
-    head, acts, kept = subject.head, [], 0
-    for tokens in texts.batches(rows, seqs):
-        tokens = tokens.to(head.scale.device)
-        acts.append(lm.acts(tokens.ids)[tokens.keep].float())
-        kept += len(acts[-1])
-        if kept >= START_TOKENS:
-            break
-    x = torch.cat(acts)
-    sizes = x.norm(dim=1)
+    head, x = subject.head, first_activations(lm, rows, seqs, START_TOKENS)
+    sizes = norms(x)
     limit = sink_limit(sizes)
     head.norm_limit.copy_(limit)
     head.x_mean.copy_(x[within(sizes, limit)].mean(0))
     log.info(
         "%s: its mean activation and sink limit are those of the first %s tokens evaluated on, "
-        "as its folder does not have them", subject.folder, f"{kept:,}"
+        "as its folder does not have them", subject.folder, f"{len(x):,}"
     )  # fmt: skip
 
 
@@ -360,6 +353,32 @@ def _about(
             for name, rows in sets.items()
         },
     }
+
+
+def check_batch_seqs(how: EvalSettings) -> None:
+    """Refuse batches of no rows; raises InputError."""
+    if how.batch_seqs is not None and how.batch_seqs < 1:
+        raise InputError(f"--batch_seqs={how.batch_seqs}: must be at least 1")
+
+
+def first_activations(
+    lm: FrozenLM, rows: Rows, seqs: int, tokens: int
+) -> Float[Tensor, "tok d_model"]:
+    """Activations of the first tokens that are no special ones: whole batches, so many or more.
+
+    Args:
+        lm: Loaded.
+        rows: Where they are from.
+        seqs: Rows of a batch.
+        tokens: After how many to stop; all there are, if those are fewer.
+    """
+    parts: list[Tensor] = []
+    for batch in texts.batches(rows, seqs):
+        batch = batch.to(lm.device)
+        parts.append(lm.acts(batch.ids)[batch.keep].float())
+        if sum(map(len, parts)) >= tokens:
+            break
+    return torch.cat(parts)
 
 
 def rows_at_once(lm: FrozenLM, ctx_len: int, device: torch.device) -> int:

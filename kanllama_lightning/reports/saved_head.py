@@ -1,7 +1,6 @@
 """From what a person names, a run folder or a saved head, to what is evaluated."""
 
 import hashlib
-import inspect
 import logging
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -23,7 +22,7 @@ from kanllama_lightning.runs.folder import (
     read_summary,
 )
 from kanllama_lightning.runs.state import Kind, look
-from kanllama_lightning.storage.named import name_of, refuse_modules
+from kanllama_lightning.storage.named import check_nulls, name_of, refuse_modules
 from kanllama_lightning.storage.small_files import there
 from kanllama_lightning.types import InputError
 
@@ -83,9 +82,7 @@ class SavedHead(NamedTuple):
             TokenData, "data", instantiate=False, skip={"tokenizer", "seed", "workers"}
         )
         given = {k: v for k, v in given.items() if k not in ("seed", "workers", "tokenizer")}
-        for name, parameter in inspect.signature(TokenData.__init__).parameters.items():
-            if parameter.annotation is int and given.get(name, 0) is None:
-                raise TypeError(f"{name} is null")
+        check_nulls(given, TokenData, "data")
         made = parser.instantiate_classes(parser.parse_object({"data": given})).data
         return TokenData(tokenizer, **made.as_dict() if hasattr(made, "as_dict") else made)
 

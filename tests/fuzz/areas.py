@@ -483,6 +483,7 @@ def texts(folder: Path) -> list[Area]:
             try:
                 pyarrow.parquet.write_table(pyarrow.table({name: column}), out)
             except pyarrow.ArrowNotImplementedError:  # an empty struct, which no file can hold
+                out = io.BytesIO()
                 pyarrow.parquet.write_table(pyarrow.table({name: ["a"] * 30}), out)
             return out.getvalue()
         if data[:1] != b"{" or changes[0].much % 3 == 0:

@@ -95,6 +95,12 @@ def test_they_are_found_where_they_are(tmp_path: Path, monkeypatch: pytest.Monke
     assert "typed-one" in known.scrubbed("typed-one")
 
 
+def test_a_pipe_that_a_command_line_names_is_not_read(tmp_path: Path) -> None:
+    """Nobody may ever write into it."""
+    os.mkfifo(tmp_path / "own.yaml")
+    learn(["plan", "--config", str(tmp_path / "own.yaml")])
+
+
 def test_log_records(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", KEYS["HF_TOKEN"])
     learn([])

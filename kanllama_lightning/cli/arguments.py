@@ -57,7 +57,7 @@ def _with_current_path(argument: str) -> str:
 
 def refuse_linked(args: Sequence[str]) -> None:
     """Say so when a file sets an argument that follows from another one."""
-    for file in _config_files(args):
+    for file in config_files(args):
         if not there(Path(file)):
             raise InputError(f"--config {file}: no such file")
         tree = config_tree(Path(file))
@@ -66,7 +66,8 @@ def refuse_linked(args: Sequence[str]) -> None:
             _refuse_foreign(Path(file), tree, _allowed(args))
 
 
-def _config_files(args: Sequence[str]) -> list[str]:
+def config_files(args: Sequence[str]) -> list[str]:
+    """The files that `--config` names."""
     files = [b for a, b in zip(args, args[1:], strict=False) if a in ("--config", "-c")]
     return files + [a.split("=", 1)[1] for a in args if a.startswith("--config=")]
 
@@ -75,7 +76,7 @@ def mentions(args: Sequence[str], group: str, key: str) -> bool:
     """Whether the command line or one of its config files says something of an argument."""
     if any(re.match(rf"--{group}\.{key}(\+?=|\+?$|\.)", a) for a in args):
         return True
-    trees = [config_tree(Path(file)) for file in _config_files(args)]
+    trees = [config_tree(Path(file)) for file in config_files(args)]
     groups = [tree.get(group) for tree in trees]
     return any(key in said for said in groups if isinstance(said, dict))
 

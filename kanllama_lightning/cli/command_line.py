@@ -175,9 +175,8 @@ def _config(word: str) -> str:
         return str(within)
     near = difflib.get_close_matches(stem.rpartition("/")[2], shipped, n=1, cutoff=0.6)
     hint = f"Did you mean {near[0]}? " if near else ""
-    raise NotUnderstood(
-        f"--config {word}: no such file. {hint}Shipped are {', '.join(sorted(shipped))}"
-    )
+    what = "not a regular file" if path.exists() else "no such file"
+    raise NotUnderstood(f"--config {word}: {what}. {hint}Shipped are {', '.join(sorted(shipped))}")
 
 
 def _refuse_unknown(name: str, command: str) -> None:

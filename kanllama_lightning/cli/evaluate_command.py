@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kanllama_lightning import comparison, reports
+from kanllama_lightning.cli.arguments import config_files
 from kanllama_lightning.cli.evaluate_options import ABOUT, CONFIG, ONE_RUN, PLACES, SETTINGS
 from kanllama_lightning.cli.export_command import run_export
 from kanllama_lightning.cli.kinds import in_words
@@ -42,7 +43,7 @@ from kanllama_lightning.reports.sparsity_report import SparsityReport
 from kanllama_lightning.runs.folder import EVAL, SUMMARY, make_folder, remove_parts
 from kanllama_lightning.runs.lookup import folder_named, folders_named
 from kanllama_lightning.storage.files import write_text
-from kanllama_lightning.storage.small_files import read_json, there
+from kanllama_lightning.storage.small_files import ordinary_size, read_json, there
 from kanllama_lightning.types import InputError
 
 ORDER: tuple[type[Report], ...] = (
@@ -347,6 +348,8 @@ def _run(given: list[str], places: list[Path]) -> int:
         sub = ArgumentParser(description=ABOUT[name], exit_on_error=False, allow_abbrev=False)
         add_arguments(sub, name)
         commands.add_subcommand(name, sub)
+    for file in config_files(given):
+        ordinary_size(Path(file), "name a YAML file")  # the parser would wait for a pipe
     parsed = parser.parse_args(given)
     settings = parsed[parsed.subcommand]
     runs = settings.get("runs") or [settings.get("run")]

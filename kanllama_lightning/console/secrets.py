@@ -154,7 +154,7 @@ def learn(arguments: Sequence[str]) -> None:
     for argument in arguments:
         known.add_all_in(argument)
         file = Path(argument.partition("=")[2] if argument.startswith("--") else argument)
-        if file.suffix in (".yaml", ".yml"):
+        if file.suffix in (".yaml", ".yml") and file.is_file():
             with contextlib.suppress(OSError, UnicodeDecodeError, ValueError):
                 known.add_all_in(file.read_text())
 

@@ -206,6 +206,16 @@ def test_evaluation_is_read_as_people_type_it(typed, read):
         assert evaluate_options.read(typed.split()) == read.split()
 
 
+@pytest.mark.parametrize("line", ["train plan", "train fit", "evaluate report last"])
+def test_a_pipe_for_a_config_is_refused(line, tmp_path, capsys):
+    """Nobody may ever write into it."""
+    os.mkfifo(tmp_path / "own.yaml")
+    program, *command = line.split()
+    run = {"train": train_command.main, "evaluate": evaluate_command.main}[program]
+    assert run([*command, "--config", str(tmp_path / "own.yaml")]) == 2
+    assert "own.yaml: " in capsys.readouterr().err
+
+
 def test_a_run_says_first_what_it_trains():
     head = KANEncoder(d_model=16, d_sae=None, target_l0=4)
     said = told_of("kan", head, {"lr": 0.003})

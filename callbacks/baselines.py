@@ -9,7 +9,7 @@ import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from kanllama_lightning.heads import PCA, SAEHead
+from kanllama_lightning.heads import PCA, LinearMap, SAEHead
 from kanllama_lightning.lm.splice import losses_by_head
 from kanllama_lightning.measures.metrics import (
     ReconstructionMetric,
@@ -24,7 +24,7 @@ FOLDER = "baselines"
 
 
 class Baselines(L.Callback):
-    """PCA with k components, and the head as it was at step 0: random directions, untrained.
+    """PCA with k components (of a transcoder: the best linear map), and the untrained head.
 
     Kept beside the run when training starts, measured in its final validation on the first
     validation set; `results` maps each head to its controls, and those to their figures. Heads side
@@ -57,7 +57,7 @@ class Baselines(L.Callback):
         for name, head in pl_module.heads().items():
             self._of[name] = self._add(trainer, name, head, x)
         for control, made in self._controls.items():
-            made.eval().calibrate_(x)
+            made.eval().calibrate_(x[:, -made.d_row :])
             loss = SplicedLossMetric(pl_module.lm.vocab_size, ("recon",))
             meters = (SparsityMetric(made.d_sae), ReconstructionMetric(made.d_model), loss)
             self._meters[control] = tuple(m.to(pl_module.device) for m in meters)
@@ -71,10 +71,12 @@ class Baselines(L.Callback):
         wanted: dict[str, tuple[str, Any]] = {
             "PCA": (f"PCA {k}", lambda: PCA(d, min(k, d))),
         }
+        if head.transcoder:
+            wanted = {"linear map": ("linear map", lambda: LinearMap(d))}
         for title, (key, make) in wanted.items():
             if key not in self._controls:
                 self._controls[key] = control = make().to(x.device)
-                control.start_(x)
+                control.start_(x[:, -control.d_row :])
                 control.norm_limit.copy_(head.norm_limit)
             own[title] = key
         # a validation on its own looks at the run whose checkpoint it was given
@@ -101,7 +103,9 @@ class Baselines(L.Callback):
         if dataloader_idx or not self._controls:
             return
         view = next(iter(outputs.values()))
-        outs = {key: control(view.x) for key, control in self._controls.items()}
+        outs = {
+            key: control(view.rows[:, -control.d_row :]) for key, control in self._controls.items()
+        }
         losses = losses_by_head(pl_module.lm, view, {k: o.x_hat for k, o in outs.items()}, {})
         for key, (sparsity, reconstruction, loss) in self._meters.items():
             sparsity.update(outs[key].codes)

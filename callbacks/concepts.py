@@ -40,7 +40,9 @@ class Concepts(LookingCallback):
             return
         if self._read is None:
             self._read = read_stories(pl_module.lm, self.stories)
-        kept = self._read.only(regular(self._read.x, pl_module.head.norm_limit).cpu())
+        kept = self._read.only(
+            regular(pl_module.head.target(self._read.x), pl_module.head.norm_limit).cpu()
+        )
         choose, test = kept.halves()
         for name, head in pl_module.heads().items():
             codes = [codes_of(head, half.x) for half in (choose, test)]

@@ -67,13 +67,13 @@ class KANCurves(LookingCallback):
         """Take rows of the first set, until there are enough."""
         room = ROWS // trainer.world_size - sum(len(x) for x in self._x)
         if self.looks and dataloader_idx == 0 and room > 0:
-            self._x.append(next(iter(outputs.values())).x[:room])
+            self._x.append(next(iter(outputs.values())).rows[:room])
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Look at the curves; log, write and draw."""
         if not self.looks:
             return
-        own = torch.cat(self._x) if self._x else torch.zeros(0, pl_module.head.d_model)
+        own = torch.cat(self._x) if self._x else torch.zeros(0, pl_module.head.d_row)
         self._x = []
         with ranks.pooled():
             x = ranks.rows(own.to(pl_module.device))

@@ -69,7 +69,7 @@ class LogitLens(LookingCallback):
             self._meters[name].update(view.out.codes)
         room = ROWS - sum(len(x) for x in self._x)
         if room > 0:
-            self._x.append(next(iter(outputs.values())).x[:room])
+            self._x.append(next(iter(outputs.values())).rows[:room])
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Look; log and write."""
@@ -77,7 +77,7 @@ class LogitLens(LookingCallback):
         if not meters:
             return
         # every process looks at the same: the counts of all of them, the rows of the first
-        rows = torch.cat(x).cpu() if x else torch.zeros(0, pl_module.head.d_model)
+        rows = torch.cat(x).cpu() if x else torch.zeros(0, pl_module.head.d_row)
         rows = trainer.strategy.broadcast(rows).to(pl_module.device)
         for name, meter in meters.items():
             with meter.sync_context():

@@ -58,6 +58,7 @@ class SaveHead(L.Callback):
             "lm": lm.name,
             "revision": lm.revision,
             "hook_point": lm.hook.name,
+            "input_point": lm.input.name if lm.input else None,
             "bos": lm.bos,
             "lm_dtype": str(lm.dtype).removeprefix("torch."),
             "text": trainer.datamodule.train_corpus.description(),

@@ -76,6 +76,7 @@ class Summary(L.Callback):
         shared: dict[str, Any] = {
             "lm": pl_module.lm.name,
             "hook_point": pl_module.lm.hook.name,
+            **({"input_point": lm.input.name} if (lm := pl_module.lm).input else {}),
             "d_model": pl_module.head.d_model,
             "steps": pl_module.tokens_seen // pl_module.schedule.batch,
             "tokens": pl_module.tokens_seen,

@@ -1,7 +1,8 @@
 """The words everything else speaks: axes, batches, codes, and the one error for bad input.
 
 Axes, everywhere: `batch` sequences, `pos` positions in a sequence, `tok` tokens (kept rows of
-`batch*pos`, flattened), `d_model` the LM's width, `d_sae` latents, `k` kept latents per token,
+`batch*pos`, flattened), `d_model` the LM's width, `d_row` what a head
+is given (twice as wide for a transcoder), `d_sae` latents, `k` kept latents per token,
 `nnz` kept activations in a batch, `vocab` the LM's vocabulary, `hidden` a head's inner width.
 """
 
@@ -17,8 +18,8 @@ from torch import Tensor
 from kanllama_lightning.errors import InputError as InputError
 from kanllama_lightning.functional.sparse import SparseCodes
 
-Acts = Callable[[Int[Tensor, "batch pos"]], Float[Tensor, "batch pos d_model"]]
-"""Token ids to the activations at the hook point: `FrozenLM.acts`."""
+Acts = Callable[[Int[Tensor, "batch pos"]], Float[Tensor, "batch pos d_row"]]
+"""Token ids to what heads are given: `FrozenLM.acts`."""
 
 
 class TokenBatch(NamedTuple):
@@ -39,7 +40,7 @@ class TokenBatch(NamedTuple):
         ids, keep, doc = (t.to(device, non_blocking=True) for t in self[:3])
         return TokenBatch(ids, keep, doc, self.position)
 
-    def activations(self, acts: Acts) -> Float[Tensor, "tok d_model"]:
+    def activations(self, acts: Acts) -> Float[Tensor, "tok d_row"]:
         """What to train on, sinks included: the kept tokens' activations, by running the LM."""
         return acts(self.ids)[self.keep]
 
@@ -47,7 +48,7 @@ class TokenBatch(NamedTuple):
 class ActivationBatch(NamedTuple):
     """Activations that were made earlier: what a cache yields in the place of tokens."""
 
-    rows: Float[Tensor, "tok d_model"]
+    rows: Float[Tensor, "tok d_row"]
     """Activations of kept tokens, in the cache's dtype, sinks included, from many documents."""
     position: Int[Tensor, " 3"]
     """int64 (epoch, shard, row) of the row *after* this batch: where to go on from."""
@@ -56,7 +57,7 @@ class ActivationBatch(NamedTuple):
         """The same batch with its rows on `device` (the position stays on the CPU)."""
         return ActivationBatch(self.rows.to(device, non_blocking=True), self.position)
 
-    def activations(self, acts: Acts) -> Float[Tensor, "tok d_model"]:
+    def activations(self, acts: Acts) -> Float[Tensor, "tok d_row"]:
         """What to train on: these rows; the LM (`acts`) is left alone."""
         return self.rows
 
@@ -207,6 +208,13 @@ class Prefix(NamedTuple):
     """The activations at the hook point, in the LM's dtype."""
     residual: Float[Tensor, "batch pos d_model"] | None
     """What the hook point's output is added to; None where the hook point is the stream itself."""
+    inputs: Float[Tensor, "batch pos d_model"] | None = None
+    """What a transcoder reads instead of `acts`, which it writes; None where heads read these."""
+
+    @property
+    def rows(self) -> Float[Tensor, "batch pos d_row"]:
+        """What heads are given: the activations; of a transcoder, its inputs before them."""
+        return self.acts if self.inputs is None else torch.cat([self.inputs, self.acts], -1)
 
 
 class ValidationBatch(NamedTuple):
@@ -218,10 +226,15 @@ class ValidationBatch(NamedTuple):
     prefix: Prefix
     mask: Bool[Tensor, "batch pos"]
     """True where an activation counts: real text, no extreme norm."""
-    x: Float[Tensor, "tok d_model"]
-    """The activations under the mask, fp32, in the LM's units."""
+    rows: Float[Tensor, "tok d_row"]
+    """What heads are given of the positions under the mask (`Prefix.rows`), fp32, LM's units."""
     out: SAEOutput
-    """The head's output on x, as at inference."""
+    """The head's output on them, as at inference."""
+
+    @property
+    def x(self) -> Float[Tensor, "tok d_model"]:
+        """The activations at the hook point: what is reconstructed."""
+        return self.rows[:, -self.prefix.acts.shape[-1] :]
 
     def l0(self) -> float:
         """Non-zero latents per token, the mean; NaN of no tokens."""

@@ -62,7 +62,7 @@ def test_the_options_of_a_head_are_its_arguments(name):
         return
     options = {o.name.removeprefix("model.head.") for o in catalogue.head_options(name)}
     arguments = arguments_of(getattr(heads, name))
-    assert options == arguments.keys() - {"d_model"}
+    assert options == arguments.keys() - {"d_model", "transcoder"}
     assert all(o.help for o in catalogue.head_options(name))
 
 
@@ -78,6 +78,7 @@ def test_the_help_of_evaluation_lists_what_its_parser_takes(command):
     assert set(evaluate_options.names(command)) == offered(parser, groups) - {
         "run",
         "runs",
+        "repository",
         "print_config",
     }
     assert f"(default: {comparison.MATCHED})" in evaluate_options.help_of("compare")

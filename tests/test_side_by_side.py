@@ -158,7 +158,9 @@ def test_summary_names_the_heads(run: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_record_takes_the_run_whole(run: Path, tmp_path: Path) -> None:
+def test_the_record_takes_the_run_whole(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`compare RUN` compares its heads; `report RUN` reports on each; one pass of the LM."""
     run = shutil.copytree(run, tmp_path / "run", symlinks=True)
     out = tmp_path / "comparison"
@@ -167,8 +169,17 @@ def test_the_record_takes_the_run_whole(run: Path, tmp_path: Path) -> None:
     compared = {row["run"] for row in read_rows(out / "comparison.csv")}
     assert compared == set(HEADS)
     assert (out / "comparison.html").is_file()
-    assert evaluate(["report", str(run), "--reports", "sparsity", *given]) == 0
+    # named as people name it, and sent to the run that logged all of the heads
+    monkeypatch.chdir(tmp_path)
+    assert (
+        evaluate(["report", "run", "--reports", "sparsity", "--again", "true", "--documents", "10"])
+        == 0
+    )
     assert all((run / name / "eval" / "l0.csv").is_file() for name in HEADS)
+    pieces = sorted((run / "wandb").glob("offline-run-*/*.wandb"), key=lambda p: p.stat().st_mtime)
+    sent = {key for piece in pieces for row in history(piece)[0] for key in row}
+    for name in HEADS:
+        assert [key for key in sent if key.startswith(f"j_record/{name}/")], sorted(sent)
 
 
 def test_what_needs_one_head_says_so(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -86,8 +86,10 @@ OPTIMIZER_TYPES = {
     "weight_decay": "float",
     "fused": "bool",
 }
-LINKED = ("lm", "tokenizer", "seed", "d_model")
+LINKED = ("lm", "tokenizer", "seed", "d_model", "transcoder")
 """Arguments that follow from other options."""
+FOLLOWS = ("d_model", "transcoder")
+"""Arguments of a head that follow from the LM."""
 SUBCLASSES = ("class_path", "init_args", "dict_kwargs", "help")
 """What can be said of an option whose value is a class."""
 
@@ -206,7 +208,7 @@ def head_options(name: str) -> list[Option]:
     """Options of one head."""
     known = _all_in("heads")
     found = _arguments(known[name], known, "model.head.")
-    return [option for key, option in found.items() if key != "d_model"]
+    return [option for key, option in found.items() if key not in FOLLOWS]
 
 
 def all_head_options() -> list[Option]:

@@ -105,7 +105,7 @@ def arguments(class_path: str) -> Mapping[str, str] | None:
                  for o in catalogue.head_options(name)]  # fmt: skip
     else:
         return None
-    return {o.name: o.type for o in found} | {"seed": "int", "d_model": "int"}
+    return {o.name: o.type for o in found} | {"seed": "int", "d_model": "int", "transcoder": "bool"}
 
 
 class _Said(NamedTuple):
@@ -220,7 +220,7 @@ def _refuse_what_no_head_has(option: HeadOption, command: str) -> None:
 
 
 def _near(name: str, known: Mapping[str, str]) -> str:
-    shown = [one for one in known if one not in ("seed", "d_model")]
+    shown = [one for one in known if one not in ("seed", *catalogue.FOLLOWS)]
     near = difflib.get_close_matches(name, shown, n=1, cutoff=0.5)
     others = [
         head for head in catalogue.heads()

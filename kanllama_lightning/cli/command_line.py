@@ -28,6 +28,8 @@ LINKED = {
     "data.tokenizer": "lm.name",
     "model.head.init_args.d_model": "lm.name (the model's width)",
     "model.head.d_model": "lm.name (the model's width)",
+    "model.head.init_args.transcoder": "lm.input_point (where a transcoder reads)",
+    "model.head.transcoder": "lm.input_point (where a transcoder reads)",
     "model.head.init_args.seed": "seed_everything, or head_seed for the head alone",
     "model.head.seed": "seed_everything, or head_seed for the head alone",
 }

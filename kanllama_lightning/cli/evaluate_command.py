@@ -18,9 +18,17 @@ from rich.text import Text
 
 from kanllama_lightning import comparison, reports
 from kanllama_lightning.cli.arguments import config_files
-from kanllama_lightning.cli.evaluate_options import ABOUT, CONFIG, ONE_RUN, PLACES, SETTINGS
+from kanllama_lightning.cli.evaluate_options import (
+    ABOUT,
+    CONFIG,
+    ONE_RUN,
+    PLACES,
+    REPOSITORY,
+    SETTINGS,
+)
 from kanllama_lightning.cli.export_command import run_export
 from kanllama_lightning.cli.kinds import in_words
+from kanllama_lightning.cli.publish_command import run_publish
 from kanllama_lightning.console.entry import Aftermath, guarded
 from kanllama_lightning.console.quiet import quiet
 from kanllama_lightning.measures import cells
@@ -95,7 +103,15 @@ OF_THEIR_OWN = {
 """Reports that are of something else than the sample: the figure that counts it, and its name."""
 
 
-OF_A_RECORD = ("documents", "text", "ctx_len", "dtype", "lm.name", "lm.hook_point")
+OF_A_RECORD = (
+    "documents",
+    "text",
+    "ctx_len",
+    "dtype",
+    "lm.name",
+    "lm.hook_point",
+    "lm.input_point",
+)
 """Options that say what a record is of."""
 
 
@@ -104,6 +120,8 @@ def add_arguments(parser: ArgumentParser, command: str) -> None:
     places: dict[str, Any] = {} if command in ONE_RUN else {"nargs": "+"}
     name = "run" if command in ONE_RUN else "runs"
     parser.add_argument(name, type=str, help=PLACES[command], **places)
+    if command == "publish":
+        parser.add_argument("repository", type=str, help=REPOSITORY)
     parser.add_argument("--config", action="config", help=CONFIG)
     for setting in SETTINGS[command]:
         more: dict[str, Any] = {"nargs": "+"} if setting.many else {}
@@ -254,21 +272,13 @@ def overview(run: EvalRun) -> Table:
     path = run.out / SUMMARY  # which a dry run does not write
     known = read_json(path, dict[str, Any]) if there(path) else {}
     table = Table(title=run.title, title_justify="left", min_width=len(run.title))
-    table.add_column("figure")
-    sets = known.get("sets", {})
-    for name, one in sets.items():
-        table.add_column(f"{name}\n{one.get('tokens', 0):,} tokens", justify="right")
-    if not sets:
-        table.add_column("value", justify="right")
-    limits = _limits(run, known)
-    said = []
-    for label, key, form in OVERVIEW:
-        shown = [_cell(known, key.format(set=name), form) for name in sets or [""]]
-        if any(shown):
-            per_set, report = "{set}" in key, key.split("/")[0]
-            row = shown if per_set else [shown[0], *[""] * (len(shown) - 1)]
-            table.add_row(label + _sample_of(report, known, limits), *row)
-            said += shown
+    columns, rows = figures_of(run.out, known)
+    table.add_column(columns[0])
+    for column in columns[1:]:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    said = [cell for row in rows for cell in row[1:]]
     notes = [cells.footnote(said)] if cells.footnote(said) else []
     notes += [
         f"Left out: {name}, which is of {sample}; `--reports {name}` makes it anew."
@@ -278,9 +288,30 @@ def overview(run: EvalRun) -> Table:
     return table
 
 
-def _limits(run: EvalRun, known: Mapping[str, Any]) -> dict[str, int]:
+def figures_of(out: Path, known: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the figures that matter most.
+
+    Args:
+        out: Folder of the record.
+        known: Its `summary.json`.
+    """
+    sets = known.get("sets", {})
+    columns = ["figure"]
+    columns += [f"{name}\n{one.get('tokens', 0):,} tokens" for name, one in sets.items()]
+    limits = _limits(out, known)
+    rows = []
+    for label, key, form in OVERVIEW:
+        shown = [_cell(known, key.format(set=name), form) for name in sets or [""]]
+        if any(shown):
+            per_set, report = "{set}" in key, key.split("/")[0]
+            row = shown if per_set else [shown[0], *[""] * (len(shown) - 1)]
+            rows.append([label + _sample_of(report, known, limits), *row])
+    return columns if sets else [*columns, "value"], rows
+
+
+def _limits(out: Path, known: Mapping[str, Any]) -> dict[str, int]:
     """Reports that looked at a part of the sample, and at how many tokens of each set."""
-    every = finished(run.out, known.get("head_sha256"))
+    every = finished(out, known.get("head_sha256"))
     limits = {done["report"]: done["settings"].get("tokens") for done in every}
     return {name: limit for name, limit in limits.items() if limit is not None}
 
@@ -304,7 +335,18 @@ def _cell(known: Mapping[str, Any], key: str, form: Form) -> str:
     return form({k.removeprefix(f"{under}/"): v for k, v in known.items() if under in k})
 
 
-COMMANDS = {"report": run_report, "compare": run_compare, "try": run_try, "export": run_export}
+def publish(given: Namespace) -> None:
+    """Put a head on the hub; its card has the figures of its record."""
+    run_publish(given, lambda subject, known: figures_of(subject.folder / EVAL, known))
+
+
+COMMANDS = {
+    "report": run_report,
+    "compare": run_compare,
+    "try": run_try,
+    "export": run_export,
+    "publish": publish,
+}
 
 
 def _explain(message: str) -> str:
@@ -354,6 +396,8 @@ def _run(given: list[str], places: list[Path]) -> int:
     settings = parsed[parsed.subcommand]
     runs = settings.get("runs") or [settings.get("run")]
     for run in runs:
+        if "hub:" in str(run):
+            continue  # the command fetches it
         with contextlib.suppress(InputError):  # the command says it
             places.append(folder_named(str(run).rpartition("=")[2], settings.runs_dir))
     try:

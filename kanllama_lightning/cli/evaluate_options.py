@@ -82,6 +82,11 @@ MACHINE = (
         str | None,
     ),
     Setting(
+        "lm.input_point",
+        "Where a transcoder reads (default: where it was trained).",
+        str | None,
+    ),
+    Setting(
         "lm.untrained",
         "Declares random weights: waives the checks that only a trained LM passes.",
         bool,
@@ -133,6 +138,15 @@ EXPORT = (
     Setting("tokens", "Tokens that it is read back and compared on.", int, 8192),
     *(setting for setting in TEXT if setting.name in ("text", "ctx_len", "batch_seqs")),
 )
+PUBLISH = (
+    Setting("dry_run", "List what would be sent, and send nothing.", bool, False),
+    Setting(
+        "license",
+        "Licence of the head, by its name on the hub, such as mit; its card says so.",
+        str | None,
+    ),
+    Setting("private", "Make the repository a private one, if it is not there yet.", bool, False),
+)
 LIST = (Setting("runs_dir", "Folder that the runs lie in.", str, "runs"),)
 SETTINGS = {
     "list": LIST,
@@ -140,6 +154,7 @@ SETTINGS = {
     "compare": (*COMPARE, *TEXT, *MACHINE),
     "try": (*TRY, *MACHINE),
     "export": (*EXPORT, *MACHINE),
+    "publish": (*PUBLISH, *(s for s in MACHINE if s.name in ("runs_dir", "allow"))),
 }
 PLACES = {
     "report": "Finished runs by folder, name or the beginning of a name, or folders of saved "
@@ -148,10 +163,12 @@ PLACES = {
     "them; several seeds of a head are taken together.",
     "try": "A finished run by folder or name, or the folder of a saved head; or `last`.",
     "export": "A finished run by folder or name, or the folder of a saved head; or `last`.",
+    "publish": "A finished run by folder or name, or the folder of a saved head; or `last`.",
 }
 """What each command is given first."""
-ONE_RUN = ("try", "export")
+ONE_RUN = ("try", "export", "publish")
 """Commands that take one run."""
+REPOSITORY = "Where to on the Hugging Face hub: OWNER/NAME; made if it is not there."
 ABOUT = {
     "list": "Lists runs, the newest first: state, heads, hook point, L0, FVU, delta CE (nats per "
     "token), tokens trained on, date.",
@@ -162,6 +179,8 @@ ABOUT = {
     "try": "Runs the LM with and without its head on a text, and shows which latents fire.",
     "export": "Writes a head into a folder of SAELens, sparsify or dictionary_learning, reads it "
     "back, and says how far the two differ on activations.",
+    "publish": "Puts a head on the Hugging Face hub: weights, a folder for SAELens, the figures of "
+    "its record and a card. No text, no optimizer state and no secret goes there.",
 }
 CONFIG = "YAML file with any of these options."
 
@@ -180,7 +199,8 @@ def groups(command: str) -> dict[str, list[Option]]:
         return {"where": _options(LIST)}
     config = [Option("config", CONFIG)]
     found = {"what to do": config + _options([s for s in SETTINGS[command] if s not in MACHINE])}
-    found["where, and on which model"] = _options(MACHINE)
+    own = [setting for setting in MACHINE if setting in SETTINGS[command]]
+    found["where, and on which model" if own == list(MACHINE) else "where"] = _options(own)
     if command == "report":
         for name, (on_request, options) in reports().items():
             found[f"{name}, made only when it is named" if on_request else name] = options
@@ -231,6 +251,11 @@ def read(given: Sequence[str]) -> list[str]:
         example = "last" if command != "compare" else "kan=runs/KAN linear=runs/LINEAR"
         raise NotUnderstood(
             f"{command}: of what? Name a run behind it: python evaluate.py {command} {example}"
+        )
+    if command == "publish" and len(places) != 2:
+        raise NotUnderstood(
+            "publish: a run and where it goes: python evaluate.py publish last OWNER/NAME "
+            "--dry_run true"
         )
     if missing:
         raise NotUnderstood(f"--{missing[0]}: is missing; {settings[missing[0]].help}")

@@ -10,9 +10,10 @@ from rich.console import Console
 from torch import Tensor
 
 from kanllama_lightning.exchange import saelens
-from kanllama_lightning.exchange.agreement import agreement, made_rows, with_extremes
+from kanllama_lightning.exchange.agreement import agreement, base, made_rows, with_extremes
 from kanllama_lightning.exchange.formats import FORMATS
-from kanllama_lightning.exchange.origin import Origin
+from kanllama_lightning.exchange.origin import Origin, site
+from kanllama_lightning.lm.hook_points import parse_input_point
 from kanllama_lightning.reports.evaluation import (
     EvalSettings,
     check_batch_seqs,
@@ -47,7 +48,7 @@ def run_export(given: Namespace) -> None:
     )
     check_batch_seqs(how)
     x, what = activations(subject, how, given.tokens)
-    found = agreement(head, again.encode, again.decode, x)
+    found = agreement(head, again.encode, again.decode, x, lambda rows: base(again, rows))
     say = Console(soft_wrap=True, highlight=False).print
     say(f"Written: {out}, {head.title} as {became} of {given.to}")
     say(f"Read back and compared on {what}:\n{found}")
@@ -74,6 +75,7 @@ def origin_of(subject: SavedHead) -> Origin:
     return Origin(
         lm=lm.get("name"),
         hook_point=lm.get("hook_point"),
+        input_point=_input_point(subject),
         revision=lm.get("revision"),
         bos=lm.get("bos"),
         ctx_len=data.get("ctx_len"),
@@ -83,6 +85,17 @@ def origin_of(subject: SavedHead) -> Origin:
         trained=trained or None,
         frequency=frequency_of(subject),
     )
+
+
+def _input_point(subject: SavedHead) -> str | None:
+    """Where a transcoder reads, in full."""
+    known = subject.card.get("provenance", {}).get("input_point")
+    if known is not None:
+        return str(known)
+    lm, at = subject.lm_args(), site(subject.lm_args().get("hook_point"))
+    if lm.get("input_point") is None or at is None:
+        return None
+    return parse_input_point(lm["input_point"], at).name
 
 
 def frequency_of(subject: SavedHead) -> Float[Tensor, " d_sae"] | None:

@@ -119,6 +119,9 @@ class KanllamaCLI(LightningCLI):
         parser.link_arguments("lm", "model.lm", apply_on="instantiate")
         parser.link_arguments("lm.tokenizer", "data.tokenizer", apply_on="instantiate")
         parser.link_arguments("lm.d_model", "model.head.init_args.d_model", apply_on="instantiate")
+        parser.link_arguments(
+            "lm.transcodes", "model.head.init_args.transcoder", apply_on="instantiate"
+        )
         parser.add_argument(
             "--head_seed",
             type=int | None,
@@ -303,7 +306,7 @@ class KanllamaCLI(LightningCLI):
         rows = buffer.capacity_tokens + self.model.schedule.batch
         check_room(
             self.model.trainees,
-            rows * lm.d_model * buffer.dtype.itemsize,
+            rows * lm.d_row * buffer.dtype.itemsize,
             lm_bytes,
             self.run_folder,
         )

@@ -28,6 +28,7 @@ Measures finished runs: what a head keeps of the language model, what its latent
   compare    compare runs like for like, with intervals
   try        run the language model with and without its head on a text, and show which latents fire
   export     write a head into a folder of SAELens, sparsify or dictionary_learning
+  publish    put a head on the Hugging Face hub, with its figures and a card
 
 Each has its own help: `python evaluate.py report --help`. To begin with:
 

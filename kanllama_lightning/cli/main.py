@@ -18,10 +18,11 @@ from kanllama_lightning.console.stopping import answered, say
 from kanllama_lightning.console.units import duration
 
 TRAIN = ("fit", "validate", "plan")
-EVALUATE = ("list", "report", "compare", "try", "export")
+EVALUATE = ("list", "report", "compare", "try", "export", "publish")
 MEANT = {"train": "fit", "run": "fit", "start": "fit", "eval": "report", "evaluate": "report",
          "test": "validate", "val": "validate", "dry-run": "plan", "cost": "plan",
-         "generate": "try", "prompt": "try", "show": "report", "diff": "compare"}  # fmt: skip
+         "generate": "try", "prompt": "try", "show": "report", "diff": "compare",
+         "upload": "publish", "push": "publish", "share": "publish"}  # fmt: skip
 """What commands are called elsewhere."""
 LONG_S = 20.0
 WANDB_SERVICE = "WANDB_SERVICE"

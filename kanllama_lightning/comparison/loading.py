@@ -47,6 +47,7 @@ class Recorded(TypedDict):
     lm: NotRequired[str]
     revision: NotRequired[str | None]
     hook_point: NotRequired[str]
+    input_point: NotRequired[str]
     dtype: NotRequired[str]
     lm_dtype: NotRequired[str | None]
     d_model: NotRequired[Positive]

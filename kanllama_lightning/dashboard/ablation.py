@@ -90,11 +90,10 @@ def _changes(
     row = torch.tensor([row for row, _ in places], device=device)
     pos = torch.tensor([len(place.ids) - 1 for _, place in places], device=device)
     latent = torch.tensor([place.latent for _, place in places], device=device)
-    x = prefix.acts[row, pos].float()
-    codes = head.encode(x)
+    codes = head.encode(prefix.rows[row, pos].float())
     without = codes.clone()
     without[torch.arange(len(places), device=device), latent] = 0
-    acts = x + head.decode(without) - head.decode(codes)
+    acts = prefix.acts[row, pos].float() + head.decode(without) - head.decode(codes)
     was, now = (
         lm.logits(hidden).double().log_softmax(-1)
         for hidden in lm.resume_at(prefix, row, pos, acts)

@@ -57,7 +57,8 @@ def agreement(
     ours: SAEHead,
     encode: Callable[[Float[Tensor, "tok d_model"]], Float[Tensor, "tok d_sae"]],
     decode: Callable[[Float[Tensor, "tok d_sae"]], Float[Tensor, "tok d_model"]],
-    x: Float[Tensor, "tok d_model"],
+    x: Float[Tensor, "tok d_row"],
+    theirs_base: Callable[[Float[Tensor, "tok d_row"]], Tensor] | None = None,
 ) -> Agreement:
     """Compare a head with another encoder and decoder of the same latents.
 
@@ -66,6 +67,8 @@ def agreement(
         encode: The other's latents, dense.
         decode: The other's reconstructions of them.
         x: Raw activations.
+        theirs_base: What the other adds to a reconstruction that depends on the activations and
+            not on latents: what `base` is of ours.
 
     Raises:
         InputError: There are none.
@@ -84,8 +87,17 @@ def agreement(
         fired += int((z != 0).sum())
         latents = max(latents, _apart(z * both, theirs * both))
         same = ~differs.any(1)
-        reconstruction = max(reconstruction, _apart(ours.decode(z)[same], decode(theirs)[same]))
+        own, other = ours.decode(z) + base(ours, some), decode(theirs)
+        other = other if theirs_base is None else other + theirs_base(some)
+        reconstruction = max(reconstruction, _apart(own[same], other[same]))
     return Agreement(len(x), fired / len(x), flips, rounding, latents, reconstruction)
+
+
+def base(head: SAEHead, x: Float[Tensor, "tok d_row"]) -> Float[Tensor, "*tok d_model"]:
+    """What a head adds to a reconstruction that latents do not write: a transcoder's skip."""
+    if not isinstance(head, SAE) or head.W_skip is None:
+        return head.x_mean.new_zeros(head.d_model)
+    return (head.base(x) - head.b_dec) / head.scale
 
 
 def on_the_edge(
@@ -127,11 +139,24 @@ def made_rows(
     """
     generator = torch.Generator().manual_seed(seed)
     size = 1 / float(head.scale)  # a coordinate of a row of mean norm
+    if head.transcoder:
+        return _made_pairs(head, n, generator, extreme)
     mean = head.x_mean.cpu()
     if not mean.any() and isinstance(head, SAE):  # an imported one: b_dec is near the mean
         mean = head.b_dec.detach().cpu() * size
     rows = mean + size * torch.randn(n, head.d_model, generator=generator)
     return with_extremes(rows) if extreme else rows
+
+
+def _made_pairs(
+    head: SAEHead, n: int, generator: torch.Generator, extreme: bool
+) -> Float[Tensor, "n d_row"]:
+    """What a transcoder reads, and as what it writes its mean: nothing is compared with that."""
+    assert isinstance(head, SAE)
+    noise = torch.randn(n, head.d_model, generator=generator)
+    read = (head.input_centre.cpu() + noise) / head.input_scale.cpu()
+    read = with_extremes(read) if extreme else read
+    return torch.cat([read, head.x_mean.cpu().expand(n, -1)], 1)
 
 
 def with_extremes(rows: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:

@@ -63,6 +63,11 @@ def write(head: SAEHead, origin: Origin, folder: Path) -> str:
         InputError: The format cannot hold it, or the folder holds something else.
     """
     sae = linear_form(head)
+    if sae.transcoder:
+        raise InputError(
+            f"{type(head).__name__}: dictionary_learning has no folder for a transcoder; `--to "
+            "saelens` and `--to sparsify` have"
+        )
     refuse_others(folder, FILES)
     name, own, tensors = _as_theirs(sae, getattr(head, "target_l0", 1))
     folder.mkdir(parents=True, exist_ok=True)

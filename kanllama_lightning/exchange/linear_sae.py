@@ -2,6 +2,8 @@
 
     p = x W_enc + b_enc, or (x - b_dec) W_enc + b_enc;  z by a rule of p;  x_hat = z W_dec + b_dec.
 
+Of a transcoder x is what it reads, x_hat what it writes, to which a skip adds x W_skip.
+
 A head's scale is moved into the weights, so that its latents keep their units, and norms of the
 dictionary rows into the encoder where the head reports latents as z_j ||w_j|| (METHODS 0.1, A1).
 """
@@ -38,9 +40,9 @@ class Positive(NamedTuple):
         """The rule where b_enc has grown by so much, and x W_enc is less by it."""
         return self
 
-    def head(self, d_model: int, d_sae: int, l0: int) -> SAE:
+    def head(self, d_model: int, d_sae: int, l0: int, **kind: bool) -> SAE:
         """A head with this rule."""
-        return Standard(d_model=d_model, d_sae=d_sae, target_l0=l0)
+        return Standard(d_model=d_model, d_sae=d_sae, target_l0=l0, **kind)
 
 
 class AboveThreshold(NamedTuple):
@@ -56,9 +58,9 @@ class AboveThreshold(NamedTuple):
         """The rule where b_enc has grown by so much, and x W_enc is less by it."""
         return self
 
-    def head(self, d_model: int, d_sae: int, l0: int) -> SAE:
+    def head(self, d_model: int, d_sae: int, l0: int, **kind: bool) -> SAE:
         """A head with this rule."""
-        head = JumpReLU(d_model=d_model, d_sae=d_sae, target_l0=l0)
+        head = JumpReLU(d_model=d_model, d_sae=d_sae, target_l0=l0, **kind)
         head.selection.theta.copy_(self.theta)
         return head
 
@@ -76,9 +78,9 @@ class LargestOfToken(NamedTuple):
         """The rule where b_enc has grown by so much, and x W_enc is less by it."""
         return self
 
-    def head(self, d_model: int, d_sae: int, l0: int) -> SAE:
+    def head(self, d_model: int, d_sae: int, l0: int, **kind: bool) -> SAE:
         """A head with this rule."""
-        return TopK(d_model=d_model, d_sae=d_sae, target_l0=self.k)
+        return TopK(d_model=d_model, d_sae=d_sae, target_l0=self.k, **kind)
 
 
 class BehindGate(NamedTuple):
@@ -95,9 +97,9 @@ class BehindGate(NamedTuple):
         """The rule where b_enc has grown by so much, and x W_enc is less by it."""
         return BehindGate(self.r_mag, self.b_mag + by * self.r_mag.exp())
 
-    def head(self, d_model: int, d_sae: int, l0: int) -> SAE:
+    def head(self, d_model: int, d_sae: int, l0: int, **kind: bool) -> SAE:
         """A head with this rule."""
-        head = Gated(d_model=d_model, d_sae=d_sae, target_l0=l0)
+        head = Gated(d_model=d_model, d_sae=d_sae, target_l0=l0, **kind)
         assert isinstance(head.selection, Gate)
         head.selection.r_mag.copy_(self.r_mag)
         head.selection.b_mag.copy_(self.b_mag)
@@ -137,7 +139,10 @@ class LinearSAE(NamedTuple):
     b_dec: Float[Tensor, " d_model"]
     rule: Rule
     centred: bool
-    """Whether b_dec is taken off the input."""
+    """Whether b_dec is taken off the input; not of a transcoder."""
+    transcoder: bool = False
+    """Whether x_hat is of another place than x."""
+    W_skip: Float[Tensor, "d_model d_model"] | None = None
 
     @property
     def d_model(self) -> int:
@@ -171,10 +176,14 @@ class LinearSAE(NamedTuple):
         )
 
     def reading_scaled(self, scale: Float[Tensor, ""]) -> "LinearSAE":
-        """Of activations that have not been multiplied by a scale; latents stay as they are."""
+        """Of activations that have not been multiplied by a scale; latents stay as they are.
+
+        What a transcoder reads has another scale: it stays as it is.
+        """
         s = scale.double()
         return self._replace(
-            W_enc=(self.W_enc.double() * s).float(),
+            W_enc=(self.W_enc.double() * (1 if self.transcoder else s)).float(),
+            W_skip=None if self.W_skip is None else (self.W_skip.double() / s).float(),
             W_dec=(self.W_dec.double() / s).float(),
             b_dec=(self.b_dec.double() / s).float(),
         )
@@ -190,7 +199,7 @@ class LinearSAE(NamedTuple):
         Args:
             l0: Its mean L0, if that is known.
         """
-        made = self.reading(not isinstance(self.rule, Positive))
+        made = self.reading(not (isinstance(self.rule, Positive) or self.transcoder))
         scale = 1 / self._norms().median().clamp_min(1e-30).float()
         if self._alike():
             made = made.reading_scaled(1 / scale)
@@ -217,10 +226,15 @@ class LinearSAE(NamedTuple):
                 "a TopK whose dictionary rows have several norms chooses other latents when they "
                 "have one; start from another kind of head"
             )
-        made = self.reading(not isinstance(self.rule, Positive)).with_unit_rows()
+        made = self.reading(not (isinstance(self.rule, Positive) or self.transcoder))
+        made = made.with_unit_rows()
         by = scale.expand(self.d_sae)
         made = made._replace(
-            b_enc=made.b_enc * scale, b_dec=made.b_dec * scale, rule=made.rule.times(by)
+            W_enc=made.W_enc * (scale if self.transcoder else 1),
+            W_skip=None if made.W_skip is None else made.W_skip * scale,
+            b_enc=made.b_enc * scale,
+            b_dec=made.b_dec * scale,
+            rule=made.rule.times(by),
         )
         return made._held(scale, l0)
 
@@ -235,7 +249,8 @@ class LinearSAE(NamedTuple):
     def _held(self, scale: Float[Tensor, ""], l0: int | None) -> SAE:
         """A head of these numbers, which are in its units already."""
         l0 = min(self.d_sae, max(1, UNKNOWN_L0 if l0 is None else l0))
-        head = self.rule.head(self.d_model, self.d_sae, l0)
+        kind = {"transcoder": self.transcoder, "skip": self.W_skip is not None}
+        head = self.rule.head(self.d_model, self.d_sae, l0, **kind)
         assert isinstance(head.encoder, LinearEncoder)
         assert isinstance(head.decoder, UnitDirections)
         head.scale.copy_(scale)
@@ -243,6 +258,8 @@ class LinearSAE(NamedTuple):
         head.encoder.b_enc.copy_(self.b_enc)
         head.decoder.W_dec.copy_(self.W_dec)
         head.b_dec.copy_(self.b_dec)
+        if head.W_skip is not None and self.W_skip is not None:
+            head.W_skip.copy_(self.W_skip)
         return head.eval()
 
 
@@ -264,7 +281,7 @@ def linear_form(head: SAEHead) -> LinearSAE:
     assert isinstance(encoder, LinearEncoder | FrozenLinearEncoder)
     assert isinstance(decoder, UnitDirections)
     b_enc, W_enc = encoder.b_enc.detach(), encoder.W_enc.detach()
-    if isinstance(encoder, FrozenLinearEncoder):
+    if isinstance(encoder, FrozenLinearEncoder) and not head.transcoder:
         # what it takes off its input is the b_dec of the start
         off = (head.b_dec.double() - encoder.centre.double()) @ W_enc.double()
         b_enc = (b_enc.double() + off).float()
@@ -276,9 +293,28 @@ def linear_form(head: SAEHead) -> LinearSAE:
         rule = AboveThreshold(rule.theta.expand(head.d_sae))
     centred = not isinstance(encoder, UncentredEncoder)
     found = LinearSAE(W_enc, b_enc, decoder.W_dec.detach(), head.b_dec.detach(), rule, centred)
+    if head.transcoder:
+        found = _with_input(found, head)
     if isinstance(decoder, FreeDirections):
         found = found.with_unit_rows()
     return found.reading_scaled(head.scale)
+
+
+def _with_input(found: LinearSAE, head: SAE) -> LinearSAE:
+    """A transcoder that takes what it reads as it is: centre and scale moved into the weights."""
+    scale, centre = head.input_scale.double(), head.input_centre.double()
+    W_enc, b_enc, b_dec = (t.double() for t in (found.W_enc, found.b_enc, found.b_dec))
+    rule, W_skip = found.rule, None
+    if found.centred:
+        by = -(centre @ W_enc)
+        b_enc, rule = b_enc + by, rule.shifted(by.float())
+    if head.W_skip is not None:
+        skip = head.W_skip.detach().double()
+        b_dec, W_skip = b_dec - centre @ skip, (skip * scale).float()
+    return found._replace(
+        W_enc=(W_enc * scale).float(), b_enc=b_enc.float(), b_dec=b_dec.float(), rule=rule,
+        centred=False, transcoder=True, W_skip=W_skip,
+    )  # fmt: skip
 
 
 def _not_linear(head: SAEHead) -> str | None:

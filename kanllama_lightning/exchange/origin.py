@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kanllama_lightning.lm.hook_points import SPELLINGS, HookPoint
 
-TEXTS = ("lm", "hook_point", "revision", "text", "tokenizer")
+TEXTS = ("lm", "hook_point", "input_point", "revision", "text", "tokenizer")
 MOST_L0 = 1e9
 """More latents per token than any dictionary has."""
 KEY = "kanllama_lightning"
@@ -23,6 +23,8 @@ class Origin(NamedTuple):
     """Hub name or folder."""
     hook_point: str | None = None
     """In any spelling; `spellings` has the others."""
+    input_point: str | None = None
+    """Where a transcoder reads, in the spelling of ours; it writes at `hook_point`."""
     revision: str | None = None
     bos: str | int | None = None
     """Token that every row begins with; None for the tokenizer's own."""
@@ -67,6 +69,7 @@ class Origin(NamedTuple):
             "lm": self.lm,
             "revision": self.revision,
             "hook_point": self.hook_point if self.site is None else self.site.name,
+            "input_point": self.input_point,
             "bos": self.bos,
         }
         return {name: value for name, value in known.items() if value is not None}

@@ -60,6 +60,7 @@ class SAELensConfig(TypedDict):
     normalize_activations: NotRequired[str | bool | None]
     reshape_activations: NotRequired[str]
     finetuning_scaling_factor: NotRequired[bool | None]
+    d_out: NotRequired[Count]
     activation_fn: NotRequired[str]
     activation_fn_str: NotRequired[str]
     activation_fn_kwargs: NotRequired[dict[str, Any] | None]
@@ -97,7 +98,16 @@ def write(head: SAEHead, origin: Origin, folder: Path) -> str:
         else:
             vectors |= {"b_gate": sae.b_enc}
         own |= {"apply_b_dec_to_input": sae.centred}
+        if sae.transcoder:
+            own |= _of_transcoder(head, sae)
+        if sae.W_skip is not None:
+            vectors |= {"W_skip": sae.W_skip.T}
         tensors = {"W_enc": sae.W_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec} | vectors
+    elif head.transcoder:
+        raise InputError(
+            f"{type(head).__name__}: SAELens has transcoders with linear encoders alone, and its "
+            "SAEs read and write one place; keep the folder of the head, `evaluate.py` reads it"
+        )
     else:
         own = {"architecture": OURS, "head_class": name_of(type(head)),
                "head_args": head.init_args(), "apply_b_dec_to_input": False}  # fmt: skip
@@ -125,7 +135,24 @@ def _of_rule(rule: Rule) -> tuple[dict[str, Any], dict[str, Tensor]]:
             return {"architecture": "gated"}, {"r_mag": r_mag, "b_mag": b_mag}
 
 
+def _of_transcoder(head: SAEHead, sae: LinearSAE) -> dict[str, Any]:
+    kinds: dict[type, str] = {Positive: "", AboveThreshold: "jumprelu_"}
+    if type(sae.rule) not in kinds:
+        raise InputError(
+            f"{type(head).__name__}: SAELens' transcoders keep what is above 0 or a threshold, and "
+            "this one does not; `--to sparsify` holds a TopK"
+        )
+    skip = "skip_" if sae.W_skip is not None else ""
+    return {"architecture": f"{kinds[type(sae.rule)]}{skip}transcoder", "d_out": sae.d_model}
+
+
 def _metadata(origin: Origin) -> dict[str, Any]:
+    if origin.input_point is not None:
+        there = origin._replace(input_point=None)
+        out = _metadata(there)["hook_name"]
+        return _metadata(there) | {
+            "hook_name": origin.input_point, "hook_name_out": out, KEY: origin.said()
+        }  # fmt: skip
     return {
         "sae_lens_version": VERSION,
         "sae_lens_training_version": None,
@@ -175,11 +202,16 @@ def read(folder: Path) -> tuple[SAEHead, Origin]:
         if (head.d_model, head.d_sae) != (config["d_in"], config["d_sae"]):
             raise unfit(path, "d_in and d_sae are not those of the head")
         return head, origin
+    if config.get("d_out", config["d_in"]) != config["d_in"]:
+        raise InputError(
+            f"{path}: d_out={config['d_out']}, d_in={config['d_in']}: a transcoder of ours reads "
+            "and writes rows of one width"
+        )
     if kind not in READERS:
         raise InputError(
             f"{path}: architecture={kind!r:.60}: there is no head of that kind here; read are "
             f"{', '.join((*READERS, OURS))}. A training checkpoint of SAELens becomes one of them "
-            "with its `save_inference_model`; transcoders write elsewhere than they read"
+            "with its `save_inference_model`"
         )
     sae = READERS[kind](folder, config)
     l0 = origin.l0
@@ -230,6 +262,22 @@ def _standard(folder: Path, config: dict[str, Any]) -> LinearSAE:
     return _sae(found, "b_enc", Positive(), centred)
 
 
+def _transcoder(folder: Path, config: dict[str, Any]) -> LinearSAE:
+    kind, d, m = config["architecture"], config["d_in"], config["d_sae"]
+    more: dict[str, Dims] = {"b_enc": (m,)}
+    if "skip_" in kind:
+        more["W_skip"] = (d, d)
+    if kind.startswith("jumprelu"):
+        more["threshold"] = (m,)
+    found, _ = _dense(folder, config, more)
+    rule: Rule = Positive()
+    if "threshold" in found:
+        rule = AboveThreshold(found["threshold"].clamp_min(0))
+    sae = _sae(found, "b_enc", rule, centred=False)
+    skip = found.get("W_skip")
+    return sae._replace(transcoder=True, W_skip=None if skip is None else skip.T)
+
+
 def _jumprelu(folder: Path, config: dict[str, Any]) -> LinearSAE:
     m = (config["d_sae"],)
     found, centred = _dense(folder, config, {"b_enc": m, "threshold": m})
@@ -257,6 +305,10 @@ READERS: dict[str, Callable[[Path, dict[str, Any]], LinearSAE]] = {
     "gated": _gated,
     "topk": _topk,
     "jumprelu": _jumprelu,
+    "transcoder": _transcoder,
+    "skip_transcoder": _transcoder,
+    "jumprelu_transcoder": _transcoder,
+    "jumprelu_skip_transcoder": _transcoder,
 }
 """By architecture."""
 
@@ -264,10 +316,11 @@ READERS: dict[str, Callable[[Path, dict[str, Any]], LinearSAE]] = {
 def _origin(known: dict[str, Any]) -> Origin:
     own = from_said(known.get(KEY))
     texts = {k: v for k, v in known.items() if isinstance(v, str) and v}
-    length = known.get("context_size")
+    length, out = known.get("context_size"), texts.get("hook_name_out")
     return own._replace(
         lm=own.lm or texts.get("model_name"),
-        hook_point=own.hook_point or texts.get("hook_name") or texts.get("hook_point"),
+        hook_point=own.hook_point or out or texts.get("hook_name") or texts.get("hook_point"),
+        input_point=own.input_point or (texts.get("hook_name") if out else None),
         text=own.text or texts.get("dataset_path"),
         ctx_len=own.ctx_len or (length if type(length) is int else None),
     )

@@ -9,6 +9,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 from kanllama_lightning.exchange.foreign_files import (
     ANEW,
+    Dims,
     from_safetensors,
     refuse_others,
     save_tensors,
@@ -59,6 +60,8 @@ def write(head: SAEHead, origin: Origin, folder: Path) -> str:
         "W_dec": sae.W_dec,
         "b_dec": sae.b_dec,
     }
+    if sae.W_skip is not None:
+        tensors["W_skip"] = sae.W_skip.T
     save_tensors(folder / WEIGHTS, tensors)
     config = {
         "activation": "topk",
@@ -67,8 +70,8 @@ def write(head: SAEHead, origin: Origin, folder: Path) -> str:
         "num_latents": sae.d_sae,
         "k": sae.rule.k,
         "multi_topk": False,
-        "skip_connection": False,
-        "transcode": False,
+        "skip_connection": sae.W_skip is not None,
+        "transcode": sae.transcoder,
         "d_in": sae.d_model,
     }
     write_json(folder / ORIGIN, origin.said())
@@ -91,12 +94,9 @@ def read(folder: Path) -> tuple[SAEHead, Origin]:
     """
     path, weights = folder / CONFIG, folder / WEIGHTS
     config: dict[str, Any] = read_json(path, SparsifyConfig, ANEW)
-    for name in ("transcode", "skip_connection"):
-        if config.get(name):
-            raise InputError(
-                f"{path}: {name}=true: a transcoder writes elsewhere than it reads; there is no "
-                "head for it here"
-            )
+    transcoder, skip = config.get("transcode", False), config.get("skip_connection", False)
+    if skip and not transcoder:
+        raise unfit(path, "skip_connection=true is of a transcoder only")
     if config.get("activation", "topk") != "topk":
         raise InputError(f"{path}: activation='groupmax': there is no head for it; topk is read")
     shape = shapes_of(weights).get("encoder.weight", ())
@@ -107,7 +107,11 @@ def read(folder: Path) -> tuple[SAEHead, Origin]:
         raise unfit(weights, f"encoder.weight has the shape {[m, d]}, which is not {CONFIG}'s")
     if not 1 <= config["k"] <= m:
         raise unfit(path, f"k={config['k']} must be from 1 to {m}, the number of latents")
-    shapes = {"encoder.weight": (m, d), "encoder.bias": (m,), "W_dec": (m, d), "b_dec": (d,)}
+    shapes: dict[str, Dims] = {
+        "encoder.weight": (m, d), "encoder.bias": (m,), "W_dec": (m, d), "b_dec": (d,)
+    }  # fmt: skip
+    if skip:
+        shapes["W_skip"] = (d, d)
     found = from_safetensors(weights, shapes)
     sae = LinearSAE(
         found["encoder.weight"].T,
@@ -115,10 +119,16 @@ def read(folder: Path) -> tuple[SAEHead, Origin]:
         found["W_dec"],
         found["b_dec"],
         LargestOfToken(config["k"]),
-        centred=True,
+        centred=not transcoder,
+        transcoder=transcoder,
+        W_skip=found["W_skip"].T if skip else None,
     )
     said = from_said(read_json(folder / ORIGIN) if there(folder / ORIGIN) else None)
-    return sae.head(), said._replace(hook_point=said.hook_point or _named(folder))
+    said = said._replace(hook_point=said.hook_point or _named(folder))
+    if transcoder and said.input_point is None and said.site is not None:
+        # of a module it reads what that gets
+        said = said._replace(input_point=f"blocks.{said.site.layer}.mlp.hook_in")
+    return sae.head(), said
 
 
 def _named(folder: Path) -> str | None:

@@ -18,6 +18,7 @@ from kanllama_lightning.heads.jump_relu import JumpReLU
 from kanllama_lightning.heads.kan import KANEncoder
 from kanllama_lightning.heads.kan_direct import KANDirect
 from kanllama_lightning.heads.kan_relu_dense import KANReLUDense
+from kanllama_lightning.heads.linear_map import LinearMap
 from kanllama_lightning.heads.matryoshka import Matryoshka
 from kanllama_lightning.heads.mlp import MLPEncoder
 from kanllama_lightning.heads.only_kan import OnlyKAN
@@ -41,6 +42,7 @@ __all__ = [
     "KANDirect",
     "KANEncoder",
     "KANReLUDense",
+    "LinearMap",
     "MLPEncoder",
     "Matryoshka",
     "OnlyKAN",

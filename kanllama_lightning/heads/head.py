@@ -56,6 +56,7 @@ class Provenance(TypedDict, total=False):
     lm: str
     revision: str | None
     hook_point: str
+    input_point: str | None
     lm_dtype: str
     init_from: str | None
     tokens: Count
@@ -103,6 +104,9 @@ class SAEHead(Trained, ABC):
     configuration gives it others; alone it is trained with those of its config."""
     former_extras: ClassVar[tuple[str, ...]] = ()
     """Tensors that heads of this kind had in earlier versions, and never used."""
+    transcoder: bool = False
+    """Whether it reads another place than it writes: then its rows hold first what it reads, then
+    what it is to write, `d_model` numbers each; otherwise one activation that is both."""
     scale: Tensor
     norm_limit: Tensor
     x_mean: Tensor
@@ -136,23 +140,38 @@ class SAEHead(Trained, ABC):
     @property
     def title(self) -> str:
         """What tables and pages call it: its class, or what it is a control for."""
-        return f"{self.control} (control)" if self.control else type(self).__name__
+        name = f"{self.control} (control)" if self.control else type(self).__name__
+        if not self.transcoder:
+            return name
+        return f"{name}, {'skip ' if getattr(self, 'skip', False) else ''}transcoder"
+
+    @property
+    def d_row(self) -> int:
+        """Width of the rows that it is given."""
+        return self.d_model * (2 if self.transcoder else 1)
+
+    def target(self, x: Float[Tensor, "tok d_row"]) -> Float[Tensor, "tok d_model"]:
+        """What is to be written, of rows that it is given."""
+        return x[:, self.d_model :] if self.transcoder else x
 
     @abstractmethod
-    def encode(self, x: Float[Tensor, "tok d_model"]) -> Float[Tensor, "tok d_sae"]:
-        """Dense latents as at inference, for people and reports."""
+    def encode(self, x: Float[Tensor, "tok d_row"]) -> Float[Tensor, "tok d_sae"]:
+        """Dense latents as at inference, for people and reports.
+
+        A transcoder takes what it reads alone as well: rows of d_model.
+        """
 
     @abstractmethod
     def decode(self, latents: Float[Tensor, "tok d_sae"]) -> Float[Tensor, "tok d_model"]:
-        """Reconstruction, in the LM's units, of dense latents."""
+        """Reconstruction, in the LM's units, of dense latents; without what a skip adds."""
 
     @abstractmethod
-    def forward(self, x: Float[Tensor, "tok d_model"]) -> SAEOutput:
+    def forward(self, x: Float[Tensor, "tok d_row"]) -> SAEOutput:
         """Reconstruction and codes; as in training if `self.training`, else as at inference."""
 
     @abstractmethod
     def losses(
-        self, x: Float[Tensor, "tok d_model"], out: SAEOutput, ctx: StepContext
+        self, x: Float[Tensor, "tok d_row"], out: SAEOutput, ctx: StepContext
     ) -> dict[str, Float[Tensor, ""]]:
         """Already weighted loss terms; the first is the reconstruction.
 
@@ -161,14 +180,15 @@ class SAEHead(Trained, ABC):
         So no coefficient depends on d_model or on the units of the activations.
         """
 
-    def start_(self, x: Float[Tensor, "tok d_model"]) -> None:
+    def start_(self, x: Float[Tensor, "tok d_row"]) -> None:
         """Estimate once, from a sample of raw activations, everything that comes from data.
 
         Raises:
             InputError: The activations do not vary, or are not finite.
         """
-        self.scale.copy_(self.d_model**0.5 / norms(x).double().mean())
-        mean, std = mean_and_std(x)
+        target = self.target(x)
+        self.scale.copy_(self.d_model**0.5 / norms(target).double().mean())
+        mean, std = mean_and_std(target)
         self.x_mean.copy_(mean)
         self.x_variance.copy_((std * self.scale).square().sum())
         if not 0 < self.x_variance < torch.inf:
@@ -177,7 +197,8 @@ class SAEHead(Trained, ABC):
                 f"{self.x_variance:.3g} about their mean; it must be positive and finite for a "
                 "head to learn from them: check lm.name and lm.hook_point"
             )
-        self.standardise_(mean * self.scale, std * self.scale)
+        if not self.transcoder:
+            self.standardise_(mean * self.scale, std * self.scale)
 
     def fits(self, other: "SAEHead") -> bool:
         """Whether the tensors of both have the same names and shapes."""
@@ -205,7 +226,7 @@ class SAEHead(Trained, ABC):
     def observe_(self, out: SAEOutput, ctx: StepContext) -> None:  # noqa: B027
         """Update running statistics (a threshold, a penalty's weight) from a training batch."""
 
-    def calibrate_(self, x: Float[Tensor, "tok d_model"]) -> None:  # noqa: B027
+    def calibrate_(self, x: Float[Tensor, "tok d_row"]) -> None:  # noqa: B027
         """Set what inference needs (a threshold, say) from raw training activations."""
 
     @property
@@ -219,7 +240,7 @@ class SAEHead(Trained, ABC):
     def project_(self) -> None:  # noqa: B027
         """Bring the parameters back to where the head wants them, after a step."""
 
-    def diagnostics(self, x: Float[Tensor, "tok d_model"]) -> dict[str, Float[Tensor, ""]]:
+    def diagnostics(self, x: Float[Tensor, "tok d_row"]) -> dict[str, Float[Tensor, ""]]:
         """Further numbers worth logging about a batch of raw activations."""
         return {}
 
@@ -235,7 +256,7 @@ class SAEHead(Trained, ABC):
         )
 
     @torch.no_grad()
-    def curves(self, x: Float[Tensor, "tok d_model"], top: int = 64) -> list[Curves]:
+    def curves(self, x: Float[Tensor, "tok d_row"], top: int = 64) -> list[Curves]:
         """Its learned curves, the most bent of each kind; nothing for a head that has none.
 
         As at inference, whatever mode the head is in; the encoder's first.
@@ -253,13 +274,13 @@ class SAEHead(Trained, ABC):
         finally:
             self.train(training)
 
-    def learned_curves(self, x: Float[Tensor, "tok d_model"], top: int) -> list[Curves]:
+    def learned_curves(self, x: Float[Tensor, "tok d_row"], top: int) -> list[Curves]:
         """What `curves` returns; called in evaluation mode, without autograd and autocast."""
         return []
 
     @torch.no_grad()
     def directions(
-        self, at: Float[Tensor, " d_sae"], x: Float[Tensor, "tok d_model"]
+        self, at: Float[Tensor, " d_sae"], x: Float[Tensor, "tok d_row"]
     ) -> Float[Tensor, "d_sae d_model"]:
         """What each latent writes per unit of its activation; both in the units of the codes.
 

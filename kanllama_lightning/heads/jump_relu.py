@@ -3,13 +3,11 @@
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from kanllama_lightning.heads.decoders import FREE_NORM, FreeDirections
 from kanllama_lightning.heads.encoders import LinearEncoder
 from kanllama_lightning.heads.penalties import Jump, positive
-from kanllama_lightning.heads.sae import SAE
+from kanllama_lightning.heads.sae import SAE, FirstRows
 
 START_L0 = 1e4
 """Latents that fire on a token at the start, where so many are less than half (METHODS A5)."""
@@ -75,7 +73,7 @@ class JumpReLU(SAE):
         self.compose(LinearEncoder(FREE_NORM * W), penalty, FreeDirections(W))
 
     @torch.no_grad()
-    def start_parts_(self, x: Float[Tensor, "tok d_model"]) -> None:
+    def start_parts_(self, first: FirstRows) -> None:
         """theta; b_enc so that every latent fires; and the encoder's size.
 
         b_enc is such that a latent fires on a share min(1/2, START_L0 / d_sae) of the first
@@ -84,18 +82,17 @@ class JumpReLU(SAE):
         """
         theta, W = self.selection.theta, self.decoder.W_dec
         theta.fill_(self.theta_init).mul_(self.x_variance.sqrt())
-        target = x - self.b_dec
-        q = target @ W.T
+        q = first.guess @ W.T
         fires = round(len(q) * min(0.5, START_L0 / self.d_sae))
         rank = max(1, len(q) - max(1, fires))
         chunks = q.split(LATENTS_AT_ONCE, dim=1)
         quantile = torch.cat([c.T.contiguous().kthvalue(rank, dim=1).values for c in chunks])
         above = (q - quantile).relu_()
-        rest = target - ((above > 0).to(q.dtype) * theta) @ W
+        rest = first.target - ((above > 0).to(q.dtype) * theta) @ W
         summed = above @ W
         size = summed.square().sum()
         best = (rest * summed).sum() / size if size > 0 else size.new_ones(())
         # no fit is better than one that points the encoder away from its dictionary
         best = torch.where(best > 0, best, 1.0)
-        self.encoder.set_linear_(best * W.T, self.b_dec)
+        self.set_encoder_(best * W.T, first)
         self.encoder.b_enc.copy_(theta - best * quantile)

@@ -3,14 +3,12 @@
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from kanllama_lightning.heads.decoders import MixingKAN
 from kanllama_lightning.heads.encoders import ReLUKANEncoder
 from kanllama_lightning.heads.hidden_units import HI, LO, own_stream
 from kanllama_lightning.heads.kan_linear import KANLinear
-from kanllama_lightning.heads.sae import SAE
+from kanllama_lightning.heads.sae import SAE, FirstRows
 from kanllama_lightning.heads.selections import Thresholded
 
 
@@ -48,6 +46,6 @@ class KANReLUDense(SAE):
         self.compose(encoder, Thresholded(self.target_l0), decoder)
 
     @torch.no_grad()
-    def start_parts_(self, x: Float[Tensor, "tok d_model"]) -> None:
+    def start_parts_(self, first: FirstRows) -> None:
         """The reach of the decoder's hidden units; encoder and decoder are no lines."""
-        self.decoder.start_from_(*self.selection.kept(self.sums(x)))
+        self.decoder.start_from_(*self.selection.kept(self.sums(first.read)))

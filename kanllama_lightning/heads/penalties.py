@@ -476,7 +476,7 @@ class Gate(Penalised):
         """`l1` of the open gates, and `gate_aux`, what the gate's own reconstruction misses."""
         assert batch.out.by_products is not None
         # so that the gate's path can learn to reconstruct, but not to change the dictionary
-        by_gate = batch.out.by_products.decoded[0] + batch.b_dec.detach()
+        by_gate = batch.out.by_products.decoded[0] + batch.base.detach()
         return {
             "l1": self.weighted_penalty(batch) / batch.variance.sqrt(),
             "gate_aux": unexplained(batch.x, by_gate, batch.variance),

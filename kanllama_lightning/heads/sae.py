@@ -2,23 +2,40 @@
 
 import copy
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from kanllama_lightning.functional.losses import auxk, geometric_median
+from kanllama_lightning.functional.moments import mean_and_std, norms
 from kanllama_lightning.functional.sparse import Sums
 from kanllama_lightning.heads.decoders import CurvedDecoder, Decoder, first_directions
-from kanllama_lightning.heads.encoders import Encoder
-from kanllama_lightning.heads.head import SAEHead
+from kanllama_lightning.heads.encoders import Encoder, FrozenLinearEncoder, LinearEncoder
+from kanllama_lightning.heads.head import LARGEST, SAEHead
 from kanllama_lightning.heads.selections import LossBatch, Selection
 from kanllama_lightning.types import Curves, InputError, SAEOutput, StepContext
 
 MEDIAN_ROWS = 8192
 """Rows of the start sample that the geometric median is taken of."""
+RIDGE = 1e-3
+"""Share of the mean variance of the inputs that is added where a linear map is fitted to them."""
 PARTS = ("encoder", "selection", "decoder", "units", "standardised")
 """Modules that heads are put together from; in heads saved before, their tensors lay flat."""
+
+
+class FirstRows(NamedTuple):
+    """The first activations, in the head's units, that the parts of a head start from."""
+
+    read: Float[Tensor, "tok d_model"]
+    """What the encoder gets."""
+    target: Float[Tensor, "tok d_model"]
+    """What is to be written, without b_dec."""
+    guess: Float[Tensor, "tok d_model"]
+    """The best linear guess of the target from what is read; where they are one, that itself."""
+    map: Float[Tensor, "d_model d_model"] | None = None
+    """The guess as a map of what is read, its offset taken off; None where they are one."""
 
 
 class SAE(SAEHead, shipped=False):
@@ -28,6 +45,12 @@ class SAE(SAEHead, shipped=False):
     start sample, alpha_aux * AuxK, which revives dead latents (Gao et al. 2024, arXiv 2406.04093),
     and what the selection adds.
 
+    A transcoder (Paulo et al. 2025, arXiv 2501.18823) reads one place x and writes another, y: for
+    example what an MLP gets, and what it makes of it. y_hat = decoder(selection(encoder(x))) +
+    b_dec, and with a skip + (x - c) W_skip. Each side has a scale of its own; in the formulas of
+    the heads the mean c of x takes the place of the b_dec that is taken off the input. It starts as
+    the SAE of the best linear guess of y.
+
     Args:
         d_model: Width of the activations (linked from the LM on the command line).
         d_sae: Number of latents (default: 8 times the width).
@@ -35,8 +58,13 @@ class SAE(SAEHead, shipped=False):
         alpha_aux: Weight of AuxK, which revives dead latents; 0 leaves it out.
         seed: Seed of the initial weights (linked to `seed_everything`); the same seed gives the
             same dictionary to every kind of head.
+        transcoder: Whether it reads another place than it writes (linked to `lm.input_point`).
+        skip: Of a transcoder: whether what is read also reaches what is written through a matrix,
+            which leaves to the latents what is not linear.
     """
 
+    input_scale: Tensor
+    input_centre: Tensor
     encoder: Encoder
     selection: Selection
     decoder: Decoder
@@ -48,6 +76,8 @@ class SAE(SAEHead, shipped=False):
         target_l0: int,
         alpha_aux: float = 1 / 32,
         seed: int = 0,
+        transcoder: bool = False,
+        skip: bool = False,
     ) -> None:
         super().__init__(d_model, d_sae, seed)
         if not 1 <= target_l0 <= self.d_sae:
@@ -57,8 +87,18 @@ class SAE(SAEHead, shipped=False):
             )
         if not alpha_aux >= 0:
             raise InputError(f"head.alpha_aux={alpha_aux}: must be 0 or more (default 1/32)")
+        if skip and not transcoder:
+            raise InputError(
+                "head.skip=true: of a transcoder only; give lm.input_point, where it reads, or "
+                "leave head.skip out"
+            )
         self.target_l0, self.alpha_aux = target_l0, alpha_aux
+        self.transcoder, self.skip = transcoder, skip
         self.b_dec = nn.Parameter(torch.zeros(d_model))
+        if transcoder:
+            self.register_buffer("input_scale", torch.ones(()))
+            self.register_buffer("input_centre", torch.zeros(d_model))
+        self.W_skip = nn.Parameter(torch.zeros(d_model, d_model)) if skip else None
 
     def compose(self, encoder: Encoder, selection: Selection, decoder: Decoder) -> None:
         """Name the parts; called once, by the constructor of a kind of head."""
@@ -72,65 +112,103 @@ class SAE(SAEHead, shipped=False):
     def least(self) -> Mapping[str, float]:
         """The smallest numbers that tensors of a saved head may hold, by their names."""
         parts = (("encoder", self.encoder.least), ("selection", self.selection.least))
-        return {f"{part}.{name}": least for part, own in parts for name, least in own.items()}
+        found = {f"{part}.{name}": least for part, own in parts for name, least in own.items()}
+        return found | ({"input_scale": 1 / LARGEST} if self.transcoder else {})
+
+    def read(self, x: Float[Tensor, "tok _"]) -> Float[Tensor, "tok d_model"]:
+        """What the encoder gets of raw rows, in the head's units."""
+        if self.transcoder:
+            return x[:, : self.d_model].float() * self.input_scale
+        return x.float() * self.scale
+
+    @property
+    def offset(self) -> Float[Tensor, " d_model"]:
+        """What is taken off the encoder's input."""
+        return self.input_centre if self.transcoder else self.b_dec
 
     @torch.no_grad()
-    def start_(self, x: Float[Tensor, "tok d_model"]) -> None:
+    def start_(self, x: Float[Tensor, "tok d_row"]) -> None:
         """Scale from all rows; b_dec and the encoder's size from the first ones.
 
         b_dec is their geometric median, or 0 where the encoder does not take it off.
         """
         super().start_(x)
-        target = x[:MEDIAN_ROWS].float() * self.scale
-        if self.encoder.b_dec_starts_at_zero:
-            self.b_dec.zero_()
-        else:
+        first = x[:MEDIAN_ROWS]
+        target = self.target(first).float() * self.scale
+        centred = not self.encoder.b_dec_starts_at_zero
+        if centred:
             self.b_dec.copy_(geometric_median(target))
-        self.start_parts_(target)
+        else:
+            self.b_dec.zero_()
+        missing = target - self.b_dec
+        if not self.transcoder:
+            self.start_parts_(FirstRows(target, missing, missing))
+            return
+        inputs = x[:, : self.d_model]
+        self.input_scale.copy_(self.d_model**0.5 / norms(inputs).double().mean())
+        mean, std = mean_and_std(inputs)
+        self.standardise_(mean * self.input_scale, std * self.input_scale)
+        self.input_centre.copy_(mean * self.input_scale if centred else torch.zeros_like(mean))
+        read = self.read(first)
+        linear = best_linear_map(read - self.input_centre, missing)
+        guess = (read - self.input_centre) @ linear
+        self.start_parts_(FirstRows(read, missing, guess, linear))
 
     def standardise_(self, mean: Float[Tensor, " d_model"], std: Float[Tensor, " d_model"]) -> None:
         """Let the encoder take note of them."""
         self.encoder.standardise_(mean, std)
 
-    def start_parts_(self, x: Float[Tensor, "tok d_model"]) -> None:
+    def start_parts_(self, first: FirstRows) -> None:
         """Encoder c W^T along the directions W of the decoder, and what follows from its latents.
 
         c makes the first reconstruction best: k overlapping directions overshoot at c = 1,
         three-fold at d_model 128 and k 16, and the first steps then drive all latents down instead
-        of apart (LOG.md).
-
-        Args:
-            x: The first activations, in the head's units.
+        of apart (LOG.md). Of a transcoder it is c M W^T, M the linear guess of what it is to write.
         """
-        target, directions = x - self.b_dec, self.decoder.first()
-        pre_acts = target @ directions.T
+        target, directions = first.target, self.decoder.first()
+        pre_acts = first.guess @ directions.T
         summed, values, latents = self.selection.first(pre_acts, self.decoder, self.x_variance)
         size = summed.square().sum()
         best = (target * summed).sum() / size if size > 0 else target.new_ones(())
         self.decoder.start_(best * values, latents)
-        self.encoder.set_linear_(best * directions.T, self.b_dec)
-        self.encoder.start_(x)
+        self.set_encoder_(best * directions.T, first)
+        self.encoder.start_(first.read)
+
+    def set_encoder_(self, W: Float[Tensor, "d_model d_sae"], first: FirstRows) -> None:
+        """Make the encoder the map W of the guess of what is to be written."""
+        self.encoder.set_linear_(W if first.map is None else first.map @ W, self.offset)
 
     def sums(self, x: Float[Tensor, "tok d_model"]) -> Sums:
-        """Pre-activations of activations in the head's units, not yet multiplied out."""
-        branches = self.encoder.branches(x, self.b_dec)
-        return Sums(branches, self.encoder.bias(self.b_dec), self.encoder.b_enc)
+        """Pre-activations of what is read, in the head's units, not yet multiplied out."""
+        branches = self.encoder.branches(x, self.offset)
+        return Sums(branches, self.encoder.bias(self.offset), self.encoder.b_enc)
 
     def pre_acts(
-        self, x: Float[Tensor, "tok d_model"], latents: Int[Tensor, " some"] | None = None
+        self, x: Float[Tensor, "tok _"], latents: Int[Tensor, " some"] | None = None
     ) -> Float[Tensor, "tok _"]:
-        """Pre-activations of raw activations, fp32, of all latents or of some."""
-        return self.sums(x.float() * self.scale).dense(latents)
+        """Pre-activations of raw rows, fp32, of all latents or of some."""
+        return self.sums(self.read(x)).dense(latents)
 
-    def forward(self, x: Float[Tensor, "tok d_model"]) -> SAEOutput:
-        """Reconstruction and codes of raw activations."""
-        sums = self.sums(x.float() * self.scale)
+    def base(self, x: Float[Tensor, "tok _"]) -> Float[Tensor, "*tok d_model"]:
+        """What is written besides what latents write: b_dec, of a skip on every row; head's units.
+
+        Args:
+            x: Raw rows.
+        """
+        if self.W_skip is None:
+            return self.b_dec
+        with torch.autocast(x.device.type, enabled=False):
+            return (self.read(x) - self.input_centre) @ self.W_skip + self.b_dec
+
+    def forward(self, x: Float[Tensor, "tok _"]) -> SAEOutput:
+        """Reconstruction and codes of raw rows."""
+        sums = self.sums(self.read(x))
         codes, decoded, by_products = self.selection(sums, self.decoder, self.x_variance)
         with torch.autocast(x.device.type, enabled=False):
-            x_hat = (decoded + self.b_dec) / self.scale
+            x_hat = (decoded + self.base(x)) / self.scale
         return SAEOutput(x_hat, codes, sums.dense, by_products)
 
-    def encode(self, x: Float[Tensor, "tok d_model"]) -> Float[Tensor, "tok d_sae"]:
+    def encode(self, x: Float[Tensor, "tok _"]) -> Float[Tensor, "tok d_sae"]:
         """Dense latents as at inference, whatever mode the head is in."""
         training = self.training
         try:
@@ -139,21 +217,22 @@ class SAE(SAEHead, shipped=False):
             self.train(training)
 
     def decode(self, latents: Float[Tensor, "tok d_sae"]) -> Float[Tensor, "tok d_model"]:
-        """Reconstruction, in the LM's units, of dense latents."""
+        """Reconstruction, in the LM's units, of dense latents; without what a skip adds."""
         return (self.decoder.dense(latents) + self.b_dec) / self.scale
 
     def losses(
-        self, x: Float[Tensor, "tok d_model"], out: SAEOutput, ctx: StepContext
+        self, x: Float[Tensor, "tok d_row"], out: SAEOutput, ctx: StepContext
     ) -> dict[str, Float[Tensor, ""]]:
         """`reconstruction` (FVU of the start sample), `auxk` while latents are dead, and the
         selection's own."""
-        x_n, x_hat_n = x.float() * self.scale, out.x_hat.float() * self.scale
+        target = x[:, -self.d_model :]
+        x_n, x_hat_n = target.float() * self.scale, out.x_hat.float() * self.scale
         terms = {"reconstruction": unexplained(x_n, x_hat_n, self.x_variance)}
         if self.alpha_aux and len(ctx.dead):
             error = (x_n - x_hat_n).detach()
             pre = self.pre_acts(x, ctx.dead) if out.pre_acts is None else out.pre_acts(ctx.dead)
             terms["auxk"] = self.alpha_aux * auxk(error, self._dead_reconstruction(pre, ctx.dead))
-        batch = LossBatch(x_n, out, ctx, self.x_variance, self.b_dec, self.decoder)
+        batch = LossBatch(x_n, out, ctx, self.x_variance, self.base(x), self.decoder)
         return terms | self.selection.losses(batch, terms)
 
     def _dead_reconstruction(
@@ -171,7 +250,7 @@ class SAE(SAEHead, shipped=False):
         self.selection.observe_(out, ctx, self.scale, self.x_variance)
         self.decoder.observe_(out.codes, ctx)
 
-    def calibrate_(self, x: Float[Tensor, "tok d_model"]) -> None:
+    def calibrate_(self, x: Float[Tensor, "tok d_row"]) -> None:
         """Set what the selection needs at inference."""
         self.selection.calibrate_(x, self.pre_acts)
 
@@ -192,7 +271,7 @@ class SAE(SAEHead, shipped=False):
 
     @torch.no_grad()
     def directions(
-        self, at: Float[Tensor, " d_sae"], x: Float[Tensor, "tok d_model"]
+        self, at: Float[Tensor, " d_sae"], x: Float[Tensor, "tok d_row"]
     ) -> Float[Tensor, "d_sae d_model"]:
         """What the decoder writes per unit of each latent."""
         return self.decoder.directions(at, lambda: self.encode(x))
@@ -203,17 +282,17 @@ class SAE(SAEHead, shipped=False):
         """How straight what the decoder writes for latents alone is, 0 to 1."""
         return self.decoder.straightness(latents, upto)
 
-    def learned_curves(self, x: Float[Tensor, "tok d_model"], top: int) -> list[Curves]:
+    def learned_curves(self, x: Float[Tensor, "tok d_row"], top: int) -> list[Curves]:
         """Those of the encoder, of the selection and of the decoder."""
-        x_n = x.float() * self.scale
+        x_n = self.read(x)
         found = self.encoder.learned_curves(x_n, top)
         # most selections and decoders have none: what theirs are judged over is made if they do
         found += self.selection.learned_curves(lambda: self.sums(x_n), top)
         return found + self.decoder.learned_curves(lambda: self(x).codes, top)
 
-    def diagnostics(self, x: Float[Tensor, "tok d_model"]) -> dict[str, Float[Tensor, ""]]:
+    def diagnostics(self, x: Float[Tensor, "tok d_row"]) -> dict[str, Float[Tensor, ""]]:
         """Those of encoder and selection."""
-        return self.encoder.diagnostics(x.float() * self.scale) | self.selection.diagnostics()
+        return self.encoder.diagnostics(self.read(x)) | self.selection.diagnostics()
 
     @staticmethod
     def former_name(name: str) -> str:
@@ -236,9 +315,30 @@ class SAE(SAEHead, shipped=False):
         for part in (copied.encoder, copied.selection):
             for name in part.in_units:
                 getattr(part, name).div_(self.scale)
+        if self.transcoder:
+            ratio = self.input_scale / self.scale
+            assert isinstance(copied.encoder, LinearEncoder | FrozenLinearEncoder)
+            copied.encoder.W_enc.mul_(ratio)
+            if isinstance(copied.encoder, FrozenLinearEncoder):  # it is of the input
+                copied.encoder.centre.div_(ratio)
+            copied.input_centre.div_(self.input_scale)
+            if copied.W_skip is not None:
+                copied.W_skip.mul_(ratio)
+            copied.input_scale.fill_(1.0)
         copied.x_variance.div_(self.scale.square())
         copied.scale.fill_(1.0)
         return copied
+
+
+def best_linear_map(
+    inputs: Float[Tensor, "tok d_in"], outputs: Float[Tensor, "tok d_out"]
+) -> Float[Tensor, "d_in d_out"]:
+    """The map of least squared error, with a ridge of `RIDGE` of the mean variance."""
+    x, y = inputs.double(), outputs.double()
+    covariance = x.T @ x
+    ridge = RIDGE * covariance.diagonal().mean()
+    covariance.diagonal().add_(ridge)
+    return torch.linalg.solve(covariance, x.T @ y).to(outputs.dtype)
 
 
 def unexplained(

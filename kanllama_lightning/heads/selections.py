@@ -57,7 +57,8 @@ class LossBatch(NamedTuple):
     ctx: StepContext
     variance: Float[Tensor, ""]
     """V, the unit of the loss (METHODS A3)."""
-    b_dec: Float[Tensor, " d_model"]
+    base: Float[Tensor, "*tok d_model"]
+    """What is written besides what latents write: b_dec, and on every row what a skip adds."""
     decoder: Decoder
 
 
@@ -348,7 +349,7 @@ class Nested(Thresholded):
         codes, decoder = batch.out.codes, batch.decoder
         assert isinstance(codes, SparseCodes)
         assert isinstance(decoder, UnitDirections)
-        missing = batch.x - batch.b_dec
+        missing = batch.x - batch.base
         total = missing.new_zeros(())
         with torch.autocast(missing.device.type, enabled=False):
             for start, end in zip([0, *self.ends], self.ends[:-1], strict=False):

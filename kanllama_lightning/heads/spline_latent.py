@@ -3,12 +3,10 @@
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from kanllama_lightning.heads.decoders import UnitDirections
 from kanllama_lightning.heads.encoders import LinearEncoder
-from kanllama_lightning.heads.sae import SAE
+from kanllama_lightning.heads.sae import SAE, FirstRows
 from kanllama_lightning.heads.selections import LatentSplines
 
 
@@ -51,7 +49,7 @@ class SplineLatent(SAE):
         self.compose(LinearEncoder(W), splines, UnitDirections(W))
 
     @torch.no_grad()
-    def start_parts_(self, x: Float[Tensor, "tok d_model"]) -> None:
+    def start_parts_(self, first: FirstRows) -> None:
         """As a linear head, and the first reach of every latent."""
-        super().start_parts_(x)
-        self.selection.start_reach_(self.sums(x))
+        super().start_parts_(first)
+        self.selection.start_reach_(self.sums(first.read))

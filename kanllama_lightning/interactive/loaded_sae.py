@@ -127,8 +127,9 @@ class LoadedSAE:
         """Dense latents of activations, as at inference; head's units.
 
         Args:
-            x: Activations at the hook point in the LM's own units, of any floating type, with any
-                leading axes. Every row counts: leave BOS and sinks out yourself.
+            x: Activations at the hook point (of a transcoder: where it reads) in the LM's own
+                units, of any floating type, with any leading axes. Every row counts: leave BOS and
+                sinks out yourself.
 
         Raises:
             InputError: `x` is no tensor of finite floating-point numbers of the LM's width.
@@ -338,6 +339,7 @@ def load(
     runs_dir: str | Path = "runs",
     lm: str | Path | FrozenLM | None = None,
     hook_point: str | None = None,
+    input_point: str | None = None,
     device: str = "auto",
     dtype: Literal["float32", "bfloat16"] = "float32",
     allow: Collection[str] = (),
@@ -351,6 +353,7 @@ def load(
         lm: The LM: hub name, folder, `embedded`, or one that is loaded (default: the one that the
             head was trained on, as its run or its `head.json` says).
         hook_point: Where it is read (default: where the head was trained).
+        input_point: Where a transcoder reads (default: where it was trained).
         device: cpu, cuda, or auto.
         dtype: Number format of the LM.
         allow: Modules whose classes the files may name; importing a module runs its code.
@@ -368,8 +371,15 @@ def load(
                 f"lm={lm.name!r}: its activations have width {lm.d_model}, the head reads "
                 f"{subject.head.d_model}; give the LM it was trained on"
             )
+        if lm.transcodes != subject.head.transcoder:
+            raise InputError(
+                f"lm={lm.name!r}: was built {'with' if lm.transcodes else 'without'} an "
+                "input_point, where a transcoder reads, and the head "
+                f"{'is one' if subject.head.transcoder else 'is none'}; give the LM by its name"
+            )
         return LoadedSAE(subject, lm, where)
     given = {"name": None if lm is None else str(lm), "hook_point": hook_point}
+    given["input_point"] = input_point
     try:
         model = shared_lm([subject], given, dtype)
     except InputError as e:

@@ -16,7 +16,14 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from kanllama_lightning.lm.gguf_file import SUFFIX, GGUFFile, gguf_in
-from kanllama_lightning.lm.hook_points import HookPoint, Sight, parse_hook_point, whole
+from kanllama_lightning.lm.hook_points import (
+    HookPoint,
+    InputPoint,
+    Sight,
+    parse_hook_point,
+    parse_input_point,
+    whole,
+)
 from kanllama_lightning.lm.lm_files import COPY, broken, check_config, check_config_file
 from kanllama_lightning.lm.number_format import AUTO, cpu_has_bf16, fastest
 from kanllama_lightning.storage.small_files import Wrong
@@ -64,6 +71,9 @@ class FrozenLM:
             `model.layers.0.self_attn`: attention output, `model.layers.8`: block output) or
             TransformerLens spelling (`blocks.0.hook_resid_pre`, `hook_attn_out`,
             `hook_resid_mid`, `hook_mlp_out`, `hook_resid_post`).
+        input_point: Where a transcoder reads, if not at `hook_point`, which it then writes:
+            `mlp_in` (what the MLP of that block gets, so that MLP is replaced), `resid_mid`,
+            `attn_out`, `resid_pre`, or a full name such as `blocks.0.mlp.hook_in`.
         revision: Commit, tag or branch of a hub model; pin a commit for results that last.
         dtype: Number format the LM runs in; heads and metrics are fp32 whatever it is. `auto`:
             the fastest on this machine, bfloat16 or float32 (see `number_format.fastest`).
@@ -81,6 +91,7 @@ class FrozenLM:
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32",
         untrained: bool = False,
         bos: int | str | None = None,
+        input_point: str | None = None,
     ) -> None:
         self.name, self.revision, self.untrained = name, revision, untrained
         self.dtype: torch.dtype = getattr(torch, fastest().dtype if dtype == AUTO else dtype)
@@ -109,6 +120,7 @@ class FrozenLM:
         n_layers = int(self.config.num_hidden_layers)
         self.hook = parse_hook_point(hook_point, n_layers)
         self.hook_point = hook_point
+        self.input = None if input_point is None else parse_input_point(input_point, self.hook)
         self._model: Any = None
 
     def _token(self, named: int | str) -> str:
@@ -174,6 +186,16 @@ class FrozenLM:
     def d_model(self) -> int:
         """Width of the activations at the hook point."""
         return int(self.config.hidden_size)
+
+    @property
+    def d_row(self) -> int:
+        """Width of what heads are given: of a transcoder, what it reads and what it writes."""
+        return self.d_model * (1 if self.input is None else 2)
+
+    @property
+    def transcodes(self) -> bool:
+        """Whether heads read another place than they write."""
+        return self.input is not None
 
     @property
     def vocab_size(self) -> int:
@@ -349,6 +371,9 @@ class FrozenLM:
         config.num_hidden_layers, config.vocab_size, config.pad_token_id = 1, 1, None
         one = copy.copy(self)
         one.config, one.hook = config, HookPoint(0, self.hook.kind)
+        if self.input is not None:
+            same = self.input.layer == self.hook.layer
+            one.input = InputPoint(0, self.input.kind if same else "resid_pre")
         model = AutoModelForCausalLM.from_config(
             config, dtype=self.dtype, attn_implementation="sdpa"
         )
@@ -373,15 +398,22 @@ class FrozenLM:
         """
         with _no_autocast(ids.device):
             inner = self.model.model
-            h = inner.embed_tokens(ids)
+            h, inputs = inner.embed_tokens(ids), None
             sight = self._sight(h)
-            for block in inner.layers[: self.hook.layer]:
+            for i, block in enumerate(inner.layers[: self.hook.layer]):
+                if self.input is not None and self.input.layer == i:
+                    inputs = self.input.read(block, h, sight)
                 h = whole(block, h, sight)
-            return self.hook.site.read(inner.layers[self.hook.layer], h, sight)
+            block = inner.layers[self.hook.layer]
+            prefix = self.hook.site.read(block, h, sight)
+            if self.input is not None and inputs is None:
+                middle = prefix.residual if self.hook.kind == "mlp_out" else None
+                inputs = self.input.read(block, h, sight, middle)
+            return prefix._replace(inputs=inputs)
 
-    def acts(self, ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
-        """Activations at the hook point, in the LM's dtype."""
-        return self.prefix(ids).acts
+    def acts(self, ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_row"]:
+        """What heads are given (`Prefix.rows`), in the LM's dtype."""
+        return self.prefix(ids).rows
 
     @torch.no_grad()
     def resume(

@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 from jaxtyping import Bool
 from torch import Tensor, nn
@@ -22,6 +22,19 @@ SPELLINGS: dict[str, Kind] = {
     "blocks.{i}.hook_mlp_out": "mlp_out",
     "blocks.{i}.hook_resid_post": "resid_post",
 }
+
+
+InputKind = Literal["resid_pre", "attn_out", "resid_mid", "mlp_in"]
+INPUT_SPELLINGS: dict[str, InputKind] = {
+    "model.layers.{i}.self_attn": "attn_out",
+    "blocks.{i}.hook_resid_pre": "resid_pre",
+    "blocks.{i}.hook_attn_out": "attn_out",
+    "blocks.{i}.hook_resid_mid": "resid_mid",
+    "blocks.{i}.mlp.hook_in": "mlp_in",
+}
+"""Where a transcoder may read; `mlp_in` is what the MLP itself gets, behind the norm."""
+ORDER = ("resid_pre", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")
+"""The places in a block, in the order in which they are computed."""
 
 
 Block = Any
@@ -122,6 +135,70 @@ class HookPoint(NamedTuple):
     def name(self) -> str:
         """The canonical spelling: short, and the same for both spellings of one place."""
         return f"blocks.{self.layer}.hook_{self.kind}"
+
+
+class InputPoint(NamedTuple):
+    """A place in a Llama that a transcoder reads, before the one that it writes."""
+
+    layer: int
+    kind: InputKind
+
+    @property
+    def name(self) -> str:
+        """The canonical spelling."""
+        last = "mlp.hook_in" if self.kind == "mlp_in" else f"hook_{self.kind}"
+        return f"blocks.{self.layer}.{last}"
+
+    def read(self, block: Block, h: Tensor, sight: Sight, middle: Tensor | None = None) -> Tensor:
+        """The activation there.
+
+        Args:
+            block: The block it is in.
+            h: The residual stream before that block.
+            sight: Where the tokens stand.
+            middle: The stream between attention and MLP, where it is known already.
+        """
+        if self.kind == "resid_pre":
+            return h
+        if self.kind == "attn_out":
+            return attention_out(block, h, sight)
+        middle = h + attention_out(block, h, sight) if middle is None else middle
+        if self.kind == "resid_mid":
+            return middle
+        normed: Tensor = block.post_attention_layernorm(middle)
+        return normed
+
+    def watched(self, block: Block) -> tuple[nn.Module, bool]:
+        """The module of the model that has the activation, and whether it is its input."""
+        return (block.mlp, True) if self.kind == "mlp_in" else SITES[self.kind].watched(block)
+
+
+def parse_input_point(name: str, hook: HookPoint) -> InputPoint:
+    """The place that `name` means, before the hook point `hook`; its kind alone: in the same block.
+
+    Raises:
+        InputError: No such place, or it is not before the hook point.
+    """
+    found = re.search(r"\.(\d+)(?=\.|$)", name)
+    pattern = name[: found.start(1)] + "{i}" + name[found.end(1) :] if found else ""
+    kind = INPUT_SPELLINGS.get(pattern) if found else None
+    if name in INPUT_SPELLINGS.values():
+        kind, layer = cast(InputKind, name), hook.layer
+    elif found and kind:
+        layer = int(found[1])
+    else:
+        listed = ", ".join(s.replace("{i}", "N") for s in INPUT_SPELLINGS)
+        raise InputError(
+            f"lm.input_point={name!r}: no place that a transcoder reads. Allowed: mlp_in, "
+            f"resid_mid, attn_out, resid_pre (of the block of lm.hook_point), or {listed}"
+        )
+    if not (layer, ORDER.index(kind)) < (hook.layer, ORDER.index(hook.kind)):
+        raise InputError(
+            f"lm.input_point={name!r}: a transcoder reads before it writes, and this is not before "
+            f"lm.hook_point={hook.name!r}; give an earlier place, such as mlp_in with "
+            f"--lm.hook_point model.layers.{hook.layer}.mlp"
+        )
+    return InputPoint(layer, kind)
 
 
 def parse_hook_point(name: str, n_layers: int) -> HookPoint:

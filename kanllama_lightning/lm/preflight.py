@@ -1,5 +1,6 @@
 """Checks in the seconds before the first step, of what would otherwise waste hours."""
 
+import contextlib
 import logging
 import math
 import os
@@ -126,7 +127,10 @@ def check_forward(lm: FrozenLM, tokens: TokenBatch) -> TokenBatch:
             f"({lm.vocab_size}); use text, or ids made with this model's own tokenizer"
         )
     _check_hook(lm, part)
-    check_varied(lm.prefix(part.ids).acts[part.keep], lm)
+    prefix = lm.prefix(part.ids)
+    check_varied(prefix.acts[part.keep], lm)
+    if prefix.inputs is not None:
+        check_varied(prefix.inputs[part.keep], lm)
     return part
 
 
@@ -165,40 +169,67 @@ def check_varied(rows: Float[Tensor, "tok d_model"], lm: FrozenLM) -> None:
         )
 
 
-def _check_hook(lm: FrozenLM, tokens: TokenBatch) -> None:
-    """The plain transformers forward meets the hook point once, with the same activations."""
-    block = lm.model.model.layers[lm.hook.layer]
-    seen: list[Tensor] = []
+class Watched:
+    """What a module of the model gets or gives in a forward pass.
 
-    def keep_output(_: nn.Module, __: tuple[Tensor, ...], out: object) -> None:
+    Args:
+        module: The module.
+        is_input: Whether what it gets is looked at.
+    """
+
+    def __init__(self, module: nn.Module, is_input: bool) -> None:
+        self.module, self.is_input = module, is_input
+        self.seen: list[Tensor] = []
+
+    def begin(self) -> Any:
+        """Look from now on; what is returned has `remove`, which ends it."""
+        if self.is_input:
+            return self.module.register_forward_pre_hook(self._gets, with_kwargs=True)
+        return self.module.register_forward_hook(self._gives)
+
+    def _gets(self, _: nn.Module, args: tuple[Tensor, ...], more: dict[str, Any]) -> None:
+        self.seen.append(args[0] if args else more["hidden_states"])
+
+    def _gives(self, _: nn.Module, __: tuple[Tensor, ...], out: object) -> None:
         value = out[0] if isinstance(out, tuple) else out
         if isinstance(value, Tensor):
-            seen.append(value)
+            self.seen.append(value)
 
-    def keep_input(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen.append(args[0])
 
-    module, is_input = lm.hook.site.watched(block)
-    watch: Any = module.register_forward_pre_hook if is_input else module.register_forward_hook
-    handle = watch(keep_input if is_input else keep_output)
-    try:
+def _check_hook(lm: FrozenLM, tokens: TokenBatch) -> None:
+    """The plain transformers forward meets the hook point once, with the same activations."""
+    blocks = lm.model.model.layers
+    place = lm.hook.site.watched(blocks[lm.hook.layer])
+    watched = {f"lm.hook_point={lm.hook_point!r}": Watched(*place)}
+    if lm.input is not None:
+        place = lm.input.watched(blocks[lm.input.layer])
+        watched[f"lm.input_point={lm.input.name!r}"] = Watched(*place)
+    with contextlib.ExitStack() as stack:
+        for one in watched.values():
+            stack.callback(one.begin().remove)
         full = _own_forward(lm, tokens)
-    finally:
-        handle.remove()
-    if not bool(full.isfinite().all()) or not all(bool(s.isfinite().all()) for s in seen):
+    every = [full, *(value for one in watched.values() for value in one.seen)]
+    if not all(bool(value.isfinite().all()) for value in every):
         raise InputError(_not_finite(lm, tokens))
     prefix = lm.prefix(tokens.ids)
-    where = f"lm.hook_point={lm.hook_point!r}"
-    if len(seen) != 1:
-        raise InputError(f"{where}: met {len(seen)} times in one forward pass; must be once")
-    got, want = prefix.acts, seen[0]
-    if (got.shape, got.dtype, got.device) != (want.shape, want.dtype, want.device):
-        raise InputError(
-            f"{where}: {tuple(want.shape)} {want.dtype} in the model's own forward pass, "
-            f"{tuple(got.shape)} {got.dtype} when stopped there; not a Llama-like block"
-        )
+    pairs = []
+    for (where, one), got in zip(watched.items(), (prefix.acts, prefix.inputs), strict=False):
+        assert got is not None, "a transcoder reads something"
+        if len(one.seen) != 1:
+            raise InputError(
+                f"{where}: met {len(one.seen)} times in one forward pass; must be once"
+            )
+        want = one.seen[0]
+        if (got.shape, got.dtype, got.device) != (want.shape, want.dtype, want.device):
+            raise InputError(
+                f"{where}: {tuple(want.shape)} {want.dtype} in the model's own forward pass, "
+                f"{tuple(got.shape)} {got.dtype} when stopped there; not a Llama-like block"
+            )
+        pairs.append((where, "activations", got, want))
+    where, _, got, _ = pairs[0]
+    pairs.append((where, "output", lm.resume(prefix, got), full))
     tolerance = 1e-4 if got.dtype == torch.float32 else 0.05
-    for name, a, b in (("activations", got, want), ("output", lm.resume(prefix, got), full)):
+    for where, name, a, b in pairs:
         gap = float((a - b).float().norm() / b.float().norm().clamp_min(1e-12))
         if not gap <= tolerance:
             raise InputError(

@@ -63,8 +63,8 @@ class Stories(NamedTuple):
     """Stories as the LM reads them, one after the other, each alone behind a BOS; BOS left out."""
 
     told: list[Story]
-    x: Float[Tensor, "tok d_model"]
-    """Activations at the hook point, fp32, on the LM's device."""
+    x: Float[Tensor, "tok d_row"]
+    """What heads are given (`Prefix.rows`), fp32, on the LM's device."""
     facts: Bool[Tensor, "tok fact"]
     """Which of FACTS hold on a token: those whose stretch of text overlaps its own."""
     story: Int[Tensor, " tok"]
@@ -174,10 +174,12 @@ def read_stories(
         torch.arange(n_stories).repeat_interleave(torch.tensor([len(s) for s in spans])),
         torch.tensor([span for of_story in spans for span in of_story]),
     )
-    return read if norm_limit is None else read.only(regular(read.x, norm_limit).cpu())
+    if norm_limit is None:
+        return read
+    return read.only(regular(read.x[:, -lm.d_model :], norm_limit).cpu())
 
 
-def _acts(lm: FrozenLM, rows: Sequence[list[int]]) -> Float[Tensor, "tok d_model"]:
+def _acts(lm: FrozenLM, rows: Sequence[list[int]]) -> Float[Tensor, "tok d_row"]:
     """Activations of everything but BOS; padding goes at the end, where nothing sees it."""
     length = max(len(row) for row in rows)
     ids = torch.tensor([row + row[:1] * (length - len(row)) for row in rows], device=lm.device)

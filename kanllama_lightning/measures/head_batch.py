@@ -31,14 +31,14 @@ def run_head(
     """
     limit = head.norm_limit if norm_limit is None else norm_limit
     mask = tokens.keep & regular(prefix.acts, limit)
-    x = prefix.acts[mask].float()
-    if not bool(x.isfinite().all()):
-        bad = int((~x.isfinite().all(1)).sum())
+    rows = prefix.rows[mask].float()
+    if not bool(rows.isfinite().all()):
+        bad = int((~rows.isfinite().all(1)).sum())
         raise InputError(
-            f"text {set_name!r}: on {bad:,} of {len(x):,} tokens the LM's activations are NaN or "
-            f"infinite. {overflow_hint(prefix.acts.dtype)}Give an undamaged model"
+            f"text {set_name!r}: on {bad:,} of {len(rows):,} tokens the LM's activations are NaN "
+            f"or infinite. {overflow_hint(prefix.acts.dtype)}Give an undamaged model"
         )
-    return ValidationBatch(set_name, tokens, prefix, mask, x, head(x))
+    return ValidationBatch(set_name, tokens, prefix, mask, rows, head(rows))
 
 
 def run_heads(
@@ -57,5 +57,5 @@ def run_heads(
         if not found:
             found[name] = first = run_head(prefix, tokens, set_name, head)
         else:
-            found[name] = first._replace(out=head(first.x))
+            found[name] = first._replace(out=head(first.rows))
     return found

@@ -78,7 +78,7 @@ def head_cost(head: SAEHead, autocast: bool) -> HeadCost:
 
 def _count(head: SAEHead, n: int, autocast: bool) -> tuple[int, int]:
     """Operations of a step on n rows, and bytes saved for its backward pass."""
-    x = torch.randn(n, head.d_model, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(n, head.d_row, generator=torch.Generator().manual_seed(0))
     own = {p.untyped_storage().data_ptr() for p in head.parameters()}
     saved: dict[int, int] = {x.untyped_storage().data_ptr(): 0}
 

@@ -53,7 +53,7 @@ class RunEstimate:
         tokens: Budget.
         batch: Rows per step.
         filling: Rows that go into statistics and buffer before the first step.
-        d_model: Width of a row.
+        d_row: Width of a row.
         head_weights: Bytes of all heads' weights.
         lm_weights: Bytes of the LM's.
         buffer: Bytes of the buffer and its queue.
@@ -75,7 +75,7 @@ class RunEstimate:
     tokens: int
     batch: int
     filling: int
-    d_model: int
+    d_row: int
     head_weights: int
     lm_weights: int
     buffer: int
@@ -135,10 +135,10 @@ class RunEstimate:
             tokens=schedule.steps * schedule.batch,
             batch=schedule.batch,
             filling=module.filling_rows,
-            d_model=lm.d_model,
+            d_row=lm.d_row,
             head_weights=sum(p.numel() * p.element_size() for p in parameters),
             lm_weights=lm.n_parameters * lm.dtype.itemsize,
-            buffer=held * lm.d_model * buffer.dtype.itemsize,
+            buffer=held * lm.d_row * buffer.dtype.itemsize,
             planes=sum(t.head.d_sae for t in trainees.values()),
             cached=data.cache is not None,
             cache_rows=data.cache_tokens or schedule.rows_read(module.filling_rows),
@@ -171,7 +171,7 @@ class RunEstimate:
     @property
     def cache_disk(self) -> int:
         """A cache of all the run's activations."""
-        return self.cache_rows * self.d_model * ROW_DTYPE.itemsize
+        return self.cache_rows * self.d_row * ROW_DTYPE.itemsize
 
     # --------------------------------------------------------------------------- time
 
@@ -183,7 +183,7 @@ class RunEstimate:
     @property
     def disk_seconds(self) -> float:
         """Seconds of writing or reading a token's activation."""
-        return self.d_model * ROW_DTYPE.itemsize / DISK_RATE
+        return self.d_row * ROW_DTYPE.itemsize / DISK_RATE
 
     @property
     def lm_share(self) -> float:

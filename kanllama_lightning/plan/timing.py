@@ -54,7 +54,7 @@ def head_time(
     head = trainee.head
     most = min(trainee.schedule.batch, MOST_ROWS[device.type])
     # the start wants rows enough for quantiles, however small the batch is
-    sample = torch.randn(MOST_ROWS["cpu"], head.d_model, generator=_seeded()).to(device)
+    sample = torch.randn(MOST_ROWS["cpu"], head.d_row, generator=_seeded()).to(device)
     head.start_(sample)
     x = sample.repeat(-(-most // len(sample)), 1)[:most]
     adam = optimizer([{"params": list(head.parameters())}])

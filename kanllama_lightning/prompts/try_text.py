@@ -154,19 +154,25 @@ def _logits(
     if run == "sae":
         acts = put(acts, seen.mask, seen.out.x_hat)
     elif run == STEERED:
-        acts = put(acts, seen.mask, steered(head, seen.x, steer))
+        acts = put(acts, seen.mask, steered(head, seen.rows, steer))
     return lm.logits(lm.resume(seen.prefix, acts)[0, -1])
 
 
 def steered(
-    head: SAEHead, x: Float[Tensor, "tok d_model"], steer: Mapping[int, float]
+    head: SAEHead, rows: Float[Tensor, "tok d_row"], steer: Mapping[int, float]
 ) -> Float[Tensor, "tok d_model"]:
-    """x + f(z') - f(z), z' the latents of x with some of them set to given activations."""
-    latents = head.encode(x)
+    """y + f(z') - f(z), z' the latents with some of them set to given activations.
+
+    Args:
+        head: f is its decoder.
+        rows: What it is given; y is what it is to write of it (`SAEHead.target`).
+        steer: Activations, by latent.
+    """
+    latents = head.encode(rows)
     changed = latents.clone()
     for latent, value in steer.items():
         changed[:, latent] = value
-    return x + head.decode(changed) - head.decode(latents)
+    return head.target(rows) + head.decode(changed) - head.decode(latents)
 
 
 def continuation(

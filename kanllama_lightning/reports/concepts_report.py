@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kanllama_lightning.embedded import FACTS
 from kanllama_lightning.functional.sparse import SparseCodes
-from kanllama_lightning.heads import BatchTopK, SAEHead
+from kanllama_lightning.heads import SAEHead
 from kanllama_lightning.lm.frozen import EMBEDDED, FrozenLM
 from kanllama_lightning.measures.concept_matching import (
     LEAST,
@@ -27,6 +27,7 @@ from kanllama_lightning.measures.concept_matching import (
 )
 from kanllama_lightning.pages.plots import HEIGHT, PALETTE, styled
 from kanllama_lightning.plan.costs import Work
+from kanllama_lightning.reports.random_head import CONTROL_SEED, random_directions
 from kanllama_lightning.reports.report import EvalRun, Figures, Report
 from kanllama_lightning.types import InputError
 
@@ -34,8 +35,6 @@ CONTROL_STORIES = 200
 """From which untrained heads get their scale and threshold."""
 STORY_TOKENS = 130
 """Of a story, about."""
-CONTROL_SEED = 1_000_003
-"""Seed of those stories, and of an untrained BatchTopK head."""
 DASHES = ("solid", "dash", "dot", "dashdot")
 PATTERNS = ("", "/", ".", "x")
 MOST_MIXED = 8
@@ -98,7 +97,8 @@ class ConceptsReport(Report):
                 "give more stories, such as 600"
             )
         if self.controls:
-            both = [torch.cat([half.x, -half.x], 1).cpu() for half in (choose, test)]
+            raw = [run.head.target(half.x) for half in (choose, test)]
+            both = [torch.cat([x, -x], 1).cpu() for x in raw]
             found["raw coordinates"] = recover(both[0], choose.facts, both[1], test.facts)
             for name, head in self._controls(run, found["head"], choose).items():
                 found[name] = _recover(head, choose, test)
@@ -128,10 +128,7 @@ class ConceptsReport(Report):
             allowed = run.head.modules_named()
             controls["untrained head"] = SAEHead.load(untrained, allowed).to(x.device)
         else:
-            size = {"d_model": run.head.d_model, "d_sae": run.head.d_sae}
-            random = BatchTopK(**size, target_l0=l0, seed=CONTROL_SEED)
-            random.to(x.device).start_(x)
-            controls["untrained BatchTopK"] = random
+            controls["untrained BatchTopK"] = random_directions(run.head, l0, x)
         for control in controls.values():
             control.eval().calibrate_(x)
         return controls

@@ -154,7 +154,7 @@ class DashboardReport(Report):
         self._contexts.update(batch)
         room = ROWS - sum(len(x) for x in self._x)
         if room > 0:
-            self._x.append(batch.x[:room])
+            self._x.append(batch.rows[:room])
         if sum(len(codes.values) for codes in self._codes) < SHARED_CODES:
             codes = batch.out.codes.sparse()
             values, rows, latents = codes.values.cpu(), codes.rows.cpu(), codes.latents.cpu()

@@ -98,6 +98,13 @@ def report(
     if how.wandb:
         check_mode()
     subjects = [read_subject(folder, how.allow) for folder in runs]
+    alike: dict[str | None, list[Path]] = {}
+    for subject in subjects:
+        alike.setdefault(subject.lm_args().get("input_point"), []).append(subject.folder)
+    if len(alike) > 1:  # heads that read one place, and transcoders: a pass for each
+        parts = [report(own, reports, how, by_name, again) for own in alike.values()]
+        every = [run for part in parts for run in part]
+        return sorted(every, key=lambda run: list(runs).index(run.folder))
     lm = shared_lm(subjects, how.lm, how.dtype)
     device = device_named(how.device)
     check_batch_seqs(how)
@@ -143,7 +150,8 @@ def report(
 def _start_imported(subject: SavedHead, lm: FrozenLM, rows: Rows, seqs: int) -> None:
     """Give a head of another project what one of ours has from its training text: the mean
     activation, which mean ablation splices in, and the norm from which on a token is a sink."""
-    head, x = subject.head, first_activations(lm, rows, seqs, START_TOKENS)
+    head = subject.head
+    x = head.target(first_activations(lm, rows, seqs, START_TOKENS))
     sizes = norms(x)
     limit = sink_limit(sizes)
     head.norm_limit.copy_(limit)
@@ -328,6 +336,7 @@ def _about(
         "lm": lm.name,
         "revision": lm.revision,
         "hook_point": lm.hook.name,
+        **({"input_point": lm.input.name} if lm.input else {}),
         "lm_dtype": known.get("lm_dtype"),
         "dtype": dtype,
         "device": device.type,
@@ -363,14 +372,14 @@ def check_batch_seqs(how: EvalSettings) -> None:
 
 def first_activations(
     lm: FrozenLM, rows: Rows, seqs: int, tokens: int
-) -> Float[Tensor, "tok d_model"]:
-    """Activations of the first tokens that are no special ones: whole batches, so many or more.
+) -> Float[Tensor, "tok d_row"]:
+    """What heads are given of the first tokens that are no special ones; whole batches.
 
     Args:
         lm: Loaded.
         rows: Where they are from.
         seqs: Rows of a batch.
-        tokens: After how many to stop; all there are, if those are fewer.
+        tokens: After how many to stop, or some more; all there are, if those are fewer.
     """
     parts: list[Tensor] = []
     for batch in texts.batches(rows, seqs):

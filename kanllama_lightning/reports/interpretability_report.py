@@ -54,13 +54,12 @@ from kanllama_lightning.measures.contexts import Contexts
 from kanllama_lightning.pages.plots import PALETTE, SYMBOLS, styled
 from kanllama_lightning.plan.costs import Work
 from kanllama_lightning.reports.one_pass import DONE
+from kanllama_lightning.reports.random_head import random_directions
 from kanllama_lightning.reports.report import EvalRun, Figures, Report, Seen
 from kanllama_lightning.types import InputError, ValidationBatch
 
 log = logging.getLogger(__name__)
 
-CONTROL_SEED = 1_000_003
-"""Seed of the random directions."""
 CHANCE, WORST = 0.5, 1.0
 """Detection and score of a latent that nothing is known of."""
 TOP_KEPT, SAMPLED, SILENT = 32, 100, 1000
@@ -214,7 +213,7 @@ class InterpretabilityReport(Report):
         if self._random is None:
             self._random = _random_head(run, batch)
             self._seen[RANDOM] = self._collector(self._random.d_sae)
-        self._seen[RANDOM].update(batch._replace(out=self._random(batch.x)))
+        self._seen[RANDOM].update(batch._replace(out=self._random(batch.rows)))
 
     def finish(self, run: EvalRun) -> Figures | None:
         """Choose, ask, write, draw."""
@@ -383,10 +382,8 @@ class InterpretabilityReport(Report):
 def _random_head(run: EvalRun, batch: ValidationBatch) -> BatchTopK:
     """Untrained, random directions with the L0 of the head, set up on the first batch."""
     l0 = min(max(1, round(batch.l0())), run.head.d_sae)
-    size = {"d_model": run.head.d_model, "d_sae": run.head.d_sae}
-    head = BatchTopK(**size, target_l0=l0, seed=CONTROL_SEED)
-    head.to(batch.x.device).start_(batch.x)
-    head.eval().calibrate_(batch.x)
+    head = random_directions(run.head, l0, batch.rows)
+    head.eval().calibrate_(batch.rows)
     return head
 
 

@@ -99,7 +99,7 @@ class LatentsReport(Report):
         self._contexts.update(seen.batch)
         room = ROWS - sum(len(x) for x in self._x)
         if room > 0:
-            self._x.append(seen.batch.x[:room])
+            self._x.append(seen.batch.rows[:room])
 
     def finish(self, run: EvalRun) -> Figures:
         """Look at the latents; tables, page and figures."""

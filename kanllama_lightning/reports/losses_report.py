@@ -147,7 +147,7 @@ def check(run: EvalRun, seen: Seen) -> dict[str, float]:
     acts, x_hat = batch.prefix.acts, batch.out.x_hat
     both = put(acts, batch.mask, x_hat + (batch.x - x_hat))
     everywhere = torch.ones_like(batch.mask)
-    rows = acts[everywhere].float()
+    rows = batch.prefix.rows[everywhere].float()
     runs = {
         "error_only": put(acts, batch.mask, batch.x - x_hat),
         "everywhere": put(acts, everywhere, run.head(rows).x_hat),

@@ -28,7 +28,7 @@ from kanllama_lightning.types import InputError
 
 log = logging.getLogger(__name__)
 
-LM_KEYS = ("name", "hook_point", "revision", "untrained", "bos")
+LM_KEYS = ("name", "hook_point", "input_point", "revision", "untrained", "bos")
 
 
 class SavedHead(NamedTuple):
@@ -55,7 +55,7 @@ class SavedHead(NamedTuple):
         if "lm" in self.config:
             return {k: self.config["lm"][k] for k in LM_KEYS if k in self.config["lm"]}
         known = self.card.get("provenance", {})
-        names = {"name": "lm", "hook_point": "hook_point", "revision": "revision", "bos": "bos"}
+        names = {"name": "lm"} | {key: key for key in LM_KEYS if key not in ("name", "untrained")}
         return {key: known[name] for key, name in names.items() if known.get(name) is not None}
 
     def data(self, tokenizer: PreTrainedTokenizerBase) -> TokenData | None:
@@ -194,7 +194,7 @@ def shared_lm(subjects: list[SavedHead], given: Mapping[str, Any], dtype: str) -
                 raise InputError(
                     f"--lm.{key}: {str(subject.folder)!r} does not say which; give --lm.{key}"
                 )
-            if any(args.get(k) != first.get(k) for k in (key, "revision", "bos")):
+            if any(args.get(k) != first.get(k) for k in (key, "input_point", "revision", "bos")):
                 raise InputError(
                     f"RUN={str(subject.folder)!r}: trained on {args}, but "
                     f"{str(subjects[0].folder)!r} on {first}; evaluate them one after the other"
@@ -206,6 +206,16 @@ def shared_lm(subjects: list[SavedHead], given: Mapping[str, Any], dtype: str) -
                 f"RUN={str(subject.folder)!r}: the head reads activations of width "
                 f"{subject.head.d_model}, {lm.name} has {lm.d_model}; give the LM it was trained "
                 "on with --lm.name"
+            )
+        if subject.head.transcoder != lm.transcodes:
+            raise InputError(
+                f"RUN={str(subject.folder)!r}: "
+                + (
+                    "the head is a transcoder and does not say where it reads; give "
+                    "--lm.input_point, such as mlp_in"
+                    if subject.head.transcoder
+                    else "the head is no transcoder; leave --lm.input_point out"
+                )
             )
     if len(lm.tokenizer) > lm.vocab_size:
         raise InputError(

@@ -36,7 +36,8 @@ def send(run: EvalRun, config: dict[str, Any]) -> None:
         config: `config.yaml` of the training run.
     """
     # the run of heads side by side was logged as one
-    root = run.folder if (run.folder / LOGGER_ID).is_file() else around(run.folder)
+    folder = run.folder.absolute()
+    root = folder if (folder / LOGGER_ID).is_file() else around(folder)
     logger = config.get("trainer", {}).get("logger")
     if root is None or not (root / LOGGER_ID).is_file() or not isinstance(logger, dict):
         return
@@ -57,7 +58,7 @@ def send(run: EvalRun, config: dict[str, Any]) -> None:
     tracker = logger.experiment
     # what is beside the record goes beside it there too, under the name of its folder
     beside = run.out.relative_to(run.folder).parts[1:]
-    under = "/".join([titled_section("record"), *run.folder.relative_to(root).parts, *beside])
+    under = "/".join([titled_section("record"), *folder.relative_to(root).parts, *beside])
     try:
         for name, table in run.tables.items():
             texts = {c: str for c in table.columns if table[c].dtype == object}

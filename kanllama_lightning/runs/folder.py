@@ -155,6 +155,7 @@ class LMConfig(TypedDict, total=False):
 
     name: str
     hook_point: str
+    input_point: str | None
     revision: str | None
     untrained: bool
     bos: int | str | None

@@ -21,13 +21,18 @@ def folder_named(name: str, runs_dir: str, argument: str = "RUN") -> Path:
     Args:
         name: A folder; a file in one, which leads to its run, or to the saved head that it is of;
             `last`, the run finished last; or the name of a run in `runs_dir` or the beginning of
-            just one, with what is below it: `NAME`, `NAME/kan`, `last/kan`.
+            just one, with what is below it: `NAME`, `NAME/kan`, `last/kan`; or a head on the hub,
+            `hub://OWNER/NAME`, which is fetched into `runs_dir`.
         runs_dir: Where runs lie.
         argument: What was given, for messages.
 
     Raises:
         InputError: There is none, or several begin like that.
     """
+    if name.startswith("hub:"):
+        from kanllama_lightning.runs.from_hub import fetched
+
+        return fetched(name, runs_dir, argument)
     path = Path(name)
     if path.is_dir() and path.name != CHECKPOINTS:
         return path

@@ -49,7 +49,7 @@ class HeadTrainer(nn.Module):
         return f"{self.name}/" if self.name else ""
 
     def step(
-        self, x: Float[Tensor, "tok d_model"], step: int, progress: float
+        self, x: Float[Tensor, "tok d_row"], step: int, progress: float
     ) -> tuple[dict[str, Tensor], SAEOutput]:
         """Losses of a batch and the output they are of; updates every running statistic.
 
@@ -90,11 +90,11 @@ class HeadTrainer(nn.Module):
 
     @torch.no_grad()
     def figures(
-        self, x: Float[Tensor, "tok d_model"], out: SAEOutput, losses: dict[str, Tensor]
+        self, x: Float[Tensor, "tok d_row"], out: SAEOutput, losses: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """What is worth logging about a training batch, under the head's name."""
         dead = (self.silent_tokens >= self.dead_after_tokens).float().mean()
-        batch_fvu = fvu(x, out.x_hat.float())
+        batch_fvu = fvu(self.head.target(x), out.x_hat.float())
         values = dict(losses) | self.head.diagnostics(x)
         values |= {
             "loss": torch.stack(list(losses.values())).sum(),

@@ -20,7 +20,7 @@ from kanllama_lightning.exchange.formats import format_of, read_foreign
 from kanllama_lightning.exchange.linear_sae import linear_form
 from kanllama_lightning.functional import ranks
 from kanllama_lightning.functional.moments import norms
-from kanllama_lightning.functional.sinks import regular, sink_limit, within
+from kanllama_lightning.functional.sinks import sink_limit, within
 from kanllama_lightning.heads.head import CARD, SAEHead, Trained, read_card
 from kanllama_lightning.heads.sae import flat_name
 from kanllama_lightning.lm.frozen import FrozenLM, overflow_hint
@@ -139,6 +139,16 @@ class SAEModule(L.LightningModule):
         else:
             assert isinstance(head, SAEHead)
             members = {"": head}
+        for name, one in members.items():
+            if one.transcoder != lm.transcodes:
+                raise InputError(
+                    f"model.head{f'.heads.{name}' if name else ''}: {type(one).__name__} "
+                    + (
+                        "cannot be a transcoder: leave lm.input_point out, or choose another head"
+                        if lm.transcodes
+                        else "is a transcoder, and lm.input_point does not say where it reads"
+                    )
+                )
         self.trainees = nn.ModuleList(
             HeadTrainer(name, member, self.schedule, clip_ratio) for name, member in members.items()
         )
@@ -192,7 +202,7 @@ class SAEModule(L.LightningModule):
             return
         data: Any = self.trainer.datamodule
         self.buffer.allocate_(
-            self.lm.d_model,
+            self.lm.d_row,
             self.batch_rows + data.lm_batch_seqs * data.ctx_len,
             self.trainer.strategy.root_device,
             self.seed + self.trainer.global_rank,
@@ -304,10 +314,17 @@ class SAEModule(L.LightningModule):
 
     # ---------------------------------------------------------------- training
 
-    def rows(self, batch: TokenBatch | ActivationBatch) -> Float[Tensor, "tok d_model"]:
+    def _sizes(self, rows: Float[Tensor, "tok d_row"]) -> Float[Tensor, " tok"]:
+        """Norms of what is to be written: by these a token is a sink; NaN where an input is."""
+        sizes = norms(rows[:, -self.lm.d_model :])
+        if not self.lm.transcodes:
+            return sizes
+        return torch.where(norms(rows).isfinite(), sizes, torch.nan)
+
+    def rows(self, batch: TokenBatch | ActivationBatch) -> Float[Tensor, "tok d_row"]:
         """Kept activations of a batch; counts what is dropped as a sink."""
         rows = batch.activations(self.lm.acts)
-        sizes = norms(rows)
+        sizes = self._sizes(rows)
         self.bad_rows += (~sizes.isfinite()).sum()
         kept = rows[within(sizes, self.head.norm_limit)]
         self.seen += torch.tensor([len(rows), len(rows) - len(kept)])
@@ -328,7 +345,7 @@ class SAEModule(L.LightningModule):
         log.info("collecting %s activations for the start statistics", f"{self.start_tokens:,}")
         x = self._first_rows(batches, -(-self.start_tokens // self.trainer.world_size))
         check_varied(x, self.lm)
-        sizes = norms(x)
+        sizes = self._sizes(x)
         with ranks.pooled():
             limit = sink_limit(ranks.rows(sizes))
         for head in self.heads().values():
@@ -351,8 +368,8 @@ class SAEModule(L.LightningModule):
         self.trainer.strategy.barrier()
         log.info("statistics and buffer ready after %.1f s", time.perf_counter() - began)
 
-    def _first_rows(self, batches: Iterator[Any], n: int) -> Float[Tensor, "tok d_model"]:
-        x = torch.empty(n, self.lm.d_model, dtype=self.buffer.dtype, device=self.device)
+    def _first_rows(self, batches: Iterator[Any], n: int) -> Float[Tensor, "tok d_row"]:
+        x = torch.empty(n, self.lm.d_row, dtype=self.buffer.dtype, device=self.device)
         filled = 0
         with self._phase("start statistics", n) as progress:
             while filled < n:
@@ -367,7 +384,7 @@ class SAEModule(L.LightningModule):
     def _phase(self, name: str, rows: int) -> Phase:
         return Phase(name, rows, "activations", self.trainer.is_global_zero)
 
-    def next_batch(self, batches: Iterator[Any]) -> Float[Tensor, "tok d_model"]:
+    def next_batch(self, batches: Iterator[Any]) -> Float[Tensor, "tok d_row"]:
         """One shuffled batch of activations, running the LM as often as needed."""
         n = self.batch_rows
         while self.buffer.wants(n):
@@ -557,7 +574,7 @@ class SAEModule(L.LightningModule):
         parts: list[Tensor] = []
         for batch in loader:
             rows = batch.to(self.device).activations(self.lm.acts).float()
-            parts.append(rows[regular(rows, self.head.norm_limit)])
+            parts.append(rows[within(self._sizes(rows), self.head.norm_limit)])
             if sum(len(part) for part in parts) >= n:
                 break
         return torch.cat(parts)[:n]

@@ -38,6 +38,8 @@ class SideBySide(Trained):
         d_sae: Number of latents of the heads that do not say their own (default: 8 times the
             width).
         target_l0: Latents per token of the heads that do not say their own.
+        transcoder: Whether the heads read another place than they write (linked to
+            `lm.input_point`).
         seed: Seed of the heads that do not say their own (linked to `seed_everything`).
     """
 
@@ -48,6 +50,7 @@ class SideBySide(Trained):
         d_sae: int | None = None,
         target_l0: int | None = None,
         seed: int = 0,
+        transcoder: bool = False,
     ) -> None:
         super().__init__()
         if not heads:
@@ -55,6 +58,8 @@ class SideBySide(Trained):
         self.d_model = d_model
         shared = {"d_model": d_model, "d_sae": d_sae, "target_l0": target_l0, "seed": seed}
         given = {k: v for k, v in shared.items() if v is not None or k == "d_sae"}
+        if transcoder:
+            given["transcoder"] = True
         self.members: dict[str, SAEHead] = {}
         self.optimizers: dict[str, dict[str, Any]] = {}
         """Arguments of the optimizer that are a head's own."""
@@ -118,6 +123,8 @@ def _check(name: str, spec: Any) -> None:
         raise InputError(f"{where}.init_args={own!r}: must be arguments of the head, by name")
     if "d_model" in own:
         raise InputError(f"{where}.init_args.d_model: follows from the LM; leave it out")
+    if "transcoder" in own:
+        raise InputError(f"{where}.init_args.transcoder: follows from lm.input_point; leave it out")
     if own.get("seed") is not None:
         try:
             seed_number(own["seed"])

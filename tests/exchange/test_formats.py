@@ -213,8 +213,8 @@ def test_a_linear_sae_is_what_its_formula_says(rule: Any, centred: bool, norms: 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"architecture": "transcoder"}, "there is no head of that kind here; read are standard"),
-        ({"architecture": "temporal"}, "there is no head of that kind"),
+        ({"architecture": "temporal"}, "there is no head of that kind here; read are standard"),
+        ({"architecture": "transcoder", "d_out": 7}, "reads and writes rows of one width"),
         ({"normalize_activations": "layer_norm"}, "a head takes activations as they are"),
         ({"reshape_activations": "hook_z"}, "not single attention heads"),
         ({"activation_fn": "tanh-relu"}, "only relu and topk"),

@@ -9,7 +9,7 @@ from kanllama_lightning.heads.decoders import CurvedDecoder
 from kanllama_lightning.measures.metrics import Activations
 from tests.heads.test_heads import D, K, M, rows, started, trained
 
-KINDS = [k for n in heads.__all__ if (k := getattr(heads, n)) is not SAEHead]
+KINDS = [k for n in heads.__all__ if (k := getattr(heads, n)) not in (SAEHead, heads.LinearMap)]
 DENSE = (DenseOnlyKAN, DenseKANReLU)
 every_kind = pytest.mark.parametrize("kind", KINDS)
 

@@ -1,0 +1,223 @@
+"""`evaluate.py publish`: a head, its SAELens folder, its figures and a card, to the hub."""
+
+import shlex
+import shutil
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import yaml
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from jsonargparse import Namespace
+from rich.console import Console
+
+from kanllama_lightning.cli.export_command import origin_of
+from kanllama_lightning.console.secrets import known as secrets
+from kanllama_lightning.console.secrets import scrubbed
+from kanllama_lightning.exchange import saelens
+from kanllama_lightning.exchange.model_card import NAME, CardFacts, card, plain
+from kanllama_lightning.heads.head import CARD as HEAD_CARD
+from kanllama_lightning.heads.head import WEIGHTS
+from kanllama_lightning.measures import cells
+from kanllama_lightning.reports.saved_head import SavedHead, read_subject
+from kanllama_lightning.runs.folder import CONFIG, EVAL, HEAD, SUMMARY
+from kanllama_lightning.runs.lookup import folder_named
+from kanllama_lightning.storage.files import write_text
+from kanllama_lightning.storage.small_files import read_json, read_text, there, write_json
+from kanllama_lightning.types import InputError
+
+Rows = tuple[Sequence[str], Sequence[Sequence[str]]]
+"""Columns and rows of a table."""
+STAGED = "published"
+"""Folder of a run in which lies what goes to the hub, as it was sent last."""
+RECORD, THEIRS = "record", "saelens"
+MOST_BYTES = 16 << 20
+"""Of a table of the record; larger ones stay here."""
+TABLES = (".csv",)
+
+
+def run_publish(given: Namespace, figures: Callable[[SavedHead, dict[str, Any]], Rows]) -> None:
+    """Put a head on the hub, or list what would go there.
+
+    Args:
+        given: The parsed command line.
+        figures: Makes a table for people of a head's `eval/summary.json`.
+
+    Raises:
+        InputError: The head is none, the name is none, or the hub does not take it.
+    """
+    repository = _repository(given.repository)
+    subject = read_subject(folder_named(given.run, given.runs_dir), given.allow)
+    if subject.imported:
+        raise InputError(
+            f"RUN={given.run!r}: comes from another project, and is not ours to publish; export or "
+            "copy its folder"
+        )
+    folder = _staged(subject, repository, given.license, figures)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    say = Console(soft_wrap=True, highlight=False, markup=False).print
+    say(f"{folder}, for https://huggingface.co/{repository}:")
+    for path in files:
+        say(f"  {str(path.relative_to(folder)):32} {path.stat().st_size:>14,} bytes")
+    if given.dry_run:
+        say("Nothing was sent (--dry_run true).")
+        return
+    say(f"Published: {_sent(folder, repository, given.private)}")
+
+
+def _repository(name: str) -> str:
+    name = name.removeprefix("hub://")
+    try:
+        validate_repo_id(name)
+        if name.count("/") != 1:
+            raise HFValidationError("it has no owner")
+    except HFValidationError as e:
+        raise InputError(f"--repository {name!r}: must be OWNER/NAME on the hub ({e})") from e
+    return name
+
+
+def _staged(
+    subject: SavedHead,
+    repository: str,
+    license: str | None,
+    figures: Callable[[SavedHead, dict[str, Any]], Rows],
+) -> Path:
+    """Write what is published into a folder of the run; returns it."""
+    secrets.add_all_in(yaml.safe_dump([subject.config, subject.card]))
+    folder = subject.folder / STAGED
+    part = subject.folder / f"{STAGED}.tmp"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    # the weights as they are, and the card without what may be nobody's business
+    source = subject.folder if there(subject.folder / HEAD_CARD) else subject.folder / HEAD
+    shutil.copyfile(source / WEIGHTS, part / WEIGHTS)
+    write_json(part / HEAD_CARD, _discreet(subject.card))
+    origin = origin_of(subject)
+    try:
+        became: str | None = saelens.write(subject.head, origin, part / THEIRS)
+    except InputError:
+        became = None
+        shutil.rmtree(part / THEIRS, ignore_errors=True)
+    else:
+        config = part / THEIRS / saelens.CONFIG
+        write_json(config, _discreet(read_json(config, dict[str, Any])))
+    if subject.config:
+        text = yaml.safe_dump(_discreet(subject.config), sort_keys=False)
+        write_text(part / CONFIG, scrubbed(text))
+    known = _record(subject, part)
+    facts = _facts(subject, repository, license, became, known, figures)
+    write_text(part / NAME, scrubbed(card(facts)))
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+    return folder
+
+
+def _discreet(tree: Any) -> Any:
+    """Plain values without secrets, and without the folders of the machine they come from."""
+    if isinstance(tree, dict):
+        return {key: _discreet(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_discreet(value) for value in tree]
+    if isinstance(tree, str):
+        return scrubbed(Path(tree).name if tree[:1] in ("/", "~") else tree)
+    return tree
+
+
+def _record(subject: SavedHead, folder: Path) -> dict[str, Any]:
+    """The figures of a record of these weights, copied; empty where there is none."""
+    own = subject.folder / EVAL
+    if not there(own / SUMMARY):
+        return {}
+    known: dict[str, Any] = read_json(own / SUMMARY, dict[str, Any])
+    if known.get("head_sha256") != subject.sha256:
+        return {}
+    (folder / RECORD).mkdir()
+    write_json(folder / RECORD / SUMMARY, _discreet(known))
+    for path in sorted(own.iterdir()):
+        if path.suffix in TABLES and path.is_file() and path.stat().st_size <= MOST_BYTES:
+            write_text(folder / RECORD / path.name, scrubbed(read_text(path, most=MOST_BYTES)))
+    return known
+
+
+def _facts(
+    subject: SavedHead,
+    repository: str,
+    license: str | None,
+    became: str | None,
+    known: dict[str, Any],
+    figures: Callable[[SavedHead, dict[str, Any]], Rows],
+) -> CardFacts:
+    head, origin = subject.head, origin_of(subject)
+    provenance = subject.card.get("provenance", {})
+    rows = [
+        ("latents", f"{head.d_sae:,}"),
+        ("width of the activations", f"{head.d_model:,}"),
+        ("parameters", f"{head.n_parameters():,}"),
+        ("LM", plain(_discreet(origin.lm or ""))),
+        ("hook point", plain(origin.hook_point or "")),
+        ("read at", plain(origin.input_point or "")),
+        ("context", f"{origin.ctx_len:,} tokens" if origin.ctx_len else ""),
+        ("first token of a row", plain(str(origin.bos)) if origin.bos is not None else ""),
+        ("trained on", plain(_discreet(origin.text or ""))),
+        ("tokens", f"{provenance['tokens']:,}" if provenance.get("tokens") else ""),
+        ("SHA-256", f"`{subject.sha256}`"),
+    ]
+    columns, table = figures(subject, known) if known else ((), ())
+    notes = [cells.footnote([c for row in table for c in row[1:]])] if table else []
+    commands = [shlex.join(["python", "evaluate.py", "report", f"hub://{repository}"])]
+    if subject.config:
+        commands.insert(0, shlex.join(["python", "train.py", "fit", "--config", CONFIG]))
+    return CardFacts(
+        repository=repository,
+        title=f"{head.title}: {repository.split('/')[1]}",
+        kind=type(head).__name__,
+        facts=[row for row in rows if row[1]],
+        columns=columns,
+        figures=table,
+        notes=[note for note in notes if note],
+        commands=commands,
+        lm=_discreet(origin.lm),
+        hook_point=origin.hook_point,
+        saelens=became,
+        plug_in=became == saelens.OURS,
+        license=license,
+        transcoder=head.transcoder,
+        version=version("kanllama-lightning"),
+        commit=provenance.get("commit"),
+    )
+
+
+def _sent(folder: Path, repository: str, private: bool) -> str:
+    """Send the folder in one commit; what the hub has already is not sent again."""
+    api = HfApi()
+    try:
+        api.create_repo(repository, private=private or None, exist_ok=True)
+        done = api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            commit_message="Publish a head with its record",
+        )
+    except LocalTokenNotFoundError as e:
+        raise InputError(
+            "publish: nobody is logged in; `hf auth login` once, or set HF_TOKEN"
+        ) from e
+    except HfHubHTTPError as e:
+        code = getattr(e.response, "status_code", None)
+        remedy = "log in with `hf auth login` as somebody who may write there"
+        if code not in (401, 403):
+            remedy = "give the same command again; what has arrived is not sent again"
+        said = " ".join(str(e).split())[:300]
+        raise InputError(
+            f"--repository {repository}: the hub answers {code}: {said}; {remedy}"
+        ) from e
+    except (OSError, RuntimeError, httpx2.HTTPError) as e:  # of threads it raises the second
+        said = " ".join(str(e).split())[:300]
+        raise InputError(
+            f"--repository {repository}: the hub cannot be reached ({said}); give the same command "
+            "again; what has arrived is not sent again"
+        ) from e
+    return str(getattr(done, "commit_url", done))

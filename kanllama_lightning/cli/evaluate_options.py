@@ -144,7 +144,7 @@ EXPORT = (
     Setting(
         "sae_set",
         "To neuronpedia: name of the source set (default: place, head and number of latents, "
-        "such as mlp-kan-512).",
+        "such as mlp-kanencoder-512).",
         str | None,
     ),
     *(setting for setting in TEXT if setting.name in ("text", "ctx_len", "batch_seqs")),

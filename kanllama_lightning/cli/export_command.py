@@ -55,7 +55,7 @@ def run_export(given: Namespace) -> None:
     )
     check_batch_seqs(how)
     if to_pages:
-        write_pages(subject, origin_of(subject).text, given, how)
+        write_pages(subject, given, how)
         return
     kind = FORMATS[given.to]
     became = kind.write(head, origin_of(subject), out)

@@ -5,6 +5,7 @@ from pathlib import Path
 from jsonargparse import Namespace
 from rich.console import Console
 
+from kanllama_lightning.corpus.hub import HubCorpus
 from kanllama_lightning.exchange import neuronpedia
 from kanllama_lightning.exchange.neuronpedia import PageSource
 from kanllama_lightning.lm.frozen import FrozenLM
@@ -21,14 +22,11 @@ from kanllama_lightning.reports.saved_head import SavedHead, shared_lm
 from kanllama_lightning.reports.token_sets import batches
 
 
-def write_pages(
-    subject: SavedHead, dataset: str | None, given: Namespace, how: EvalSettings
-) -> None:
+def write_pages(subject: SavedHead, given: Namespace, how: EvalSettings) -> None:
     """Write the pages of a head's latents for Neuronpedia.
 
     Args:
         subject: The head.
-        dataset: What its run was trained on, as far as that is known.
         given: The options of the command.
         how: On which text, where.
 
@@ -60,10 +58,10 @@ def write_pages(
         model=model,
         set_name=group,
         layer=lm.hook.layer,
-        about=_about(lm),
+        about=_about(lm, model),
         prompts=len(rows.ids),
         prompt_tokens=length,
-        text=text if how.text is not None or dataset is None else dataset,
+        text=text if how.text is not None else _trained_on(subject, lm),
         title=f"{head.title}, {head.d_sae:,} latents at {lm.hook.name} of {lm.name}",
         notes=_notes(head.title, lm, float(head.scale), int(looked.contexts.meter.n)),
         sha256=subject.sha256,
@@ -85,7 +83,15 @@ def write_pages(
         )
 
 
-def _about(lm: FrozenLM) -> dict[str, str | int]:
+def _trained_on(subject: SavedHead, lm: FrozenLM) -> str:
+    """Name of the corpus that a run was trained on; of one on the hub, with its owner."""
+    data = subject.data(lm.tokenizer)
+    assert data is not None  # or there were no rows
+    corpus = data.train_corpus
+    return corpus.dataset if isinstance(corpus, HubCorpus) else corpus.name
+
+
+def _about(lm: FrozenLM, model: str) -> dict[str, str | int]:
     """The LM as the site lists it."""
     name = Path(lm.name).name
     from_hub = "/" in lm.name and not Path(lm.name).exists()
@@ -96,6 +102,7 @@ def _about(lm: FrozenLM) -> dict[str, str | int]:
         "layers": int(lm.config.num_hidden_layers),
         "neuronsPerLayer": int(lm.config.intermediate_size),
         "dimension": lm.d_model,
+        "instruct": model.endswith("-it"),
     }
 
 

@@ -119,7 +119,7 @@ def model_name(lm: str) -> str:
 
 
 def set_name(hook: HookPoint, title: str, d_sae: int) -> str:
-    """A name for heads of a kind: place, kind and number of latents, such as `mlp-kan-512`."""
+    """A name for heads of a kind: place, kind, latents; such as `mlp-kanencoder-512`."""
     return _plain(f"{SITES.get(hook.kind, 'res')}-{title.lower()}-{d_sae}")
 
 
@@ -157,8 +157,8 @@ def write(pages: Iterable[LatentPage], source: PageSource, folder: Path) -> Made
     batches, home = folder / BATCHES, folder / TABLES / source.model / source.name
     for old in (*batches.glob("batch-*.json"), *home.glob("*/batch-*.jsonl.gz")):
         old.unlink()
-    for some in (batches, *(home / name for name in ("features", "activations", "explanations"))):
-        some.mkdir(parents=True, exist_ok=True)
+    for place in (batches, *(home / name for name in ("features", "activations", "explanations"))):
+        place.mkdir(parents=True, exist_ok=True)
     for file, row in _common_rows(source).items():
         write_text(home / f"{file}.jsonl", f"{_json(row)}\n")
     made = Made()

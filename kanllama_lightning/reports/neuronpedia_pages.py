@@ -58,7 +58,8 @@ def look(head: SAEHead, lm: FrozenLM, rows: Rows, set_name: str, seqs: int) -> L
         InputError: Latents are negative, none fires, or the LM's activations are no numbers.
     """
     contexts = Contexts(head.d_sae, WIDTH, TOP, SAMPLED, silent=0)
-    bins, some = LinearBins(head.d_sae), []
+    bins = LinearBins(head.d_sae)
+    some: list[Float[Tensor, "tok d_model"]] = []
     with Phase("reading", -(-len(rows.ids) // seqs), "batches") as progress:
         for tokens in batches(rows, seqs):
             tokens = tokens.to(lm.device)
@@ -170,7 +171,8 @@ def _contexts(looked: Looked, lm: FrozenLM, latent: int) -> Iterator[PageContext
         return
     meter, counts = looked.contexts.meter, looked.bins.counts[latent]
     n, largest = int(meter.n), float(meter.largest[latent])
-    yield from _told(looked, lm, top, -1.0, largest, -1.0)
+    sizes = top.values[torch.arange(len(top)), top.peak]
+    yield from _told(looked, lm, top, sizes, (-1.0, largest, -1.0))
     width = looked.bins.width(latent)
     used = len(looked.bins.bars(latent)[0])
     edges = [round(used * i / BANDS) for i in range(BANDS + 1)]
@@ -182,8 +184,9 @@ def _contexts(looked: Looked, lm: FrozenLM, latent: int) -> Iterator[PageContext
         if i == 0:  # the lowest holds the tokens on which the latent is silent
             inside += n - int(meter.fired[latent])
         some = sampled.pick(_spread(((places >= begin) & (places < end)).nonzero().squeeze(1)))
-        ends = begin * width, largest if i == BANDS - 1 else end * width
-        yield from _told(looked, lm, some, *ends, inside / n)
+        high = largest if i == BANDS - 1 else end * width
+        most = torch.full((len(some),), largest)
+        yield from _told(looked, lm, some, most, (begin * width, high, inside / n))
 
 
 def _spread(some: Int[Tensor, " n"]) -> Int[Tensor, " few"]:
@@ -193,11 +196,27 @@ def _spread(some: Int[Tensor, " n"]) -> Int[Tensor, " few"]:
 
 
 def _told(
-    looked: Looked, lm: FrozenLM, windows: Windows, low: float, high: float, share: float
-) -> Iterator[PageContext]:
-    every = looked.contexts.ids(windows)
-    for ids, peak, values in zip(
-        every, windows.peak.tolist(), windows.values.tolist(), strict=True
-    ):
-        tokens = [token_text(lm.tokenizer, token) for token in ids]
-        yield PageContext(tokens, values[: len(ids)], peak, low, high, share)
+    looked: Looked,
+    lm: FrozenLM,
+    windows: Windows,
+    most: Float[Tensor, " n"],
+    part: tuple[float, float, float],
+) -> list[PageContext]:
+    """Contexts of a part of the range.
+
+    Args:
+        looked: What the pass found.
+        lm: That it was made with.
+        windows: The contexts.
+        most: What no activation in each was above; all but the peaks were kept rounded.
+        part: Ends of the part, and its share of the tokens.
+    """
+    every = windows.values.minimum(most.unsqueeze(1)).tolist()
+    return [
+        PageContext(
+            [token_text(lm.tokenizer, token) for token in ids], values[: len(ids)], peak, *part
+        )
+        for ids, peak, values in zip(
+            looked.contexts.ids(windows), windows.peak.tolist(), every, strict=True
+        )
+    ]

@@ -251,6 +251,8 @@ def test_shares_maxima_and_histograms_are_those_of_the_head(bundle: Bundle, brut
         assert heights.sum() == len(fires)
         (row,) = [r for r in bundle.rows("features") if r["index"] == str(j)]
         assert row["maxActApprox"] == pytest.approx(z.max(), rel=1e-5)
+        shown = [c["maxValue"] for c in bundle.rows("activations") if c["index"] == str(j)]
+        assert row["maxActApprox"] == max(shown, default=0)
         if not len(fires):
             assert feature["activations"] == []
             assert not len(heights)
@@ -400,6 +402,19 @@ def test_what_has_no_text_or_no_room_is_refused(
     (tmp_path / "mine.txt").write_text("mine")
     assert export(run_folder, tmp_path) == 2
     assert "holds mine.txt already" in capsys.readouterr().err
+
+
+def test_an_sae_of_another_project_has_pages_too(bundle: Bundle, text_file: Path) -> None:
+    out = bundle.out.parent / "imported"
+    assert evaluate(["export", str(bundle.run), "--to=saelens", f"--out={out / 'sae'}",
+                     "--lm.untrained=true", "--tokens=64"]) == 0  # fmt: skip
+    more = [f"--text={text_file}", "--ctx_len=32", "--tokens=600"]
+    assert export(out / "sae", out / "pages", *more) == 0
+    theirs = bundle_of(out / "sae", out / "pages").features
+    assert [f["pos_str"] for f in theirs] == [f["pos_str"] for f in bundle.features]
+    assert {f["dataset"] for f in theirs} == {"words"}
+    assert bundle.features[0]["dataset"] == "words"
+    assert sum(f["frac_nonzero"] > 0 for f in theirs) > 10
 
 
 def rows_of(tokens: TokenBatch) -> Rows:

@@ -1,7 +1,8 @@
 """The pages that Neuronpedia shows of a head's latents, from a pass of our own over text."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +34,8 @@ TOP, PER_BAND, BANDS, SAMPLED, WIDTH = 20, 5, 5, 50, 64
 """Strongest contexts of a latent; contexts of each of equal parts of its range of activations, and
 random firings that these are taken of; tokens of a context."""
 SHOWN_TOKENS, COORDINATES, LENS_BINS, ROWS = 10, 3, 50, 4096
+
+TokenName = Callable[[int], str]
 
 
 class Looked(NamedTuple):
@@ -118,8 +121,7 @@ def pages(looked: Looked, lm: FrozenLM, known: Known) -> Iterator[LatentPage]:
     lens = LensStatistics(*(values.cpu() for values in looked.directions.lens))
     directions = looked.directions.directions.cpu()
     frequency, largest = contexts.meter.frequency(), contexts.meter.largest
-    ends = torch.cat([lens.top_ids, lens.bottom_ids]).unique().tolist()
-    names = {token: token_text(lm.tokenizer, token) for token in ends}
+    text = cache(partial(token_text, lm.tokenizer))
     for j in range(contexts.d_sae):
         middles, heights = looked.bins.bars(j)
         judged = known.scores.get(j)
@@ -130,10 +132,10 @@ def pages(looked: Looked, lm: FrozenLM, known: Known) -> Iterator[LatentPage]:
             float(largest[j]),
             (middles.tolist(), heights.tolist()),
             _lens_bars(lens, j) if defined else ([], []),
-            _named(names, lens.top_ids[j], lens.top_values[j]) if defined else [],
-            _named(names, lens.bottom_ids[j], lens.bottom_values[j]) if defined else [],
+            _named(text, lens.top_ids[j], lens.top_values[j]) if defined else [],
+            _named(text, lens.bottom_ids[j], lens.bottom_values[j]) if defined else [],
             _coordinates(directions[j]),
-            list(_contexts(looked, lm, j)),
+            list(_contexts(looked, text, j)),
             None if judged is None else judged.explanation,
             "" if judged is None else judged.judge,
         )
@@ -147,9 +149,9 @@ def _lens_bars(lens: LensStatistics, latent: int) -> tuple[list[float], list[int
 
 
 def _named(
-    names: Mapping[int, str], tokens: Int[Tensor, " top"], values: Float[Tensor, " top"]
+    text: TokenName, tokens: Int[Tensor, " top"], values: Float[Tensor, " top"]
 ) -> list[tuple[str, float]]:
-    return [(names[i], v) for i, v in zip(tokens.tolist(), values.tolist(), strict=True)]
+    return [(text(i), v) for i, v in zip(tokens.tolist(), values.tolist(), strict=True)]
 
 
 def _coordinates(direction: Float[Tensor, " d_model"]) -> list[tuple[int, float, float]]:
@@ -164,7 +166,7 @@ def _coordinates(direction: Float[Tensor, " d_model"]) -> list[tuple[int, float,
     ]
 
 
-def _contexts(looked: Looked, lm: FrozenLM, latent: int) -> Iterator[PageContext]:
+def _contexts(looked: Looked, text: TokenName, latent: int) -> Iterator[PageContext]:
     """The strongest contexts, then examples of each part of the range, from the highest down."""
     top, sampled = looked.contexts.windows(latent)
     if not len(top):
@@ -172,7 +174,7 @@ def _contexts(looked: Looked, lm: FrozenLM, latent: int) -> Iterator[PageContext
     meter, counts = looked.contexts.meter, looked.bins.counts[latent]
     n, largest = int(meter.n), float(meter.largest[latent])
     sizes = top.values[torch.arange(len(top)), top.peak]
-    yield from _told(looked, lm, top, sizes, (-1.0, largest, -1.0))
+    yield from _told(looked, text, top, sizes, (-1.0, largest, -1.0))
     width = looked.bins.width(latent)
     used = len(looked.bins.bars(latent)[0])
     edges = [round(used * i / BANDS) for i in range(BANDS + 1)]
@@ -186,7 +188,7 @@ def _contexts(looked: Looked, lm: FrozenLM, latent: int) -> Iterator[PageContext
         some = sampled.pick(_spread(((places >= begin) & (places < end)).nonzero().squeeze(1)))
         high = largest if i == BANDS - 1 else end * width
         most = torch.full((len(some),), largest)
-        yield from _told(looked, lm, some, most, (begin * width, high, inside / n))
+        yield from _told(looked, text, some, most, (begin * width, high, inside / n))
 
 
 def _spread(some: Int[Tensor, " n"]) -> Int[Tensor, " few"]:
@@ -197,7 +199,7 @@ def _spread(some: Int[Tensor, " n"]) -> Int[Tensor, " few"]:
 
 def _told(
     looked: Looked,
-    lm: FrozenLM,
+    text: TokenName,
     windows: Windows,
     most: Float[Tensor, " n"],
     part: tuple[float, float, float],
@@ -206,16 +208,14 @@ def _told(
 
     Args:
         looked: What the pass found.
-        lm: That it was made with.
+        text: What a token is called.
         windows: The contexts.
         most: What no activation in each was above; all but the peaks were kept rounded.
         part: Ends of the part, and its share of the tokens.
     """
     every = windows.values.minimum(most.unsqueeze(1)).tolist()
     return [
-        PageContext(
-            [token_text(lm.tokenizer, token) for token in ids], values[: len(ids)], peak, *part
-        )
+        PageContext([text(token) for token in ids], values[: len(ids)], peak, *part)
         for ids, peak, values in zip(
             looked.contexts.ids(windows), windows.peak.tolist(), every, strict=True
         )

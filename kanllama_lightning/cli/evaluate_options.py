@@ -129,13 +129,29 @@ TRY = (
 EXPORT = (
     Setting(
         "to",
-        "Whose format: saelens (any head; curved ones for our plug-in), sparsify (TopK alone) or "
-        "dictionary_learning (linear heads).",
-        Literal["saelens", "sparsify", "dictionary_learning"],
+        "Whose format: saelens (any head; curved ones for our plug-in), sparsify (TopK alone), "
+        "dictionary_learning (linear heads), or neuronpedia (pages of the latents).",
+        Literal["saelens", "sparsify", "dictionary_learning", "neuronpedia"],
         required=True,
     ),
     Setting("out", "Folder that the export goes to.", required=True),
-    Setting("tokens", "Tokens that it is read back and compared on.", int, 8192),
+    Setting(
+        "tokens",
+        "Tokens that it is read back and compared on (default: 8,192); to neuronpedia: tokens "
+        "looked at, in whole rows (default: all of the first set).",
+        int | None,
+    ),
+    Setting(
+        "model_id",
+        "To neuronpedia: its name of the LM (default: made of the LM's, such as llama3.1-8b).",
+        str | None,
+    ),
+    Setting(
+        "sae_set",
+        "To neuronpedia: name of the source set (default: place, head and number of latents, "
+        "such as mlp-kanencoder-512).",
+        str | None,
+    ),
     *(setting for setting in TEXT if setting.name in ("text", "ctx_len", "batch_seqs")),
 )
 PUBLISH = (
@@ -178,7 +194,8 @@ ABOUT = {
     "first.",
     "try": "Runs the LM with and without its head on a text, and shows which latents fire.",
     "export": "Writes a head into a folder of SAELens, sparsify or dictionary_learning, reads it "
-    "back, and says how far the two differ on activations.",
+    "back, and says how far the two differ on activations; or writes pages of its latents for "
+    "Neuronpedia.",
     "publish": "Puts a head on the Hugging Face hub: weights, a folder for SAELens, the figures of "
     "its record and a card. No text, no optimizer state and no secret goes there.",
 }

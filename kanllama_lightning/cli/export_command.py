@@ -1,4 +1,4 @@
-"""`evaluate.py export`: a head into another project's folder, read back and compared."""
+"""`evaluate.py export`: a head into another project's folder, read back and compared; or pages."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,8 @@ from jsonargparse import Namespace
 from rich.console import Console
 from torch import Tensor
 
-from kanllama_lightning.exchange import saelens
+from kanllama_lightning.cli.neuronpedia_command import write_pages
+from kanllama_lightning.exchange import neuronpedia, saelens
 from kanllama_lightning.exchange.agreement import agreement, base, made_rows, with_extremes
 from kanllama_lightning.exchange.formats import FORMATS
 from kanllama_lightning.exchange.origin import Origin, site
@@ -29,25 +30,38 @@ from kanllama_lightning.runs.lookup import folder_named
 from kanllama_lightning.storage.small_files import Count, read_csv, read_json, there
 from kanllama_lightning.types import InputError
 
+COMPARED = 8192
+"""Tokens that an export is read back and compared on, unless another number is asked for."""
+
 
 def run_export(given: Namespace) -> None:
-    """Write a head for another project; raises InputError where what was written differs."""
-    if given.tokens < 1:
+    """Write a head, or pages of its latents, for another project.
+
+    Raises:
+        InputError: It cannot be held there, or what was written differs from the head.
+    """
+    if given.tokens is not None and given.tokens < 1:
         raise InputError(f"--tokens={given.tokens}: must be at least 1")
-    if given.to not in FORMATS:
-        raise InputError(f"--to {given.to}: no such format; known: {', '.join(FORMATS)}")
+    to_pages = given.to == neuronpedia.NAME
+    for name in () if to_pages else ("model_id", "sae_set"):
+        if given[name] is not None:
+            raise InputError(f"--{name}: goes with --to {neuronpedia.NAME}")
     subject = read_subject(folder_named(given.run, given.runs_dir), given.allow)
-    head, out, kind = subject.head, Path(given.out), FORMATS[given.to]
+    head, out = subject.head, Path(given.out)
     make_folder(out.parent, "folder", "--out FOLDER")
-    became = kind.write(head, origin_of(subject), out)
-    again, _ = kind.read(out)
     lm = {key: given.lm[key] for key in LM_KEYS}
     how = EvalSettings(
         lm=lm | {"untrained": lm["untrained"] or None},
         **{key: given[key] for key in ("text", "ctx_len", "batch_seqs", "device", "dtype")},
     )
     check_batch_seqs(how)
-    x, what = activations(subject, how, given.tokens)
+    if to_pages:
+        write_pages(subject, given, how)
+        return
+    kind = FORMATS[given.to]
+    became = kind.write(head, origin_of(subject), out)
+    again, _ = kind.read(out)
+    x, what = activations(subject, how, given.tokens or COMPARED)
     found = agreement(head, again.encode, again.decode, x, lambda rows: base(again, rows))
     say = Console(soft_wrap=True, highlight=False).print
     say(f"Written: {out}, {head.title} as {became} of {given.to}")

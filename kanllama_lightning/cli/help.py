@@ -27,7 +27,7 @@ Measures finished runs: what a head keeps of the language model, what its latent
   report     write the record of runs, or of saved heads, into their eval/ folders
   compare    compare runs like for like, with intervals
   try        run the language model with and without its head on a text, and show which latents fire
-  export     write a head into a folder of SAELens, sparsify or dictionary_learning
+  export     write a head for SAELens, sparsify or dictionary_learning, or its pages for Neuronpedia
   publish    put a head on the Hugging Face hub, with its figures and a card
 
 Each has its own help: `python evaluate.py report --help`. To begin with:

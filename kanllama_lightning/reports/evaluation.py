@@ -135,7 +135,7 @@ def report(
         run.head.to(device)
     for s in subjects:
         if s.imported and main is not None:
-            _start_imported(s, lm, main, rows)
+            start_imported(s, lm, main, rows)
     configs = {str(s.folder): s.config for s in subjects}
     try:
         make(jobs, lm, sets, about, rows)
@@ -147,9 +147,18 @@ def report(
 
 
 @torch.no_grad()
-def _start_imported(subject: SavedHead, lm: FrozenLM, rows: Rows, seqs: int) -> None:
-    """Give a head of another project what one of ours has from its training text: the mean
-    activation, which mean ablation splices in, and the norm from which on a token is a sink."""
+def start_imported(subject: SavedHead, lm: FrozenLM, rows: Rows, seqs: int) -> None:
+    """Give a head of another project what one of ours has from its training text.
+
+    That is the mean activation, which mean ablation splices in, and the norm from which on a token
+    is a sink.
+
+    Args:
+        subject: The head, on the LM's device.
+        lm: Loaded.
+        rows: The text that both are of, of which the first tokens count.
+        seqs: Rows that the LM runs at once.
+    """
     head = subject.head
     x = head.target(first_activations(lm, rows, seqs, START_TOKENS))
     sizes = norms(x)

@@ -40,6 +40,7 @@ watch: .venv/.ok  ## the newest log of a training run, in the terminal, as W&B s
 
 docs: .venv/.ok  ## the pages of docs/ as a site that opens from disk: build/site/index.html
 	$(PY) -m mkdocs build --strict --quiet
+	@echo build/site/index.html
 
 test: .venv/.ok  ## the tests for every commit
 	$(PYTEST)

@@ -3,7 +3,7 @@ PY := .venv/bin/python
 # one core to a process; every process has a finished run and imports of its own
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help demo record watch smollm2 llama test test-slow lint format
+.PHONY: help demo record watch smollm2 llama docs test test-slow lint format
 .DEFAULT_GOAL := help
 
 help:  ## what there is to make
@@ -37,6 +37,10 @@ watch: .venv/.ok  ## the newest log of a training run, in the terminal, as W&B s
 	@log=$$(ls -td runs/*/wandb/*run-*/ 2>/dev/null | while read -r piece; do \
 		[ -e "$$piece/files/media/table/j_record" ] || { echo "$$piece"; break; }; done); \
 	if [ -n "$$log" ]; then .venv/bin/wandb leet run "$$log"; else echo "runs/ holds no run with a W&B log: make demo"; exit 2; fi
+
+docs: .venv/.ok  ## the pages of docs/ as a site that opens from disk: build/site/index.html
+	$(PY) -m mkdocs build --strict --quiet
+	@echo build/site/index.html
 
 test: .venv/.ok  ## the tests for every commit
 	$(PYTEST)

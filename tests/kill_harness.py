@@ -4,9 +4,9 @@
 
 Everything is imported once; each run is a fork that SIGKILL takes, in the middle of what is
 named: an audit hook sees files being opened, renamed and removed, a profile function sees calls.
-After each kill the same command is given again, as README says: with `--ckpt_path last`, or, where
-that says that there is nothing to go on from, without. The exit code is 0 if all end as the calm
-run did.
+After each kill the same command is given again, as docs/runs.md says: with `--ckpt_path last`,
+or, where that says that there is nothing to go on from, without. The exit code is 0 if all end as
+the calm run did.
 """
 
 import argparse

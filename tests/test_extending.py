@@ -1,4 +1,4 @@
-"""The sections of CONTRIBUTING.md on heads, metrics and reports, followed to the letter."""
+"""The sections of docs/extending.md on heads, metrics and reports, followed to the letter."""
 
 import json
 import os
@@ -23,8 +23,8 @@ CUT = {
 
 
 def written(section: str) -> dict[str, str]:
-    """The files that a section of CONTRIBUTING.md shows, by their paths."""
-    text = (ROOT / "CONTRIBUTING.md").read_text().partition(f"## {section}\n")[2]
+    """The files that a section of docs/extending.md shows, by their paths."""
+    text = (ROOT / "docs" / "extending.md").read_text().partition(f"## {section}\n")[2]
     text = text.partition("\n## ")[0]
     found = re.findall(r"\*\*([\w/.]+)\*\*:\n\n```\w+\n(.*?)```", text, flags=re.DOTALL)
     return dict(found)

@@ -292,7 +292,8 @@ def test_the_notebook_runs_on_a_run_with_a_record(tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     asked = ["--reports", "latents", "dashboard", "--documents", "50", "--wandb", "false"]
     assert evaluate(["report", "last", *asked]) == 0
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    page = (ROOT / "docs" / "python.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert len(block.splitlines()) <= 10
     exec(block, {"x": torch.zeros(2, 3, 128)})
     (tmp_path / "docs").mkdir()

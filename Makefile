@@ -30,8 +30,8 @@ $(SMOLLM2): | .venv/.ok
 llama: $(SMOLLM2)  ## train a KAN and a linear SAE on it, with record and comparison; says first what it takes
 	$(PY) train.py plan --config configs/kan_and_batch_topk.yaml --config configs/smollm2.yaml $(OPTIONS)
 	$(PY) train.py fit --config configs/kan_and_batch_topk.yaml --config configs/smollm2.yaml --run $(LLAMA) $(OPTIONS)
-	$(PY) evaluate.py report $(LLAMA) --documents 640
-	$(PY) evaluate.py compare $(LLAMA) --documents 640 --out $(LLAMA)/comparison
+	$(PY) evaluate.py report $(LLAMA) --documents 600
+	$(PY) evaluate.py compare $(LLAMA) --documents 600 --out $(LLAMA)/comparison
 
 watch: .venv/.ok  ## the newest log of a training run, in the terminal, as W&B shows it: no account
 	@log=$$(ls -td runs/*/wandb/*run-*/ 2>/dev/null | while read -r piece; do \

@@ -164,7 +164,7 @@ def made(**changed: Any) -> RunEstimate:
         "tokens": 1000,
         "batch": 10,
         "filling": 200,
-        "d_model": 8,
+        "d_row": 8,
         "head_weights": 600,
         "lm_weights": 7000,
         "buffer": 300,

@@ -1,5 +1,6 @@
 """`evaluate.py publish`: a head, its SAELens folder, its figures and a card, to the hub."""
 
+import hashlib
 import shlex
 import shutil
 from collections.abc import Callable, Sequence
@@ -109,7 +110,11 @@ def _staged(
         text = yaml.safe_dump(_discreet(subject.config), sort_keys=False)
         write_text(part / CONFIG, scrubbed(text))
     known = _record(subject, part)
-    facts = _facts(subject, repository, license, became, known, figures)
+    digest = hashlib.sha256()
+    for name in (HEAD_CARD, WEIGHTS):
+        digest.update((part / name).read_bytes())
+    sha256 = digest.hexdigest()
+    facts = _facts(subject, sha256, repository, license, became, known, figures)
     write_text(part / NAME, scrubbed(card(facts)))
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
@@ -145,6 +150,7 @@ def _record(subject: SavedHead, folder: Path) -> dict[str, Any]:
 
 def _facts(
     subject: SavedHead,
+    sha256: str,
     repository: str,
     license: str | None,
     became: str | None,
@@ -164,13 +170,12 @@ def _facts(
         ("first token of a row", plain(str(origin.bos)) if origin.bos is not None else ""),
         ("trained on", plain(_discreet(origin.text or ""))),
         ("tokens", f"{provenance['tokens']:,}" if provenance.get("tokens") else ""),
-        ("SHA-256", f"`{subject.sha256}`"),
+        ("SHA-256 of head.json and head.safetensors", f"`{sha256}`"),
     ]
     columns, table = figures(subject, known) if known else ((), ())
     notes = [cells.footnote([c for row in table for c in row[1:]])] if table else []
-    commands = [shlex.join(["python", "evaluate.py", "report", f"hub://{repository}"])]
-    if subject.config:
-        commands.insert(0, shlex.join(["python", "train.py", "fit", "--config", CONFIG]))
+    commands = [shlex.join(["python", "train.py", "fit", "--config", CONFIG])]
+    commands += ["python evaluate.py report RUN"] if known else []
     return CardFacts(
         repository=repository,
         title=f"{head.title}: {repository.split('/')[1]}",
@@ -179,7 +184,7 @@ def _facts(
         columns=columns,
         figures=table,
         notes=[note for note in notes if note],
-        commands=commands,
+        commands=commands if subject.config else [],
         lm=_discreet(origin.lm),
         hook_point=origin.hook_point,
         saelens=became,

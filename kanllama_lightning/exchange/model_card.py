@@ -60,7 +60,7 @@ def card(facts: CardFacts) -> str:
                 "## How it is loaded",
                 _loading(facts),
                 "## How it was made",
-                "```\n" + "\n".join(facts.commands) + "\n```",
+                _made(facts),
                 "## Limits",
                 _limits(facts),
             ]
@@ -136,10 +136,15 @@ def _loading(facts: CardFacts) -> str:
     return "\n\n".join([ours, theirs, alone])
 
 
+def _made(facts: CardFacts) -> str:
+    if not facts.commands:
+        return "Nothing is known but what stands above: a head was published, not a run."
+    return "```\n" + "\n".join(facts.commands) + "\n```"
+
+
 def _limits(facts: CardFacts) -> str:
     lines = [
-        "Figures are of the text named above, in rows as long as in training; on other text, and "
-        "for another LM or place in it, nothing is known.",
+        "On other text, and for another LM or place in it, nothing is known of its quality.",
         "A latent is named by what it fires on; that is no proof of what the LM does with it.",
         "Text of the LM's training may be in what latents fire on; no text is in this repository.",
     ]

@@ -1,6 +1,7 @@
 """`evaluate.py publish`: a head, its SAELens folder, its figures and a card, to the hub."""
 
 import hashlib
+import logging
 import shlex
 import shutil
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from kanllama_lightning.console.secrets import known as secrets
 from kanllama_lightning.console.secrets import scrubbed
 from kanllama_lightning.exchange import saelens
 from kanllama_lightning.exchange.model_card import NAME, CardFacts, card, plain
+from kanllama_lightning.exchange.origin import Origin
 from kanllama_lightning.heads.head import CARD as HEAD_CARD
 from kanllama_lightning.heads.head import WEIGHTS
 from kanllama_lightning.measures import cells
@@ -30,6 +32,8 @@ from kanllama_lightning.runs.lookup import folder_named
 from kanllama_lightning.storage.files import write_text
 from kanllama_lightning.storage.small_files import read_json, read_text, there, write_json
 from kanllama_lightning.types import InputError
+
+log = logging.getLogger(__name__)
 
 Rows = tuple[Sequence[str], Sequence[Sequence[str]]]
 """Columns and rows of a table."""
@@ -100,7 +104,8 @@ def _staged(
     origin = origin_of(subject)
     try:
         became: str | None = saelens.write(subject.head, origin, part / THEIRS)
-    except InputError:
+    except InputError as e:
+        log.warning("without a folder for SAELens: %s", e)
         became = None
         shutil.rmtree(part / THEIRS, ignore_errors=True)
     else:
@@ -114,7 +119,7 @@ def _staged(
     for name in (HEAD_CARD, WEIGHTS):
         digest.update((part / name).read_bytes())
     sha256 = digest.hexdigest()
-    facts = _facts(subject, sha256, repository, license, became, known, figures)
+    facts = _facts(subject, origin, sha256, repository, license, became, known, figures)
     write_text(part / NAME, scrubbed(card(facts)))
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
@@ -150,6 +155,7 @@ def _record(subject: SavedHead, folder: Path) -> dict[str, Any]:
 
 def _facts(
     subject: SavedHead,
+    origin: Origin,
     sha256: str,
     repository: str,
     license: str | None,
@@ -157,7 +163,7 @@ def _facts(
     known: dict[str, Any],
     figures: Callable[[SavedHead, dict[str, Any]], Rows],
 ) -> CardFacts:
-    head, origin = subject.head, origin_of(subject)
+    head = subject.head
     provenance = subject.card.get("provenance", {})
     rows = [
         ("latents", f"{head.d_sae:,}"),

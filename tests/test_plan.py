@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from kanllama_lightning.console.units import duration, size
 from kanllama_lightning.heads import PCA, BatchTopK, SAEHead, Standard, TopK
 from kanllama_lightning.heads.dense_kan import DenseKAN
 from kanllama_lightning.lm.frozen import FrozenLM
-from kanllama_lightning.plan import timing, validation
+from kanllama_lightning.plan import cpu_use, timing, validation
 from kanllama_lightning.plan.costs import (
     HeadCost,
     Work,
@@ -279,6 +280,30 @@ def test_a_record_by_hand() -> None:
     assert figures[at - 2 : at] == [duration(read + own), duration(read)]
     assert figures[at : at + 3] == [duration(own), "7 calls", ""]
     assert how[at + 2] == "cannot be made: no words"
+
+
+def test_other_processes_are_told_from_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten seconds, in which all cores were busy for 16 and this process and its children for 6."""
+    stat, ticks = tmp_path / "stat", os.sysconf("SC_CLK_TCK")
+
+    def set_clocks(busy: int, own: float, now: float) -> None:
+        spent = [busy - 3, 1, 1, 500, 70, 0, 1, 0]
+        stat.write_text("cpu  " + " ".join(str(n * ticks) for n in spent) + " 0 0\ncpu0 1 2\n")
+        monkeypatch.setattr(os, "times", lambda: (own - 1, 0.5, 0.25, 0.25, now))
+        monkeypatch.setattr(cpu_use.time, "monotonic", lambda: now)
+
+    monkeypatch.setattr(cpu_use, "STAT", stat)
+    set_clocks(100, 5, 1000)
+    watch = cpu_use.CPUUse()
+    set_clocks(116, 11, 1010)
+    assert watch.others() == pytest.approx(1.0)
+    set_clocks(106, 11, 1010)  # busy with this alone
+    assert watch.others() == 0
+    monkeypatch.setattr(cpu_use, "STAT", tmp_path / "none")
+    monkeypatch.setattr(os, "getloadavg", lambda: (2.5, 0, 0))
+    assert cpu_use.CPUUse().others() == 1.5
 
 
 def test_sizes_and_durations() -> None:

@@ -93,12 +93,21 @@ def origin_of(subject: SavedHead) -> Origin:
         revision=lm.get("revision"),
         bos=lm.get("bos"),
         ctx_len=data.get("ctx_len"),
-        text=text if text is None or isinstance(text, str) else str(text),
+        text=None if text is None else _in_words(text),
         tokenizer=lm.get("name"),
         l0=l0 if isinstance(l0, float | int) and l0 > 0 else None,
         trained=trained or None,
         frequency=frequency_of(subject),
     )
+
+
+def _in_words(text: Any) -> str:
+    """A text as its config says it: a corpus as one would call it, not as a dict."""
+    if not isinstance(text, dict) or "class_path" not in text:
+        return str(text)
+    given = text.get("init_args") or {}
+    said = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
+    return f"{str(text['class_path']).rpartition('.')[2]}({said})"
 
 
 def _input_point(subject: SavedHead) -> str | None:

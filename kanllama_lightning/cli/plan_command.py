@@ -15,6 +15,7 @@ from kanllama_lightning.heads import SAEHead
 from kanllama_lightning.lm.frozen import FrozenLM
 from kanllama_lightning.lm.preflight import free_memory
 from kanllama_lightning.plan.costs import Work
+from kanllama_lightning.plan.cpu_use import CPUUse
 from kanllama_lightning.plan.estimate import RunEstimate
 from kanllama_lightning.plan.plan_page import RECORD_TOKENS, Free, table
 from kanllama_lightning.reports.report import EvalRun
@@ -42,18 +43,18 @@ class PlanCLI(KanllamaCLI):
         device = torch.device("cuda" if cuda else "cpu")
         module, data = self.model, self.datamodule
         autocast = str(trainer.precision) == "bf16-mixed"
-        every = trainer.val_check_interval
+        every, watch = trainer.val_check_interval, CPUUse()
         self.estimate = RunEstimate.of(module.lm, module, data, device, autocast, every)
         name = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
         free = Free(free_memory(), shutil.disk_usage(".").free)
         record = _record(module.lm, list(module.heads().values()), data.ctx_len)
         shown = table(self.estimate, module.lm.hook_point, name, free, record)
         Console().print(shown)
-        busy, cores = os.getloadavg()[0], os.cpu_count() or 1
-        if busy > cores / 2:
+        busy, cores = watch.others(), os.cpu_count() or 1
+        if not busy <= cores / 4:
             Console().print(
-                f"This machine is busy (load {busy:.1f} on {cores} cores): the times above are too "
-                "long for an idle one, perhaps many times; plan again when it is."
+                f"Other processes kept {busy:.1f} of {cores} cores busy: the times above are too "
+                "long for an idle machine, perhaps many times; plan again when it is."
             )
 
 

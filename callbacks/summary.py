@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from kanllama_lightning.callbacks.baselines import Baselines
+from kanllama_lightning.callbacks.checkpoint import RunCheckpoint
+from kanllama_lightning.callbacks.validation_pace import ValidationPace
 from kanllama_lightning.measures import cells
 from kanllama_lightning.measures.metrics import score
 from kanllama_lightning.runs.folder import SUMMARY, head_folder
@@ -82,6 +84,7 @@ class Summary(L.Callback):
             "tokens": pl_module.tokens_seen,
             "finished": pl_module.tokens_seen >= pl_module.schedule.tokens,
             "seconds": round(self.seconds, 3),
+            **self._between_steps(trainer),
             "tokens_per_second": pl_module.tokens_seen / max(self.seconds, 1e-9),
             **{f"time/{part}": share for part, share in pl_module.clock.overall().items()},
         }
@@ -106,6 +109,17 @@ class Summary(L.Callback):
             watch = watch_command(trainer.logger.experiment)
             said += f"; `{watch}` shows its course" if watch else ""
         console.print(said, soft_wrap=True, highlight=False)
+
+    @staticmethod
+    def _between_steps(trainer: L.Trainer) -> dict[str, float]:
+        """Those of the `seconds` that went to checkpoints and to validations within training."""
+        found = {}
+        for callback in trainer.callbacks:
+            if isinstance(callback, RunCheckpoint):
+                found["seconds_in_checkpoints"] = round(callback.share.spent, 3)
+            elif isinstance(callback, ValidationPace):
+                found["seconds_in_validations"] = round(callback.share.spent, 3)
+        return found
 
     @staticmethod
     def _send(logger: WandbLogger, summary: dict[str, Any]) -> None:

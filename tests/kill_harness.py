@@ -1,12 +1,14 @@
 """Kills one small run at named and at random points, goes on, and compares with a calm run.
 
-    python -m tests.kill_harness FOLDER LM TEXT [PART OF A NAME]
+    python -m tests.kill_harness FOLDER LM TEXT [PART OF A NAME] [--in_place]
 
 Everything is imported once; each run is a fork that SIGKILL takes, in the middle of what is
 named: an audit hook sees files being opened, renamed and removed, a profile function sees calls.
 After each kill the same command is given again, as docs/runs.md says: with `--ckpt_path last`,
 or, where that says that there is nothing to go on from, without. The exit code is 0 if all end as
-the calm run did.
+the calm run did, and none began anew that had a whole checkpoint. With `--in_place`, a control,
+checkpoints are written as they must not be: into their places, after the ones before them are taken
+away.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,8 +29,14 @@ from typing import Any, NamedTuple
 import torch
 
 import tests.shapes  # noqa: F401  # comes before what it is to check
+from kanllama_lightning.callbacks.checkpoint import RunCheckpoint
 from kanllama_lightning.cli import evaluate_command as evaluate
 from kanllama_lightning.cli import train_command
+from kanllama_lightning.runs import saving as writing
+from kanllama_lightning.runs.checkpoints import remove
+from kanllama_lightning.runs.seals import checkpoints
+from kanllama_lightning.storage.files import SummedFile
+from kanllama_lightning.training.head_trainer import HeadTrainer
 from tests.conftest import ALONE, SMALL, side_by_side_config
 from tests.hold import import_everything
 
@@ -45,7 +54,8 @@ class Point(NamedTuple):
 
     name: str
     event: str
-    """`open`, `os.rename`, `os.remove` (of a path that ends so), `call` (`file.py:function`)."""
+    """`open`, `os.rename`, `os.remove` (of a path that ends so), `call` (`file.py:function`),
+    `write` (the n-th piece of a file), `steps` (n steps of heads later, the file half written)."""
     what: str
     n: int = 1
     kind: str = "fit"
@@ -56,6 +66,9 @@ def saving(which: str, step: int) -> list[Point]:
     stem = f"step={step:09d}"
     return [
         Point(f"{which}: buffer written", "open", f"{stem}.rank0.safetensors.tmp"),
+        Point(f"{which}: buffer half written", "write", f"{stem}.rank0.safetensors", 3),
+        Point(f"{which}: state half written", "write", f"{stem}.ckpt", 20),
+        Point(f"{which}: half, steps later", "steps", f"{stem}.ckpt", 5),
         Point(f"{which}: buffer renamed", "os.rename", f"{stem}.rank0.safetensors"),
         Point(f"{which}: state renamed", "os.rename", f"{stem}.ckpt"),
         Point(f"{which}: seal renamed", "os.rename", f"{stem}.json"),
@@ -115,8 +128,48 @@ def kill_now() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def arm_writing(point: Point) -> None:
+    """Let this process be killed while a file is half written."""
+    put, step, left, half = SummedFile._put, HeadTrainer.step, [point.n], [False]
+
+    def putting(self: SummedFile, part: memoryview) -> None:
+        if point.what in self._path.name:
+            left[0] -= point.event == "write"
+            if left[0] == 0:
+                self._file.flush()
+                kill_now()
+            if point.event == "steps" and self.size:
+                half[0] = True
+                threading.Event().wait()  # until the kill
+        put(self, part)
+
+    def stepping(*args: Any) -> Any:
+        left[0] -= half[0] and point.event == "steps"
+        if left[0] < 0:
+            kill_now()
+        return step(*args)
+
+    SummedFile._put, HeadTrainer.step = putting, stepping  # type: ignore[method-assign]
+
+
+def write_in_place() -> None:
+    """Let checkpoints be written as they must not be."""
+    job = RunCheckpoint._job
+
+    def at_once(self: RunCheckpoint, trainer: Any, module: Any, path: Path, files: Any) -> Any:
+        for other in checkpoints(path.parent.parent):
+            remove(other)
+        return job(self, trainer, module, path, files)
+
+    RunCheckpoint._job = at_once  # type: ignore[method-assign]
+    writing.replacing = contextlib.nullcontext  # type: ignore[assignment]
+
+
 def arm(point: Point) -> None:
     """Let this process be killed at a point."""
+    if point.event in ("write", "steps"):
+        arm_writing(point)
+        return
     left = [point.n]
 
     def count() -> None:
@@ -275,10 +328,12 @@ def contents(where: Path, kind: str) -> dict[str, Any]:
     return found
 
 
-def main(folder: Path, lm: Path, text: Path, part: str) -> int:
+def main(folder: Path, lm: Path, text: Path, part: str, in_place: bool = False) -> int:
     """Kill at every point whose name holds `part`; print a table; the exit code."""
     torch.set_num_threads(1)
     import_everything()
+    if in_place:
+        write_in_place()
     harness = Harness(folder, lm, text)
     began = time.perf_counter()
     kinds = dict.fromkeys(p.kind for p in POINTS if part in p.name and p.kind != "report")
@@ -314,9 +369,12 @@ def main(folder: Path, lm: Path, text: Path, part: str) -> int:
     good = 0
     for case in sorted(cases, key=lambda case: order[case.name]):
         missed = not case.killed and not case.name.startswith("random")
-        fine = not case.wrong and not missed
+        whole = f"step={SAVED:09d}.ckpt"
+        lost = case.name.startswith("second checkpoint") and case.after != whole
+        fine = not case.wrong and not missed and not lost
         good += fine
         result = "identical" if fine else "NOT REACHED" if missed else f"DIFFERS: {case.wrong}"
+        result = f"LOST: {whole}, which was whole" if lost and not case.wrong else result
         sys.stdout.write(f"{case.name:<36} {case.kind:<7} {case.after:<60} {result}\n")
     passed = time.perf_counter() - began
     sys.stdout.write(f"{good} of {len(cases)} end as the calm run ({passed:.0f} s)\n")
@@ -329,5 +387,7 @@ if __name__ == "__main__":
     parser.add_argument("lm", type=Path)
     parser.add_argument("text", type=Path)
     parser.add_argument("part", nargs="?", default="")
+    parser.add_argument("--in_place", action="store_true")
     given = parser.parse_args()
-    sys.exit(main(given.folder.resolve(), given.lm, given.text, given.part))
+    folder = given.folder.resolve()
+    sys.exit(main(folder, given.lm, given.text, given.part, given.in_place))

@@ -149,6 +149,27 @@ def test_goes_on_from_its_state_as_if_never_stopped(dtype, pushed, tmp_path):
     assert all(map(torch.equal, contents(buffer), contents(resumed)))
 
 
+def test_draws_of_another_kind_of_device_begin_anew(caplog):
+    """A CUDA generator's state has 16 bytes, a CPU's 5056."""
+    full = allocated(8, 8, seed=3)
+    full.push_(numbered(0, 11))
+    full.swap_(3)
+    state = {name: value.clone() for name, value in full.state().items()}
+    resumed, fresh = allocated(8, 8, seed=5), allocated(8, 8, seed=5)
+    resumed.load_(state | {"generator": torch.zeros(16, dtype=torch.uint8)})
+    assert "another kind of device than cpu" in caplog.text
+    assert torch.equal(resumed.held, full.held)
+    fresh.load_({name: state[name] for name in ("held", "queue")})
+    for buffer in (resumed, fresh, full):
+        buffer.push_(numbered(50, 3))
+    drawn = resumed.swap_(3)
+    assert torch.equal(drawn, fresh.swap_(3))
+    assert not torch.equal(drawn, full.swap_(3))
+    caplog.clear()
+    allocated(8, 8).load_(state)
+    assert not caplog.text
+
+
 def test_seeds_draw_differently():
     outs = []
     for seed in (0, 0, 1):

@@ -28,3 +28,20 @@ def test_killed_at_named_and_random_points(
     n = len(POINTS) + N_RANDOM
     assert re.search(rf"^{n} of {n} end as the calm run", done.stdout, re.M), done.stdout
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_a_checkpoint_written_in_place_would_be_lost(
+    tiny_lm_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """The control: the harness finds out what it is there for."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+    folder = str(tmp_path / "k")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kill_harness", folder, tiny_lm_dir, text_file,
+         "second checkpoint: state half", "--in_place"],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout
+    assert re.search(r"^second checkpoint: state half written .*LOST", done.stdout, re.M)
+    assert "0 of 1 end as the calm run" in done.stdout

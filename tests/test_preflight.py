@@ -9,7 +9,7 @@ from torch import nn
 from kanllama_lightning.functional.losses import next_token_targets
 from kanllama_lightning.heads import BatchTopK
 from kanllama_lightning.lm.frozen import FrozenLM
-from kanllama_lightning.lm.preflight import check_room, preflight
+from kanllama_lightning.lm.preflight import check_room, free_memory, preflight
 from kanllama_lightning.types import InputError
 
 HOOKS = ["blocks.1.hook_resid_pre", "model.layers.1.self_attn", "blocks.1.hook_resid_mid"]
@@ -174,6 +174,15 @@ def test_refuses_what_the_disk_cannot_hold(tmp_path):
 def test_refuses_what_memory_cannot_hold(tmp_path):
     with pytest.raises(InputError, match=r"memory: .*capacity_tokens.*d_sae.*bfloat16"):
         check_room(BatchTopK(d_model=8, d_sae=16, target_l0=2), 0, 1 << 60, tmp_path)
+
+
+def test_what_comes_and_goes_counts(tmp_path):
+    """A step, or the start statistics: as large as what stays."""
+    head = BatchTopK(d_model=8, d_sae=16, target_l0=2)
+    free = free_memory()
+    check_room(head, 0, 0, tmp_path, free // 2)
+    with pytest.raises(InputError, match=r"memory: .*needs about"):
+        check_room(head, 0, 0, tmp_path, 4 * free)
 
 
 def test_a_head_too_large(tmp_path):

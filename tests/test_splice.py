@@ -55,6 +55,14 @@ def test_splicing_the_activations_themselves_changes_nothing(make_lm, tokens, ho
     assert set(losses.kl) == {"same"}
 
 
+def test_logits_are_made_in_blocks_sized_for_the_device():
+    """A GPU reads the unembedding of a large vocabulary once for a thousand positions."""
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert splice.positions_at_once(cpu, 128_256) == (1 << 24) // 128_256
+    assert 1024 <= splice.positions_at_once(cuda, 128_256) <= 2048
+    assert splice.positions_at_once(cpu, 1 << 30) == splice.positions_at_once(cuda, 1 << 30) == 1
+
+
 @every_hook
 def test_cross_entropy_is_that_of_the_plain_model(make_lm, tiny_lm_dir, tokens, hook):
     lm = make_lm(hook)

@@ -1,5 +1,6 @@
 import json
 import logging
+import threading
 from collections import Counter
 from itertools import islice
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from kanllama_lightning.corpus import LocalCorpus, Mixture, StoryWorldCorpus
 from kanllama_lightning.data import stream
+from kanllama_lightning.data.ahead import Ahead
 from kanllama_lightning.data.token_data import TokenData
 from kanllama_lightning.data.vocabulary import vocab_hash
 from kanllama_lightning.types import InputError, TokenBatch
@@ -110,6 +112,38 @@ def test_resuming_at_any_batch_equals_the_undisturbed_stream(path, batch):
         made = data(path, lm_batch_seqs=batch)
         made.resume_from(whole[n - 1].position)
         assert all(equal(a, b) for a, b in zip(whole[n : n + 5], batches(made, 5), strict=True))
+
+
+def test_text_is_read_ahead_by_a_thread_and_stays_the_same(path, monkeypatch):
+    """The first block here; each later one when half of the rows of the one before are gone."""
+    made_by, rows = [], stream.TokenStream._rows
+
+    def noted(self, epoch, block, documents):
+        made_by.append(threading.current_thread().name.partition("_")[0])
+        return rows(self, epoch, block, documents)
+
+    monkeypatch.setattr(stream.TokenStream, "_rows", noted)
+    ahead = batches(data(path), 40)
+    assert made_by[0] == "MainThread"
+    assert set(made_by[1:]) == {"text"}
+    assert len(made_by) > 4
+    made_by.clear()
+    monkeypatch.setattr(stream.Ahead, "begin", lambda _: None)
+    assert all(equal(a, b) for a, b in zip(ahead, batches(data(path), 40), strict=True))
+    assert set(made_by) == {"MainThread"}
+
+
+def test_what_fails_ahead_fails_where_it_is_asked_for():
+    def items():
+        yield 1
+        raise InputError("the text ends here")
+
+    blocks = Ahead(items())
+    assert next(blocks) == 1
+    blocks.begin()
+    blocks.begin()
+    with pytest.raises(InputError, match="ends here"):
+        next(blocks)
 
 
 def test_a_worker_gives_the_same_batches(path):

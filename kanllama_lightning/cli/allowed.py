@@ -73,6 +73,10 @@ def _at_least_one(value: Any) -> str | None:
     return None if whole and value >= 1 else "must be a whole number of steps, at least 1"
 
 
+def _interval(value: Any) -> str | None:
+    return None if value is None else _at_least_one(value)
+
+
 def _steps(value: Any) -> str | None:
     if value is None or (isinstance(value, int) and value == -1 and not isinstance(value, bool)):
         return None
@@ -131,7 +135,7 @@ CHECKS: Mapping[str, Callable[[Any], str | None]] = {
     "max_steps": _steps,
     "max_time": _time,
     "num_nodes": _at_least_one,
-    "val_check_interval": _at_least_one,
+    "val_check_interval": _interval,
 }
 
 LEAST = {

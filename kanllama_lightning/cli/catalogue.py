@@ -59,7 +59,8 @@ TRAINER = {
     "precision": "Number format of a step: 32-true, or bf16-mixed.",
     "max_steps": "Stop after so many steps, before the budget is used up.",
     "max_time": "Stop after DD:HH:MM:SS; the run can be continued.",
-    "val_check_interval": "Steps between two validations.",
+    "val_check_interval": "Steps between two validations (default: a tenth of the run, or more "
+    "where all of them would take over 5 % of the time).",
     "log_every_n_steps": "Steps between two rows of the training log.",
     "logger": "Where figures go beside the CSV files: a class, or false.",
     "callbacks": "Further callbacks, or settings of those that every run has.",

@@ -30,7 +30,8 @@ from kanllama_lightning.heads import SAEHead
 from kanllama_lightning.lm.frozen import FrozenLM
 from kanllama_lightning.lm.number_format import AUTO, fastest
 from kanllama_lightning.lm.preflight import check_room
-from kanllama_lightning.plan.validation import validation_size
+from kanllama_lightning.plan.costs import start_bytes, step_bytes
+from kanllama_lightning.plan.validation import spacing, validation_size
 from kanllama_lightning.runs.folder import (
     HEAD,
     LOGGER_ID,
@@ -186,6 +187,10 @@ class KanllamaCLI(LightningCLI):
         asked = trainer.max_steps if trainer.max_steps is not None else -1
         trainer.max_steps = steps if asked < 0 else min(asked, steps)
         trainer.max_epochs = -1
+        if trainer.val_check_interval is None:
+            trainer.val_check_interval = spacing(steps)
+            pace = next(c for c in trainer.callbacks if c.class_path.endswith("ValidationPace"))
+            pace.init_args.paced = True
         self.save_config_kwargs["execution"] = execution = {
             key: None if config.get(key) is None else str(config[key]) for key in EXECUTION
         }
@@ -301,14 +306,18 @@ class KanllamaCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Refuse an unusable LM or text, and what cannot fit into memory or onto the disk."""
-        lm, buffer = self.model.lm, self.model.buffer
-        lm_bytes = lm.n_parameters * lm.dtype.itemsize
+        lm, buffer, world = self.model.lm, self.model.buffer, self.trainer.world_size
+        row, lm_bytes = lm.d_row * buffer.dtype.itemsize, lm.n_parameters * lm.dtype.itemsize
         rows = buffer.capacity_tokens + self.model.schedule.batch
+        heads, batch = list(self.model.heads().values()), self.model.schedule.batch
         check_room(
             self.model.trainees,
-            rows * lm.d_row * buffer.dtype.itemsize,
+            rows * row,
             lm_bytes,
             self.run_folder,
+            max(
+                step_bytes(heads, batch // world), start_bytes(self.model.start_tokens, row, world)
+            ),
         )
         lm.load_(self.trainer.strategy.root_device)
         self.datamodule.setup("fit")
@@ -341,6 +350,7 @@ class KanllamaCLI(LightningCLI):
                 logger.group_by(lm.hook.name, lm.name)
         if self.datamodule.val_sized:
             every = self.config[self.subcommand].trainer.val_check_interval
+            every = spacing(self.model.schedule.steps) if every is None else every
             size = validation_size(self.model, self.datamodule, every)
             self.datamodule.val_tokens = size.tokens
             log.info(

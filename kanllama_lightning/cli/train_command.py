@@ -40,6 +40,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ESSENTIAL = tuple(
     f"kanllama_lightning.callbacks.{name}"
     for name in (
+        "validation_pace.ValidationPace",
         "progress.Progress",
         "sparsity.Sparsity",
         "reconstruction.Reconstruction",

@@ -1,5 +1,6 @@
 """Shuffled activations: fresh rows in, as many random held rows out, shapes fixed."""
 
+import logging
 from typing import Literal
 
 import torch
@@ -7,6 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kanllama_lightning.types import InputError
+
+log = logging.getLogger(__name__)
 
 
 class ShuffleBuffer:
@@ -103,10 +106,10 @@ class ShuffleBuffer:
         return self.held[: min(n, self.filled)].float()
 
     def state(self) -> dict[str, Tensor]:
-        """Everything needed to go on exactly, as tensors."""
+        """Everything needed to go on exactly, as tensors: views, good until rows come or go."""
         return {
-            "held": self.held[: self.filled].clone(),
-            "queue": self.queue[: self.queued].clone(),
+            "held": self.held[: self.filled],
+            "queue": self.queue[: self.queued],
             "generator": self.generator.get_state(),
         }
 
@@ -133,8 +136,18 @@ class ShuffleBuffer:
         self.filled, self.queued = len(held), len(queue)
         self.held[: self.filled] = held.to(self.held.device)
         self.queue[: self.queued] = queue.to(self.queue.device)
-        if "generator" in state:
-            self.generator.set_state(state["generator"])
+        draws = state.get("generator")
+        if draws is None:
+            return
+        if draws.shape == self.generator.get_state().shape:
+            self.generator.set_state(draws)
+        else:  # the generators of a CPU and of a GPU have nothing in common
+            log.warning(
+                "the checkpoint was made on another kind of device than %s: the buffer's draws "
+                "begin anew from the run's seed, so this run will not be the same as an "
+                "undisturbed one bit for bit",
+                self.held.device,
+            )
 
 
 def dealt(states: list[dict[str, Tensor]], rank: int, world: int) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from kanllama_lightning.corpus import Corpus, Document
+from kanllama_lightning.data.ahead import Ahead
 from kanllama_lightning.data.packing import Rows, join
 from kanllama_lightning.data.vocabulary import TextEncoder
 from kanllama_lightning.types import InputError, TokenBatch
@@ -27,7 +28,8 @@ class TokenStream(IterableDataset):
     The corpus is read in blocks of `BLOCK_DOCUMENTS` document numbers. The documents of a block
     are permuted, packed, and the rows permuted again, by a generator seeded with (seed, epoch,
     block); when the corpus ends, the next epoch begins. So the order of all rows is a function
-    of the seed, and (epoch, block, row) is a place in it. Each step takes `batch_seqs` rows per
+    of the seed, and (epoch, block, row) is a place in it. When half of the rows of a block are
+    gone, a thread begins to read and tokenise the next one. Each step takes `batch_seqs` rows per
     rank off that one sequence and deals them out in turn, so that all ranks are always at the
     same place.
 
@@ -69,8 +71,11 @@ class TokenStream(IterableDataset):
         first_epoch, first_block, row = self.position.tolist()
         wanted = self.batch_seqs * self.world
         parts: list[Rows] = []
-        for epoch, block, rows in self._blocks(first_epoch, first_block):
+        blocks = Ahead(self._blocks(first_epoch, first_block))
+        for epoch, block, rows in blocks:
             while row < len(rows.ids):
+                if 2 * row >= len(rows.ids):
+                    blocks.begin()
                 parts.append(rows.pick(slice(row, row + wanted)))
                 row += len(parts[-1].ids)
                 wanted -= len(parts[-1].ids)

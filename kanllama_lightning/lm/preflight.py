@@ -284,21 +284,29 @@ def _not_finite(lm: FrozenLM, tokens: TokenBatch) -> str:
     )
 
 
-def check_room(heads: nn.Module, buffer_bytes: int, lm_bytes: int, folder: Path) -> None:
+def check_room(
+    heads: nn.Module, buffer_bytes: int, lm_bytes: int, folder: Path, passing: int = 0
+) -> None:
     """Estimate memory and disk of a run, log them, and refuse what cannot fit.
+
+    On a CPU the copy that a checkpoint is written from is part of it; on a GPU it is in the host's
+    memory, of which nothing is said.
 
     Args:
         heads: The heads to train: weights, gradients and two Adam moments.
         buffer_bytes: Size of the activation buffer and its queue.
         lm_bytes: Size of the LM's weights in its dtype.
         folder: Where the run is written: two checkpoints and one being written, and the head.
+        passing: Memory that comes and goes: of the start statistics, or of a step.
     """
     weights = sum(p.numel() * p.element_size() for p in heads.parameters())
-    memory = 4 * weights + buffer_bytes + lm_bytes
+    memory = 4 * weights + buffer_bytes + lm_bytes + passing
+    if not torch.cuda.is_available():
+        memory += checkpoint_bytes(weights, buffer_bytes)
     disk = disk_bytes(weights, buffer_bytes)
     free_disk, free = shutil.disk_usage(folder).free, free_memory()
     log.info(
-        "needs about %s of memory before batches (%s free) and %s of disk (%s free)",
+        "needs about %s of memory (%s free) and %s of disk (%s free)",
         size(memory),
         size(free),
         size(disk),
@@ -318,7 +326,12 @@ def check_room(heads: nn.Module, buffer_bytes: int, lm_bytes: int, folder: Path)
 
 def disk_bytes(weights: int, buffer_bytes: int) -> int:
     """Disk of a run: two checkpoints and one being written, and the head (all in bytes)."""
-    return 3 * (3 * weights + buffer_bytes) + 2 * weights
+    return 3 * checkpoint_bytes(weights, buffer_bytes) + 2 * weights
+
+
+def checkpoint_bytes(weights: int, buffer_bytes: int) -> int:
+    """A checkpoint: weights, two moments of Adam, the buffer (all in bytes)."""
+    return 3 * weights + buffer_bytes
 
 
 def free_memory() -> int:

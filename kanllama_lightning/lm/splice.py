@@ -14,7 +14,10 @@ from kanllama_lightning.types import Prefix, TokenBatch, ValidationBatch
 K = TypeVar("K")
 
 LOGIT_NUMBERS = 1 << 24
-"""Logits that exist at once per run (64 MiB in fp32)."""
+"""Logits that exist at once per run on a CPU (64 MiB in fp32)."""
+LOGIT_NUMBERS_OFF_CPU = 1 << 27
+"""On any other device (512 MiB in fp32): of a vocabulary of 128,256 those of 1,046 positions, for
+which the unembedding is read once, where the 130 of a CPU's block would wait for it."""
 CACHED_NUMBERS = 1 << 20
 """Logits that a CPU turns into losses at once: what its cache holds."""
 
@@ -80,7 +83,7 @@ def spliced_losses(
     target = targets[row, pos]
     ce: dict[str, list[Tensor]] = {name: [] for name in hidden}
     kl: dict[str, list[Tensor]] = {name: [] for name in runs}
-    step = max(1, LOGIT_NUMBERS // lm.vocab_size)
+    step = positions_at_once(target.device, lm.vocab_size)
     for start in range(0, len(target), step):
         part = slice(start, start + step)
         at, clean = target[part, None], lm.logits(hidden["clean"][part])
@@ -100,6 +103,16 @@ def spliced_losses(
         kl={name: torch.cat(parts or empty) for name, parts in kl.items()},
         where=(row, pos),
     )
+
+
+def positions_at_once(device: torch.device, vocab: int) -> int:
+    """Positions whose logits exist at once, per run.
+
+    Args:
+        device: Where they are made.
+        vocab: Logits of a position.
+    """
+    return max(1, (LOGIT_NUMBERS if device.type == "cpu" else LOGIT_NUMBERS_OFF_CPU) // vocab)
 
 
 def _at_once(logits: Float[Tensor, "n vocab"]) -> int:

@@ -1,5 +1,7 @@
 """What a token costs: floating-point operations of a head's step and of the LM up to the hook."""
 
+import copy
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -74,6 +76,30 @@ def head_cost(head: SAEHead, autocast: bool) -> HeadCost:
     more = TOKENS[1] - TOKENS[0]
     flops, saved = ((b - a) / more for a, b in zip(few, many, strict=True))
     return HeadCost(head.n_parameters(), flops, few[0] - TOKENS[0] * flops, max(0.0, saved))
+
+
+def step_bytes(heads: Iterable[SAEHead], rows: int) -> int:
+    """What a step on so many rows keeps for its backward pass, and a plane of pre-activations.
+
+    Args:
+        heads: Untrained, on the CPU; copies of them are run.
+        rows: Of one process.
+    """
+    per_row = 0.0
+    for head in heads:
+        per_row += head_cost(copy.deepcopy(head), autocast=False).saved_per_token + 4 * head.d_sae
+    return int(rows * per_row)
+
+
+def start_bytes(tokens: int, row: int, world: int = 1) -> int:
+    """What the start statistics take: their sample, and what is left of it without sinks.
+
+    Args:
+        tokens: Activations they are taken of.
+        row: Bytes of one.
+        world: Processes; where there are several, each gathers what all of them have.
+    """
+    return tokens * row * (2 if world == 1 else 3)
 
 
 def _count(head: SAEHead, n: int, autocast: bool) -> tuple[int, int]:

@@ -9,8 +9,15 @@ import torch
 from kanllama_lightning.data.shards import ROW_DTYPE
 from kanllama_lightning.data.token_data import TokenData
 from kanllama_lightning.lm.frozen import FrozenLM
-from kanllama_lightning.lm.preflight import disk_bytes
-from kanllama_lightning.plan.costs import SPLICED, HeadCost, Work, head_cost, lm_flops
+from kanllama_lightning.lm.preflight import checkpoint_bytes, disk_bytes
+from kanllama_lightning.plan.costs import (
+    SPLICED,
+    HeadCost,
+    Work,
+    head_cost,
+    lm_flops,
+    start_bytes,
+)
 from kanllama_lightning.plan.timing import (
     HeadTime,
     RestTime,
@@ -20,7 +27,8 @@ from kanllama_lightning.plan.timing import (
     lm_seconds,
     record_lm,
 )
-from kanllama_lightning.plan.validation import FORWARD, control_runs, validations
+from kanllama_lightning.plan.validation import FORWARD, control_runs, spacing, validations
+from kanllama_lightning.runs.time_share import VALIDATIONS
 from kanllama_lightning.training.head_trainer import HeadTrainer
 from kanllama_lightning.training.module import SAEModule
 
@@ -64,6 +72,10 @@ class RunEstimate:
         val_tokens: Tokens of each validation set.
         val_sets: How many there are.
         validations: In training, the final one not counted.
+        paced: Whether only as many are made as a share of the time pays for.
+        start_tokens: Activations that the start statistics are taken of.
+        row: Bytes of an activation in the buffer.
+        on_cpu: Whether the run is on a CPU: then a checkpoint's copy is in the same memory.
         control_runs: Of the LM, on the first set of the final validation (`control_runs`).
         record: What things take in a record of the heads, on this machine.
     """
@@ -86,6 +98,10 @@ class RunEstimate:
     val_tokens: int = 0
     val_sets: int = 0
     validations: int = 0
+    paced: bool = False
+    start_tokens: int = 0
+    row: int = 0
+    on_cpu: bool = False
     control_runs: int = 0
     record: RecordTime = RecordTime(0.0, RestTime(0.0, 0.0), 0.0)
 
@@ -107,8 +123,7 @@ class RunEstimate:
             data: Gives the shape of token batches.
             device: Where the run would be.
             autocast: Whether heads train in bf16-mixed.
-            val_check_interval: Steps between two validations; other than a number for the final
-                one alone.
+            val_check_interval: Steps between two validations; None where the time decides.
         """
         schedule, buffer = module.schedule, module.buffer
         lm_rows = data.lm_batch_seqs * data.ctx_len
@@ -123,6 +138,8 @@ class RunEstimate:
             first = lm_seconds(own, data.val_batch_seqs, data.ctx_len, device)
             second = lm_rest_seconds(own, first, data.val_batch_seqs, data.ctx_len, device)
             record = record._replace(upto=first, rest=second)
+        paced, every = val_check_interval is None, val_check_interval
+        row = lm.d_row * buffer.dtype.itemsize
         held = buffer.capacity_tokens + schedule.batch + lm_rows
         return cls(
             costs={name: head_cost(t.head, autocast) for name, t in trainees.items()},
@@ -138,7 +155,7 @@ class RunEstimate:
             d_row=lm.d_row,
             head_weights=sum(p.numel() * p.element_size() for p in parameters),
             lm_weights=lm.n_parameters * lm.dtype.itemsize,
-            buffer=held * lm.d_row * buffer.dtype.itemsize,
+            buffer=held * row,
             planes=sum(t.head.d_sae for t in trainees.values()),
             cached=data.cache is not None,
             cache_rows=data.cache_tokens or schedule.rows_read(module.filling_rows),
@@ -146,7 +163,14 @@ class RunEstimate:
             record=record,
             val_tokens=data.val_tokens,
             val_sets=data.val_sets,
-            validations=validations(schedule.steps, val_check_interval),
+            # the last of them would come with the final one
+            validations=validations(schedule.steps - 1, spacing(schedule.steps))
+            if paced
+            else validations(schedule.steps, every),
+            paced=paced,
+            start_tokens=module.start_tokens,
+            row=row,
+            on_cpu=device.type == "cpu",
             control_runs=control_runs([t.head for t in given]),
         )
 
@@ -160,8 +184,21 @@ class RunEstimate:
 
     @property
     def memory(self) -> int:
-        """All of it: weights, gradients, two moments of Adam, buffer, LM, a step."""
-        return 4 * self.head_weights + self.buffer + self.lm_weights + self.step_memory
+        """All of it: weights, gradients, two moments of Adam, buffer, LM, start or a step; on a
+        CPU what a checkpoint is written from, too."""
+        passing = max(self.step_memory, self.start_memory)
+        held = 4 * self.head_weights + self.buffer + self.lm_weights
+        return held + passing + (self.checkpoint if self.on_cpu else 0)
+
+    @property
+    def start_memory(self) -> int:
+        """What the start statistics take, in one process."""
+        return start_bytes(self.start_tokens, self.row)
+
+    @property
+    def checkpoint(self) -> int:
+        """A checkpoint, on the disk and as the copy that it is written from."""
+        return checkpoint_bytes(self.head_weights, self.buffer)
 
     @property
     def run_disk(self) -> int:
@@ -240,7 +277,15 @@ class RunEstimate:
     def all_validations_seconds(self) -> float:
         """Seconds of all validations; in the final one the first set is read with controls too."""
         controls = self.control_runs * self.val_tokens * self.lm_rest_seconds
-        return (self.validations + 1) * self.validation_seconds + controls
+        return (self.validations_made + 1) * self.validation_seconds + controls
+
+    @property
+    def validations_made(self) -> int:
+        """Those in training that the time pays for."""
+        if not self.paced or not self.validation_seconds:
+            return self.validations
+        paid = VALIDATIONS / (1 - VALIDATIONS) * self.seconds(1, self.cached)
+        return min(self.validations, int(paid / self.validation_seconds))
 
     @property
     def runs_to_pay(self) -> int | None:

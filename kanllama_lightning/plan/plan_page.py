@@ -9,6 +9,7 @@ from kanllama_lightning.console.units import duration, size
 from kanllama_lightning.plan.costs import Work
 from kanllama_lightning.plan.estimate import DISK_RATE, FEW_PERCENT, RunEstimate
 from kanllama_lightning.plan.validation import FEW
+from kanllama_lightning.runs.time_share import VALIDATIONS
 
 RUNS = 10
 RECORD_TOKENS = 65_536
@@ -60,7 +61,13 @@ def table(
     made.add_row("heads: gradients, Adam", size(3 * e.head_weights), "three times the weights")
     made.add_row("buffer and queue", size(e.buffer), "")
     made.add_row("LM", size(e.lm_weights), "its weights")
-    made.add_row("a step", size(e.step_memory), "saved for backward, and the pre-activations")
+    made.add_row("start statistics", size(e.start_memory), "their sample, with and without sinks")
+    made.add_row("or a step", size(e.step_memory), "saved for backward, and the pre-activations")
+    made.add_row(
+        "a checkpoint's copy",
+        size(e.checkpoint),
+        "in the host's memory while it is written; every 5 minutes, at most 2% of the time",
+    )
     made.add_row("memory", size(e.memory), f"{size(free.memory)} free here")
     made.add_section()
     made.add_row(
@@ -98,7 +105,9 @@ def table(
     made.add_row(
         "all validations",
         duration(e.all_validations_seconds),
-        f"{e.validations} in training, and the final one with its controls",
+        f"{e.validations_made} in training"
+        + (f", at most {VALIDATIONS:.0%} of its time" if e.paced else ", as told")
+        + "; and the final one with its controls",
     )
     made.add_row(
         "the whole run",

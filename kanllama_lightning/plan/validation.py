@@ -18,6 +18,8 @@ LEAST = 4096
 """Tokens of a set, whatever they take; VAL_TOKENS are the most."""
 FEW = 8192
 """Tokens below which the interval of delta CE is wide."""
+MOST = 10
+"""Validations within a training, where nobody says how often, if the time allows them."""
 FORWARD = 1 / 3
 """Share of a training step that is the forward pass: the backward pass takes about two."""
 
@@ -36,9 +38,18 @@ def validations(steps: int, every: Any) -> int:
 
     Args:
         steps: Of the training.
-        every: `trainer.val_check_interval`: steps between two; anything else is none.
+        every: Steps between two; anything but a number is none.
     """
     return steps // every if isinstance(every, int) and every > 0 else 0
+
+
+def spacing(steps: int) -> int:
+    """Steps between two validations where nobody says how often.
+
+    Args:
+        steps: Of the training.
+    """
+    return max(1, steps // MOST)
 
 
 def control_runs(heads: Sequence[SAEHead]) -> int:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from kanllama_lightning.data.buffer import ShuffleBuffer, dealt
+from kanllama_lightning.runs.folder import CHECKPOINTS
 from kanllama_lightning.runs.seals import Written, checkpoints, torn
 from kanllama_lightning.storage.small_files import Count, Wrong, check, write_json
 
@@ -36,6 +37,13 @@ def remove(checkpoint: Path) -> None:
     checkpoint.with_suffix(".json").unlink(missing_ok=True)
     for file in checkpoint.parent.glob(f"{checkpoint.stem}.*"):
         file.unlink()
+
+
+def remove_unsealed(folder: Path) -> None:
+    """Take away what a kill left of checkpoints that were being written: of no use to anybody."""
+    for file in (folder / CHECKPOINTS).glob("step=*"):
+        if not file.with_name(f"{file.name.partition('.')[0]}.json").is_file():
+            file.unlink()
 
 
 def outdated(folder: Path, newest: Path, keep: int) -> list[Path]:

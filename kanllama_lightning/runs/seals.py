@@ -7,9 +7,9 @@ from typing import BinaryIO, NamedTuple, TypedDict
 
 from kanllama_lightning.errors import InputError
 from kanllama_lightning.runs.folder import CHECKPOINTS
+from kanllama_lightning.storage.files import CHUNK
 from kanllama_lightning.storage.small_files import Count, FileName, read_json
 
-CHUNK = 1 << 24
 NAME = re.compile(r"step=\d{9,}\.ckpt")
 
 

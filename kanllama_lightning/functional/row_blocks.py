@@ -8,12 +8,14 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kanllama_lightning.functional.sparse import Pattern
+from kanllama_lightning.functional.sparse import Pattern, fixed_sizes
 from kanllama_lightning.functional.splines import rows_at_once
 
 BLOCK, LEAST_ROWS = 1 << 20, 256
 """Pre-activations worked on at once on the CPU, where they then stay in the cache; but at least so
-many rows, as every block's share is added to the whole weights. A GPU takes all rows at once."""
+many rows, as every block's share is added to the whole weights."""
+GPU_BLOCK = 1 << 25
+"""The same on a GPU: a block costs some 50 launches, and ten times its size in memory."""
 SPARSE = 1 / 16
 """Share of non-zeros up to which bags of rows beat matrix products on the CPU, whose times meet
 at 9 % (d_model 2048) to 15 % (256)."""
@@ -37,7 +39,7 @@ def few_above(
         pre_acts: Pre-activations of a batch.
         level: One for all latents, or one each.
     """
-    if pre_acts.device.type != "cpu" or not pre_acts.numel():
+    if fixed_sizes(pre_acts) or not pre_acts.numel():
         return None
     for rows in (pre_acts[::SAMPLE_ROWS], pre_acts):
         above = rows > level
@@ -93,7 +95,7 @@ def decode_in_blocks(
 
 def _block_rows(pre_acts: Float[Tensor, "tok d_sae"]) -> int:
     """How many rows a block has."""
-    return rows_at_once(pre_acts, pre_acts.shape[1], BLOCK, least=LEAST_ROWS)
+    return rows_at_once(pre_acts, pre_acts.shape[1], BLOCK, GPU_BLOCK, least=LEAST_ROWS)
 
 
 class _InBlocks(torch.autograd.Function):

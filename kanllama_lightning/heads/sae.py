@@ -240,10 +240,12 @@ class SAE(SAEHead, shipped=False):
     ) -> Float[Tensor, "tok d_model"]:
         """What the k_aux best dead latents make of x, without b_dec."""
         acts = self.selection.dead_acts(pre_acts)
-        k_aux = min(self.d_model // 2, len(dead))
-        best = self.decoder.sizes(acts, dead).topk(k_aux, dim=1).indices
-        kept = torch.zeros_like(acts).scatter(1, best, acts.gather(1, best))
-        return self.decoder.dead(kept, dead)
+        k_aux = self.d_model // 2
+        if len(dead) > k_aux:
+            with torch.no_grad():
+                best = self.decoder.sizes(acts, dead).topk(k_aux, dim=1).indices
+            acts = torch.zeros_like(acts).scatter(1, best, acts.gather(1, best))
+        return self.decoder.dead(acts, dead)
 
     def observe_(self, out: SAEOutput, ctx: StepContext) -> None:
         """Update the running statistics of selection and decoder."""

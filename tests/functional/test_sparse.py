@@ -75,6 +75,33 @@ def test_large_inputs_too(count, kind):
     assert largest_positive(values, count)[0].tolist() == brute_force(values, count).tolist()
 
 
+@given(
+    st.integers(0, 10_000), st.integers(1, 6), st.integers(1, 9), st.integers(1, 70), st.booleans()
+)
+def test_of_fixed_size_is_the_same_filled_up(seed, tok, d_sae, count, tied):
+    """What a GPU does instead: it has the same positive values, ties included, and others."""
+    values = random(seed, tok, d_sae)
+    if tied:
+        values = values.round()
+    count = min(count, values.numel())
+    positions, cutoff = sparse._largest_fixed(values, count)
+    assert len(positions) == count
+    assert (positions.diff() > 0).all()
+    kept = positions[values.reshape(-1)[positions] > 0]
+    assert kept.tolist() == brute_force(values, count).tolist()
+    assert cutoff == values.reshape(-1)[positions].min().clamp_min(0)
+
+
+@pytest.mark.parametrize("bad", [[0], [0, 3], list(range(6))])
+def test_of_fixed_size_stays_inside_where_there_is_nan(bad):
+    """An index beyond the end would end the process on a GPU, before anyone could say why."""
+    values = torch.arange(6.0).view(2, 3)
+    values.view(-1)[bad] = torch.nan
+    positions, _ = sparse._largest_fixed(values, 4)
+    assert len(positions) == 4
+    assert ((positions >= 0) & (positions < 6)).all()
+
+
 @pytest.mark.parametrize(("tok", "few"), [(20, False), (200, True)])
 def test_large_inputs_are_sampled_first(tok, few, monkeypatch):
     """The tensor that is searched has few values where a sample could be taken."""

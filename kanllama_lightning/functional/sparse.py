@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.utils.weak import WeakIdKeyDictionary
 
 from kanllama_lightning.functional import ranks
 
@@ -77,9 +78,11 @@ class Sums(NamedTuple):
     b_enc: Float[Tensor, " d_sae"]
     """The encoder's own part of the bias: the same in value, but without what b_dec learns by."""
 
-    def dense(self, latents: Int[Tensor, " some"] | None = None) -> Float[Tensor, "tok _"]:
-        """The pre-activations, fp32, of all latents or of some."""
-        return products(self.branches, self.bias, latents)
+    def dense(
+        self, latents: Int[Tensor, " some"] | None = None, after: Tensor | None = None
+    ) -> Float[Tensor, "tok _"]:
+        """The pre-activations, fp32, of all latents or of some; `after` as in `rows_of`."""
+        return products(self.branches, self.bias, latents, after)
 
     def tied(self, values: Float[Tensor, " nnz"], pattern: "Pattern") -> Float[Tensor, " nnz"]:
         """Some of them, made without autograd, tied to what they came from (`kept_products`)."""
@@ -279,18 +282,19 @@ class _ToDictionary(torch.autograd.Function):
         ctx: Any,
         summed: Float[Tensor, "tok d_model"],
         values: Float[Tensor, " nnz"],
-        dictionary: Float[Tensor, "d_sae d_model"],  # noqa: ARG004 (its gradient is made)
+        dictionary: Float[Tensor, "d_sae d_model"],
         pattern: Pattern,
     ) -> Float[Tensor, "tok d_model"]:
         ctx.save_for_backward(values)
-        ctx.pattern = pattern
+        ctx.pattern, ctx.dictionary = pattern, dictionary
         return summed.view_as(summed)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Float[Tensor, "tok d_model"]) -> tuple[Tensor | None, ...]:
         (values,) = ctx.saved_tensors
-        return grad, None, ctx.pattern.sum_rows(values, grad.contiguous()), None
+        to_dictionary = ctx.pattern.sum_rows(values, grad.contiguous())
+        return grad, None, with_rows_read_(to_dictionary, ctx.dictionary), None
 
 
 def kept_products(
@@ -359,23 +363,77 @@ class _KeptProducts(torch.autograd.Function):
                 if need[i]
                 else None
             )
-            found.append(
-                pattern.sum_rows(grad.to(weights.dtype), inputs.to(weights.dtype)).t()
-                if need[i + 1]
-                else None
-            )
+            to_weights = None
+            if need[i + 1]:
+                to_weights = pattern.sum_rows(grad.to(weights.dtype), inputs.to(weights.dtype))
+                to_weights = with_rows_read_(to_weights, weights).t()
+            found.append(to_weights)
         return None, None, *found
+
+
+ROWS_READ: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Gradients of rows of weights on their way into the weights' own: places and rows, by weight."""
+
+
+def rows_of(
+    weight: Float[Tensor, "n d"], latents: Int[Tensor, " some"], after: Tensor | None = None
+) -> Float[Tensor, "some d"]:
+    """Rows of a weight, or of the transposed of one, that a loss reads beside the pass over all.
+
+    Alone their gradient is a matrix of the weight's size, most of it zeros, and it is added to that
+    of the pass. On a GPU it is handed to the pass, which adds the rows in place.
+
+    Args:
+        weight: A parameter [n d], or a parameter [d n] as `.T`.
+        latents: Which rows, none twice.
+        after: What comes of the pass over all, so that this is differentiated first; None where
+            there is no such pass. It must be one that calls `with_rows_read_`.
+    """
+    base = weight if weight._base is None else weight._base
+    own = base.is_leaf and base.requires_grad and base.dim() == 2
+    in_place = own and after is not None and after.requires_grad and fixed_sizes(weight)
+    if not (in_place and torch.is_grad_enabled()):
+        return weight[latents]
+    out: Tensor = _RowsOf.apply(weight, latents, after, base)
+    return out
+
+
+class _RowsOf(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Float[Tensor, "n d"],
+        latents: Int[Tensor, " some"],
+        after: Tensor,  # noqa: ARG004 (comes first in backward)
+        base: Tensor,
+    ) -> Float[Tensor, "some d"]:
+        ctx.latents, ctx.base = latents, base
+        return weight.index_select(0, latents)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Float[Tensor, "some d"]) -> tuple[Tensor | None, ...]:
+        ROWS_READ.setdefault(ctx.base, []).append((ctx.latents, grad))
+        return None, None, None, None
+
+
+def with_rows_read_(grad: Float[Tensor, "n d"], weight: Tensor) -> Float[Tensor, "n d"]:
+    """The gradient of a weight (or of its transposed), and that of rows read beside it."""
+    for latents, rows in ROWS_READ.pop(weight, ()):
+        grad.index_add_(0, latents, rows.to(grad.dtype))
+    return grad
 
 
 def products(
     branches: list[Branch],
     bias: Float[Tensor, " d_sae"],
     latents: Int[Tensor, " some"] | None = None,
+    after: Tensor | None = None,
 ) -> Float[Tensor, "tok _"]:
     """Inputs @ weights, summed over the branches, plus the bias; fp32, of all latents or some."""
     total: Tensor | None = None
     for inputs, weights in branches:
-        some = weights if latents is None else weights.T[latents].T
+        some = weights if latents is None else rows_of(weights.T, latents, after).T
         if total is None:
             total = product(inputs, some).float()
         # in place: each sum would be one more tensor of the batch's size, and so would each product

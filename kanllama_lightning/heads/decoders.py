@@ -18,7 +18,7 @@ from kanllama_lightning.functional.curves import (
     straightness,
 )
 from kanllama_lightning.functional.planes import lifted_planes
-from kanllama_lightning.functional.sparse import Pattern, fixed_sizes, sparse_decode
+from kanllama_lightning.functional.sparse import Pattern, fixed_sizes, rows_of, sparse_decode
 from kanllama_lightning.functional.splines import greville, rows_at_once
 from kanllama_lightning.heads.kan_linear import KANLinear
 from kanllama_lightning.heads.reach import first_reach, follow_reach_
@@ -91,9 +91,12 @@ class Decoder(nn.Module, ABC):
         """What some latents alone add up to."""
 
     def dead(
-        self, latents: Float[Tensor, "tok n_dead"], which: Int[Tensor, " n_dead"]
+        self,
+        latents: Float[Tensor, "tok n_dead"],
+        which: Int[Tensor, " n_dead"],
+        after: Tensor | None = None,
     ) -> Float[Tensor, "tok d_model"]:
-        """What AuxK takes dead latents to write."""
+        """What AuxK takes dead latents to write; `after`: what all of them wrote (`rows_of`)."""
         return self.some(latents, which)
 
     def sizes(
@@ -169,7 +172,16 @@ class UnitDirections(Decoder):
         self, latents: Float[Tensor, "tok some"], which: Int[Tensor, " some"]
     ) -> Float[Tensor, "tok d_model"]:
         """The sum of these latents times their directions, fp32."""
-        return (latents @ self.W_dec[which]).float()
+        return self.dead(latents, which)
+
+    def dead(
+        self,
+        latents: Float[Tensor, "tok n_dead"],
+        which: Int[Tensor, " n_dead"],
+        after: Tensor | None = None,
+    ) -> Float[Tensor, "tok d_model"]:
+        """Likewise."""
+        return (latents @ rows_of(self.W_dec, which, after)).float()
 
     def directions(
         self,
@@ -452,7 +464,10 @@ class LatentCurves(CurvedDecoder):
         return sparse_decode(planes.reshape(-1), wide, self.psi.flatten(0, 1))
 
     def dead(
-        self, latents: Float[Tensor, "tok n_dead"], which: Int[Tensor, " n_dead"]
+        self,
+        latents: Float[Tensor, "tok n_dead"],
+        which: Int[Tensor, " n_dead"],
+        after: Tensor | None = None,
     ) -> Float[Tensor, "tok d_model"]:
         """Along lines from 0 to the curves at their reach.
 
@@ -560,7 +575,10 @@ class MixingKAN(CurvedDecoder):
         return self._written(sparse_decode(values, pattern, self.V))
 
     def dead(
-        self, latents: Float[Tensor, "tok n_dead"], which: Int[Tensor, " n_dead"]
+        self,
+        latents: Float[Tensor, "tok n_dead"],
+        which: Int[Tensor, " n_dead"],
+        after: Tensor | None = None,
     ) -> Float[Tensor, "tok d_model"]:
         """f - f(0) where all other latents are 0; as a dense product where counting is a wait."""
         if not fixed_sizes(latents):

@@ -208,7 +208,7 @@ class Selecting(Selection):
 def smallest_of(kept: Float[Tensor, " nnz"]) -> Float[Tensor, ""]:
     """The smallest kept activation, infinite where nothing is kept."""
     if fixed_sizes(kept):
-        kept = torch.where(kept > 0, kept, torch.inf)
+        kept = kept.masked_fill(kept <= 0, torch.inf)
     return kept.min() if len(kept) else kept.new_full((), torch.inf)
 
 
@@ -312,7 +312,7 @@ class Thresholded(Selecting):
         smallest = smallest_of(kept)
         if ranks.POOLED.get():
             smallest = ranks.smallest(smallest)
-        by = torch.where(smallest.isfinite(), rate, 0.0)
+        by = (smallest < torch.inf) * rate
         self.threshold_ema.lerp_(smallest.nan_to_num(posinf=0.0), by)
         self.threshold_ema_weight.lerp_(torch.ones_like(self.threshold_ema_weight), by)
 

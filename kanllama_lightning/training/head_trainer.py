@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kanllama_lightning.functional import ranks
+from kanllama_lightning.functional import ranks, sparse
 from kanllama_lightning.functional.losses import fvu
 from kanllama_lightning.functional.sparse import fixed_sizes
 from kanllama_lightning.heads.head import SAEHead
@@ -94,7 +94,8 @@ class HeadTrainer(nn.Module):
     @torch.no_grad()
     def watch_(self, loss: Float[Tensor, ""], step: int) -> None:
         """Remember the first step whose loss is not finite, on the device: waits for nothing."""
-        self.bad_step = self.bad_step.minimum(torch.where(loss.isfinite(), NEVER, step))
+        finite = loss - loss == 0
+        self.bad_step = torch.where(finite, self.bad_step, self.bad_step.clamp_max(step))
 
     def unsound(self) -> str | None:
         """The first of its weights that is not finite; None if all are."""
@@ -128,6 +129,9 @@ class HeadTrainer(nn.Module):
             value: Fixed limit; None for `clip_ratio` times the running mean of the norm.
             by: With a fixed limit, `norm` or `value`, as in `trainer.gradient_clip_algorithm`.
         """
+        assert not sparse.ROWS_READ, (
+            "a pass over all rows of a weight left out those read beside it"
+        )
         parameters = [p for p in self.head.parameters() if p.grad is not None]
         if value is not None and by == "value":
             nn.utils.clip_grad_value_(parameters, value)

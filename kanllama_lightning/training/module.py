@@ -340,7 +340,7 @@ class SAEModule(L.LightningModule):
         """Kept activations of a batch; counts what is dropped as a sink."""
         rows = batch.activations(self.lm.acts)
         sizes = self._sizes(rows)
-        self.bad_rows += (~sizes.isfinite()).sum()
+        self.bad_rows += (~(sizes < torch.inf)).sum()
         kept = rows[within(sizes, self.head.norm_limit)]
         self._count(len(rows), len(kept), batch.position)
         return kept
@@ -357,7 +357,7 @@ class SAEModule(L.LightningModule):
         self.data_position, position = position, self.data_position
         rows = batch.activations(self.lm.acts)
         sizes = self._sizes(rows)
-        self.bad_rows += (~sizes.isfinite()).sum()
+        self.bad_rows += (~(sizes < torch.inf)).sum()
         keep = within(sizes, self.head.norm_limit)
         order = keep.to(torch.uint8).argsort(descending=True, stable=True)
         self._rows_ahead.append(RowsAhead(rows[order], Later(keep.sum()), position))

@@ -213,7 +213,7 @@ def summed(counts: Counts) -> dict[str, Any]:
         "lm_launches": counts.lm_launches,
         "where_syncs": dict(counts.syncs),
         "where_copies": dict(counts.copies),
-        "where_launches": dict(counts.launches.most_common(30)),
+        "where_launches": dict(counts.launches),
         "where_traffic": {k: round(v / 1e9, 2) for k, v in counts.traffic.most_common(30)},
     }
 

@@ -16,7 +16,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kanllama_lightning.errors import InputError as InputError
-from kanllama_lightning.functional.sparse import SparseCodes
+from kanllama_lightning.functional.sparse import SparseCodes, fixed_sizes
+from kanllama_lightning.functional.splines import rows_at_once
 
 Acts = Callable[[Int[Tensor, "batch pos"]], Float[Tensor, "batch pos d_row"]]
 """Token ids to what heads are given: `FrozenLM.acts`."""
@@ -34,15 +35,21 @@ class TokenBatch(NamedTuple):
     """int64 number of the document a token belongs to, unique within a batch; -1 for padding."""
     position: Int[Tensor, " 3"]
     """int64 (epoch, block, row) of the row *after* this batch: where to go on from."""
+    kept: Int[Tensor, " tok"] | None = None
+    """batch*pos places that `keep` is True for; None on the CPU, where listing them is no wait."""
 
     def to(self, device: torch.device) -> "TokenBatch":
         """The same batch with its tensors on `device` (the position stays on the CPU)."""
         ids, keep, doc = (t.to(device, non_blocking=True) for t in self[:3])
-        return TokenBatch(ids, keep, doc, self.position)
+        if not fixed_sizes(keep):
+            return TokenBatch(ids, keep, doc, self.position)
+        kept = self.keep.reshape(-1).nonzero().squeeze(1).to(device, non_blocking=True)
+        return TokenBatch(ids, keep, doc, self.position, kept)
 
     def activations(self, acts: Acts) -> Float[Tensor, "tok d_row"]:
         """What to train on, sinks included: the kept tokens' activations, by running the LM."""
-        return acts(self.ids)[self.keep]
+        made = acts(self.ids)
+        return made[self.keep] if self.kept is None else made.flatten(0, 1)[self.kept]
 
 
 class ActivationBatch(NamedTuple):
@@ -86,8 +93,8 @@ class DenseCodes(NamedTuple):
         return SparseCodes(values, rows, latents, *self.latents.shape)
 
 
-COUNTED_AT_ONCE = 1 << 19
-"""Latents that `LazyCodes` makes at once where they are only counted."""
+COUNTED_AT_ONCE, COUNTED_BY_GPU = 1 << 19, 1 << 25
+"""Latents that `LazyCodes` makes at once where they are only counted, on the CPU and on a GPU."""
 
 
 class LazyCodes:
@@ -122,7 +129,8 @@ class LazyCodes:
         pre_acts = self._pre_acts.detach()
         l0, fired = [], torch.zeros(pre_acts.shape[1], dtype=torch.int64, device=pre_acts.device)
         with torch.no_grad():
-            for rows in pre_acts.split(max(1, COUNTED_AT_ONCE // pre_acts.shape[1])):
+            size = rows_at_once(pre_acts, pre_acts.shape[1], COUNTED_AT_ONCE, COUNTED_BY_GPU)
+            for rows in pre_acts.split(size):
                 nonzero = self._make(rows) != 0
                 l0.append(nonzero.sum(1))
                 fired += nonzero.sum(0)

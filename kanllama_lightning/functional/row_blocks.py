@@ -8,12 +8,14 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kanllama_lightning.functional.sparse import Pattern
+from kanllama_lightning.functional.sparse import Pattern, fixed_sizes, with_rows_read_
 from kanllama_lightning.functional.splines import rows_at_once
 
 BLOCK, LEAST_ROWS = 1 << 20, 256
 """Pre-activations worked on at once on the CPU, where they then stay in the cache; but at least so
-many rows, as every block's share is added to the whole weights. A GPU takes all rows at once."""
+many rows, as every block's share is added to the whole weights."""
+GPU_BLOCK = 3 << 23
+"""The same on a GPU: a block costs some 50 launches, and ten times its size in memory."""
 SPARSE = 1 / 16
 """Share of non-zeros up to which bags of rows beat matrix products on the CPU, whose times meet
 at 9 % (d_model 2048) to 15 % (256)."""
@@ -37,7 +39,7 @@ def few_above(
         pre_acts: Pre-activations of a batch.
         level: One for all latents, or one each.
     """
-    if pre_acts.device.type != "cpu" or not pre_acts.numel():
+    if fixed_sizes(pre_acts) or not pre_acts.numel():
         return None
     for rows in (pre_acts[::SAMPLE_ROWS], pre_acts):
         above = rows > level
@@ -93,7 +95,7 @@ def decode_in_blocks(
 
 def _block_rows(pre_acts: Float[Tensor, "tok d_sae"]) -> int:
     """How many rows a block has."""
-    return rows_at_once(pre_acts, pre_acts.shape[1], BLOCK, least=LEAST_ROWS)
+    return rows_at_once(pre_acts, pre_acts.shape[1], BLOCK, GPU_BLOCK, least=LEAST_ROWS)
 
 
 class _InBlocks(torch.autograd.Function):
@@ -121,7 +123,7 @@ class _InBlocks(torch.autograd.Function):
         penalty = pre_acts.new_zeros(())
         for rows in pre_acts.split(_block_rows(pre_acts)):
             latents, part = make(rows, *vectors)
-            blocks.append([(z.to(dtype) @ weights).float() for z in latents])
+            blocks.append([wide_product(z.to(dtype), weights) for z in latents])
             penalty += part
         return pre_acts, penalty, *(torch.cat(parts) for parts in zip(*blocks, strict=True))
 
@@ -140,7 +142,12 @@ class _InBlocks(torch.autograd.Function):
         for_bias = torch.zeros_like(bias)
         for_vectors: list[Tensor | None] = [None] * n_vectors
         # of a weight transposed: the layout in which it is stored
-        for_pairs = [torch.zeros_like(t.t() if i % 2 else t).float() for i, t in enumerate(pairs)]
+        for_pairs = [
+            torch.zeros_like(t.t() if i % 2 else t, dtype=torch.float32)
+            if needed
+            else t.new_empty(0)
+            for i, (t, needed) in enumerate(zip(pairs, need_pairs, strict=True))
+        ]
         for_dictionary, to_z = None, to_decoded[0]
         if need_dictionary and to_z is not None:
             for_dictionary = (
@@ -160,7 +167,7 @@ class _InBlocks(torch.autograd.Function):
             for z, to in zip(latents, to_decoded, strict=True):
                 if to is not None:
                     outputs.append(z)
-                    gradients.append((to[rows].to(dtype) @ directions.t()).float())
+                    gradients.append(wide_product(to[rows].to(dtype), directions.t()))
             if kept is None and for_dictionary is not None and to_z is not None:
                 z = latents[0].detach().to(dtype)
                 add_product_(for_dictionary, z.t(), to_z[rows].to(dtype))
@@ -181,6 +188,13 @@ class _InBlocks(torch.autograd.Function):
                     for_pairs[i][rows] = to_p @ pairs[i + 1].t()
                 if need_pairs[i + 1]:
                     add_product_(for_pairs[i + 1], to_p.t(), pairs[i][rows])
+        if for_dictionary is not None:
+            with_rows_read_(for_dictionary, dictionary)
+        for total, weights, needed in zip(
+            for_pairs[1::2], rest[n_vectors + 1 :: 2], need_pairs[1::2], strict=True
+        ):
+            if needed:
+                with_rows_read_(total, weights)
         return (
             *(None,) * 5,
             for_bias if need_bias else None,
@@ -200,6 +214,13 @@ def gradients_of(
     if not outputs:
         return [None] * len(inputs)
     return list(torch.autograd.grad(outputs, inputs, gradients, allow_unused=True))
+
+
+def wide_product(left: Float[Tensor, "a n"], right: Float[Tensor, "n b"]) -> Float[Tensor, "a b"]:
+    """left @ right in fp32, whatever the factors; a GPU does not round sums of bf16 products."""
+    if left.is_cuda and left.dtype == torch.bfloat16:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return (left @ right).float()
 
 
 def add_product_(

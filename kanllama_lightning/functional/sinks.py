@@ -1,5 +1,6 @@
 """Attention sinks: activations so large that they say nothing about a text (METHODS 0.5)."""
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -19,4 +20,4 @@ def regular(rows: Float[Tensor, "*tok d_model"], norm_limit: Tensor) -> Bool[Ten
 
 def within(sizes: Float[Tensor, "*tok"], norm_limit: Tensor) -> Bool[Tensor, "*tok"]:
     """`regular`, from the norms of the activations."""
-    return ~(sizes > norm_limit) | ~sizes.isfinite()
+    return ~((sizes > norm_limit) & (sizes < torch.inf))

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.utils.weak import WeakIdKeyDictionary
 
 from kanllama_lightning.functional import ranks
 
@@ -18,15 +19,27 @@ sample walks through all latents."""
 SMALL = 1 << 16
 """Below so many values the guess costs more than it saves."""
 
+COUNTED_ON = ("cpu",)
+"""Devices on which it costs nothing to wait for a number. Elsewhere a step has fixed sizes."""
+
 Branch = tuple[Float[Tensor, "tok _"], Float[Tensor, "_ d_sae"]]
 """Inputs and weights whose product is a part of the pre-activations."""
+
+
+def fixed_sizes(x: Tensor) -> bool:
+    """Whether a step must do without sizes that depend on values, as a GPU is waited for to count.
+
+    Selections then have as many entries as they may have at most: where fewer activations are
+    positive, entries of value 0 fill up. They count nowhere, and have no gradient.
+    """
+    return x.device.type not in COUNTED_ON
 
 
 class SparseCodes(NamedTuple):
     """The kept activations of a batch: nothing of shape [tok d_sae] is held."""
 
     values: Float[Tensor, " nnz"]
-    """Post-activation values (> 0 but for PCA, whose codes are signed)."""
+    """Post-activation values (> 0 but for PCA, whose codes are signed, and for `fixed_sizes`)."""
     rows: Int[Tensor, " nnz"]
     """Token of each value, ascending."""
     latents: Int[Tensor, " nnz"]
@@ -65,9 +78,11 @@ class Sums(NamedTuple):
     b_enc: Float[Tensor, " d_sae"]
     """The encoder's own part of the bias: the same in value, but without what b_dec learns by."""
 
-    def dense(self, latents: Int[Tensor, " some"] | None = None) -> Float[Tensor, "tok _"]:
-        """The pre-activations, fp32, of all latents or of some."""
-        return products(self.branches, self.bias, latents)
+    def dense(
+        self, latents: Int[Tensor, " some"] | None = None, after: Tensor | None = None
+    ) -> Float[Tensor, "tok _"]:
+        """The pre-activations, fp32, of all latents or of some; `after` as in `rows_of`."""
+        return products(self.branches, self.bias, latents, after)
 
     def tied(self, values: Float[Tensor, " nnz"], pattern: "Pattern") -> Float[Tensor, " nnz"]:
         """Some of them, made without autograd, tied to what they came from (`kept_products`)."""
@@ -92,9 +107,9 @@ def largest_positive(
     Returns:
         The positions, and the smallest kept value (0 when fewer than `count` were positive).
     """
-    positions, cutoff = _largest_here(values, count)
     if not ranks.POOLED.get():
-        return positions, cutoff
+        return _largest_here(values, count)
+    cutoff = _largest_counted(values, count)[1]
     flat = values.reshape(-1)
     # the common cut-off lies between those that each process would have alone
     low, high = ranks.smallest(cutoff), ranks.largest(cutoff)
@@ -118,6 +133,32 @@ def _largest_here(
     values: Float[Tensor, "tok d_sae"], count: int
 ) -> tuple[Int[Tensor, " kept"], Float[Tensor, ""]]:
     """`largest_positive` of this process's values alone."""
+    return (_largest_fixed if fixed_sizes(values) else _largest_counted)(values, count)
+
+
+def _largest_fixed(
+    values: Float[Tensor, "tok d_sae"], count: int
+) -> tuple[Int[Tensor, " kept"], Float[Tensor, ""]]:
+    """Exactly `count` positions: the same, and where fewer values are positive the next ones."""
+    flat = values.reshape(-1)
+    count = min(count, flat.numel())
+    cutoff = flat.topk(count, sorted=False).values.min()
+    above, equal = (
+        torch.nonzero_static(mask(flat, cutoff), size=count).squeeze(1)
+        for mask in (torch.gt, torch.eq)
+    )
+    n_above = (above >= 0).sum()
+    place = torch.arange(count, device=flat.device)
+    ties = equal.index_select(0, (place - n_above).clamp_min_(0))
+    positions = torch.where(place < n_above, above, ties)
+    # of NaN neither is any; the run then ends at the next look, and not within a kernel
+    return positions.clamp_min_(0).sort().values, cutoff.clamp_min(0)
+
+
+def _largest_counted(
+    values: Float[Tensor, "tok d_sae"], count: int
+) -> tuple[Int[Tensor, " kept"], Float[Tensor, ""]]:
+    """Only positive ones, however many there are: their number is waited for."""
     flat = values.reshape(-1)
     candidates = None
     if flat.device.type == "cpu" and flat.numel() > SMALL and count * 4 < flat.numel():
@@ -159,18 +200,22 @@ class Pattern:
     @cached_property
     def row_starts(self) -> Int[Tensor, " tok"]:
         """Where each row begins."""
-        return _starts(self.rows, self.n_rows)
+        return _starts(self.rows, self.rows, self.n_rows)
 
     @cached_property
     def latent_starts(self) -> Int[Tensor, " d_sae"]:
         """Where each latent begins, in `by_latent` order."""
-        return _starts(self.latents, self.n_latents)
+        return _starts(self.latents, self._sorted.values, self.n_latents)
 
     @cached_property
     def by_latent(self) -> tuple[Int[Tensor, " nnz"], Int[Tensor, " nnz"]]:
         """The order that sorts by latent, and the rows in it."""
-        order = self.latents.sort(stable=True).indices
+        order = self._sorted.indices
         return order, self.rows.index_select(0, order)
+
+    @cached_property
+    def _sorted(self) -> torch.return_types.sort:
+        return self.latents.sort(stable=True)
 
     def of_latents(self, vectors: Iterable[Float[Tensor, " d_sae"]]) -> list[Float[Tensor, " nnz"]]:
         """The entries of vectors that belong to what is kept."""
@@ -195,7 +240,15 @@ class Pattern:
         )
 
 
-def _starts(index: Int[Tensor, " nnz"], size: int) -> Int[Tensor, " size"]:
+def _starts(
+    index: Int[Tensor, " nnz"], ascending: Int[Tensor, " nnz"], size: int
+) -> Int[Tensor, " size"]:
+    """Where each number up to `size` begins in the ascending index; where it is missing, the next.
+
+    By counting, which a CPU does faster, or by searching, which launches less.
+    """
+    if fixed_sizes(index):
+        return torch.searchsorted(ascending, torch.arange(size, device=index.device))
     counts = torch.zeros(size, dtype=torch.int64, device=index.device)
     counts.index_add_(0, index, torch.ones_like(index))
     return counts.cumsum(0) - counts
@@ -229,18 +282,19 @@ class _ToDictionary(torch.autograd.Function):
         ctx: Any,
         summed: Float[Tensor, "tok d_model"],
         values: Float[Tensor, " nnz"],
-        dictionary: Float[Tensor, "d_sae d_model"],  # noqa: ARG004 (its gradient is made)
+        dictionary: Float[Tensor, "d_sae d_model"],
         pattern: Pattern,
     ) -> Float[Tensor, "tok d_model"]:
         ctx.save_for_backward(values)
-        ctx.pattern = pattern
+        ctx.pattern, ctx.dictionary = pattern, dictionary
         return summed.view_as(summed)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Float[Tensor, "tok d_model"]) -> tuple[Tensor | None, ...]:
         (values,) = ctx.saved_tensors
-        return grad, None, ctx.pattern.sum_rows(values, grad.contiguous()), None
+        to_dictionary = ctx.pattern.sum_rows(values, grad.contiguous())
+        return grad, None, with_rows_read_(to_dictionary, ctx.dictionary), None
 
 
 def kept_products(
@@ -261,11 +315,19 @@ def kept_products(
         pattern: Where they are.
         bias: What was added to the products.
         branches: Inputs and weights whose products were summed.
+
+    Returns:
+        The entries; 0 for those that only fill up what is of `fixed_sizes`.
     """
     out: Tensor = _KeptProducts.apply(
         values, pattern, bias, *(tensor for branch in branches for tensor in branch)
     )
-    return out
+    return filled_up(out)
+
+
+def filled_up(values: Float[Tensor, " nnz"]) -> Float[Tensor, " nnz"]:
+    """Kept activations; 0 for those that only fill up what is of `fixed_sizes`."""
+    return values.relu() if fixed_sizes(values) else values
 
 
 class _KeptProducts(torch.autograd.Function):
@@ -301,32 +363,98 @@ class _KeptProducts(torch.autograd.Function):
                 if need[i]
                 else None
             )
-            found.append(
-                pattern.sum_rows(grad.to(weights.dtype), inputs.to(weights.dtype)).t()
-                if need[i + 1]
-                else None
-            )
+            to_weights = None
+            if need[i + 1]:
+                to_weights = pattern.sum_rows(grad.to(weights.dtype), inputs.to(weights.dtype))
+                to_weights = with_rows_read_(to_weights, weights).t()
+            found.append(to_weights)
         return None, None, *found
+
+
+ROWS_READ: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Gradients of rows of weights on their way into the weights' own: places and rows, by weight."""
+
+
+def rows_of(
+    weight: Float[Tensor, "n d"], latents: Int[Tensor, " some"], after: Tensor | None = None
+) -> Float[Tensor, "some d"]:
+    """Rows of a weight, or of the transposed of one, that a loss reads beside the pass over all.
+
+    Alone their gradient is a matrix of the weight's size, most of it zeros, and it is added to that
+    of the pass. On a GPU it is handed to the pass, which adds the rows in place.
+
+    Args:
+        weight: A parameter [n d], or a parameter [d n] as `.T`.
+        latents: Which rows, none twice.
+        after: What comes of the pass over all, so that this is differentiated first; None where
+            there is no such pass. It must be one that calls `with_rows_read_`.
+    """
+    base = weight if weight._base is None else weight._base
+    own = base.is_leaf and base.requires_grad and base.dim() == 2
+    in_place = own and after is not None and after.requires_grad and fixed_sizes(weight)
+    if not (in_place and torch.is_grad_enabled()):
+        return weight[latents]
+    out: Tensor = _RowsOf.apply(weight, latents, after, base)
+    return out
+
+
+class _RowsOf(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Float[Tensor, "n d"],
+        latents: Int[Tensor, " some"],
+        after: Tensor,  # noqa: ARG004 (comes first in backward)
+        base: Tensor,
+    ) -> Float[Tensor, "some d"]:
+        ctx.latents, ctx.base = latents, base
+        return weight.index_select(0, latents)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Float[Tensor, "some d"]) -> tuple[Tensor | None, ...]:
+        ROWS_READ.setdefault(ctx.base, []).append((ctx.latents, grad))
+        return None, None, None, None
+
+
+def with_rows_read_(grad: Float[Tensor, "n d"], weight: Tensor) -> Float[Tensor, "n d"]:
+    """The gradient of a weight (or of its transposed), and that of rows read beside it."""
+    for latents, rows in ROWS_READ.pop(weight, ()):
+        grad.index_add_(0, latents, rows.to(grad.dtype))
+    return grad
 
 
 def products(
     branches: list[Branch],
     bias: Float[Tensor, " d_sae"],
     latents: Int[Tensor, " some"] | None = None,
+    after: Tensor | None = None,
 ) -> Float[Tensor, "tok _"]:
     """Inputs @ weights, summed over the branches, plus the bias; fp32, of all latents or some."""
     total: Tensor | None = None
     for inputs, weights in branches:
-        some = weights if latents is None else weights.T[latents].T
+        some = weights if latents is None else rows_of(weights.T, latents, after).T
         if total is None:
-            total = (inputs @ some).float()
+            total = product(inputs, some).float()
         # in place: each sum would be one more tensor of the batch's size, and so would each product
         elif total.dtype == inputs.dtype == some.dtype and not mixed_precision(inputs):
             total.addmm_(inputs, some)
         else:
-            total.add_(inputs @ some)
+            total.add_(product(inputs, some))
     assert total is not None, "a head without an encoder"
     return total.add_(bias if latents is None else bias[latents])
+
+
+def product(left: Float[Tensor, "a n"], right: Float[Tensor, "n b"]) -> Float[Tensor, "a b"]:
+    """left @ right in the type of autocast, whose sums a GPU need not round to it.
+
+    Rounded to bf16 many pre-activations are equal, and which are kept would depend on their places.
+    Where gradients are made this is the plain product: the other one has none.
+    """
+    if left.is_cuda and mixed_precision(left) and not torch.is_grad_enabled():
+        dtype = torch.get_autocast_dtype("cuda")
+        return torch.mm(left.to(dtype), right.to(dtype), out_dtype=torch.float32)
+    return left @ right
 
 
 def mixed_precision(like: Tensor) -> bool:

@@ -189,7 +189,7 @@ def _pull_looked_up(
                 total.index_add_(0, entry, grad.flatten())
     if grad_table is None:
         return [grad_x, None]
-    pieces = _pieces(grid).to(coef.device)
+    pieces = _pieces(grid, coef.device)
     grad_coef = pieces.t() @ grad_table.view(len(pieces), -1).double()
     return [grad_x, grad_coef.to(coef.dtype)]
 
@@ -242,12 +242,12 @@ def _table(
 
     Made in fp64, as torch.set_float32_matmul_precision may round the factors of fp32 products.
     """
-    table = _pieces(grid).to(coef.device) @ coef.double()
+    table = _pieces(grid, coef.device) @ coef.double()
     return table.to(dtype).view(grid.order + 1, -1)
 
 
 @lru_cache
-def _pieces(grid: _Grid) -> Float[Tensor, "pieces bases"]:
+def _pieces(grid: _Grid, device: torch.device) -> Float[Tensor, "pieces bases"]:
     """Coefficient of t^d in cell k of each basis, fp64; pieces = (order + 1) cells, d-major.
 
     Interpolates every basis at `order + 1` points of a cell. The coefficients are multiples of
@@ -259,7 +259,7 @@ def _pieces(grid: _Grid) -> Float[Tensor, "pieces bases"]:
     cells = torch.arange(first, last + 1, dtype=torch.float64, device="cpu")
     bases = _bases((cells.unsqueeze(1) + t).view(-1, 1), grid).view(len(cells), len(t), -1)
     pieces = torch.linalg.solve(t.unsqueeze(1) ** powers, bases).transpose(0, 1).flatten(0, 1)
-    return (pieces * factorial(grid.order)).round() / factorial(grid.order)
+    return ((pieces * factorial(grid.order)).round() / factorial(grid.order)).to(device)
 
 
 def _compiled(kernel: Callable[..., Tensor], grid: _Grid, *tensors: Tensor) -> Tensor | None:

@@ -18,14 +18,14 @@ from kanllama_lightning.functional.curves import (
     straightness,
 )
 from kanllama_lightning.functional.planes import lifted_planes
-from kanllama_lightning.functional.sparse import Pattern, sparse_decode
-from kanllama_lightning.functional.splines import greville
+from kanllama_lightning.functional.sparse import Pattern, fixed_sizes, rows_of, sparse_decode
+from kanllama_lightning.functional.splines import greville, rows_at_once
 from kanllama_lightning.heads.kan_linear import KANLinear
 from kanllama_lightning.heads.reach import first_reach, follow_reach_
 from kanllama_lightning.types import Codes, Curves, InputError, StepContext
 
-BLOCK = 1 << 22
-"""Elements of the dictionary that are worked on at once."""
+BLOCK, GPU_BLOCK = 1 << 22, 1 << 25
+"""Elements of the dictionary that are worked on at once, on the CPU and on a GPU."""
 FREE_NORM = 0.1
 """Norm of the dictionary rows at the start where norms are free (METHODS A0)."""
 ROUNDING = 1e-6
@@ -91,9 +91,12 @@ class Decoder(nn.Module, ABC):
         """What some latents alone add up to."""
 
     def dead(
-        self, latents: Float[Tensor, "tok n_dead"], which: Int[Tensor, " n_dead"]
+        self,
+        latents: Float[Tensor, "tok n_dead"],
+        which: Int[Tensor, " n_dead"],
+        after: Tensor | None = None,
     ) -> Float[Tensor, "tok d_model"]:
-        """What AuxK takes dead latents to write."""
+        """What AuxK takes dead latents to write; `after`: what all of them wrote (`rows_of`)."""
         return self.some(latents, which)
 
     def sizes(
@@ -169,7 +172,16 @@ class UnitDirections(Decoder):
         self, latents: Float[Tensor, "tok some"], which: Int[Tensor, " some"]
     ) -> Float[Tensor, "tok d_model"]:
         """The sum of these latents times their directions, fp32."""
-        return (latents @ self.W_dec[which]).float()
+        return self.dead(latents, which)
+
+    def dead(
+        self,
+        latents: Float[Tensor, "tok n_dead"],
+        which: Int[Tensor, " n_dead"],
+        after: Tensor | None = None,
+    ) -> Float[Tensor, "tok d_model"]:
+        """Likewise."""
+        return (latents @ rows_of(self.W_dec, which, after)).float()
 
     def directions(
         self,
@@ -184,8 +196,8 @@ class UnitDirections(Decoder):
         """Take from each row's gradient its part along the row."""
         if self.W_dec.grad is None:
             return
-        # in blocks of rows, so that their product stays in the cache
-        size = max(1, BLOCK // self.d_model)
+        # in blocks of rows, so that their product stays in the cache, or small
+        size = rows_at_once(self.W_dec, self.d_model, BLOCK, GPU_BLOCK)
         for grad, rows in zip(self.W_dec.grad.split(size), self.W_dec.split(size), strict=True):
             grad.addcmul_((grad * rows).sum(1, keepdim=True), rows, value=-1.0)
 
@@ -452,7 +464,10 @@ class LatentCurves(CurvedDecoder):
         return sparse_decode(planes.reshape(-1), wide, self.psi.flatten(0, 1))
 
     def dead(
-        self, latents: Float[Tensor, "tok n_dead"], which: Int[Tensor, " n_dead"]
+        self,
+        latents: Float[Tensor, "tok n_dead"],
+        which: Int[Tensor, " n_dead"],
+        after: Tensor | None = None,
     ) -> Float[Tensor, "tok d_model"]:
         """Along lines from 0 to the curves at their reach.
 
@@ -557,7 +572,21 @@ class MixingKAN(CurvedDecoder):
 
     def kept(self, values: Float[Tensor, " nnz"], pattern: Pattern) -> Float[Tensor, "tok d_model"]:
         """f(z) - f(0)."""
-        summed = sparse_decode(values, pattern, self.V)
+        return self._written(sparse_decode(values, pattern, self.V))
+
+    def dead(
+        self,
+        latents: Float[Tensor, "tok n_dead"],
+        which: Int[Tensor, " n_dead"],
+        after: Tensor | None = None,
+    ) -> Float[Tensor, "tok d_model"]:
+        """f - f(0) where all other latents are 0; as a dense product where counting is a wait."""
+        if not fixed_sizes(latents):
+            return self.some(latents, which)
+        return self._written((latents @ self.V[which]).float())
+
+    def _written(self, summed: Float[Tensor, "tok hidden"]) -> Float[Tensor, "tok d_model"]:
+        """f(z) - f(0) of z V."""
         hidden = torch.relu(torch.cat([summed, summed.new_zeros(1, summed.shape[1])]) + self.c_out)
         made: Tensor = self.kan_out(hidden / self.reach)
         return made[:-1] - made[-1]

@@ -2,11 +2,12 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from kanllama_lightning.functional.sparse import Branch
 from kanllama_lightning.functional.spline_activation import spline_activation
@@ -127,12 +128,8 @@ class LinearEncoder(Encoder):
         return [(x - b_dec.detach(), self.W_enc)]
 
     def bias(self, b_dec: Float[Tensor, " d_model"]) -> Float[Tensor, " d_sae"]:
-        """b_enc, and nothing else in value.
-
-        The gradient of b_dec goes through a matrix-vector product of value zero: the same
-        number as through `x - b_dec`, without a matrix product of the batch's size.
-        """
-        return self.b_enc + (b_dec.detach() - b_dec) @ self.W_enc.detach()
+        """b_enc, by which b_dec learns too."""
+        return bias_with_offset(self.b_enc, b_dec, self.W_enc.detach())
 
     @torch.no_grad()
     def set_linear_(
@@ -387,3 +384,45 @@ class BentInputEncoder(LinearEncoder):
     def diagnostics(self, x: Float[Tensor, "tok d_model"]) -> dict[str, Float[Tensor, ""]]:
         """`out_of_grid`: share of the coordinates beyond the grid."""
         return {"out_of_grid": out_of_grid(self.standardised(x))}
+
+
+def bias_with_offset(
+    bias: Float[Tensor, " d_sae"],
+    offset: Float[Tensor, " d_model"],
+    weights: Float[Tensor, "d_model d_sae"],
+) -> Float[Tensor, " d_sae"]:
+    """The bias; what is taken off the inputs learns by it as through (x - offset) @ weights.
+
+    So the inputs want no gradient, which would be a product of the batch's size.
+
+    Args:
+        bias: What is added to the products.
+        offset: What is taken off the inputs, detached there.
+        weights: What the inputs are multiplied by; they learn nothing here.
+    """
+    if not offset.requires_grad:
+        return bias
+    out: Tensor = _BiasWithOffset.apply(bias, offset, weights)
+    return out
+
+
+class _BiasWithOffset(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        bias: Float[Tensor, " d_sae"],
+        offset: Float[Tensor, " d_model"],  # noqa: ARG004 (its gradient is made)
+        weights: Float[Tensor, "d_model d_sae"],
+    ) -> Float[Tensor, " d_sae"]:
+        ctx.save_for_backward(weights)
+        # on the CPU as autocast would have it; a GPU would only write one more copy of the weights
+        cast = weights.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+        ctx.dtype = torch.get_autocast_dtype("cpu") if cast else weights.dtype
+        return bias.view_as(bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Float[Tensor, " d_sae"]) -> tuple[Tensor | None, ...]:
+        (weights,) = ctx.saved_tensors
+        moved = grad.to(ctx.dtype).unsqueeze(0) @ weights.to(ctx.dtype).t()
+        return grad, -moved.squeeze(0).to(grad.dtype), None

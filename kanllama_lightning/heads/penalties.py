@@ -31,7 +31,7 @@ from kanllama_lightning.types import (
 log = logging.getLogger(__name__)
 
 CHECK_STEPS = 250
-"""The controller's bound is looked at so often: reading it waits for the GPU."""
+"""The controller's bound is looked at so often: reading it waits for the GPU, as logging does."""
 STUCK_HORIZONS = 3.0
 """At a bound for so many horizons with L0 off, the controller is said to have failed."""
 LAST_LOOK, TOLERANCE = 0.95, 0.1
@@ -238,7 +238,7 @@ class Penalised(Selection):
         self.controller.update_(l0, kept, ctx.progress, ctx.rate)
         self._steps += 1
         ending = ctx.progress >= LAST_LOOK and not self._ended
-        if not self._warned and (ending or self._steps % CHECK_STEPS == 0):
+        if not self._warned and (ending or self._steps % CHECK_STEPS == 1):
             self._warn_if_off(ending)
         self._ended |= ending
 

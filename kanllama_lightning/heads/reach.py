@@ -21,7 +21,8 @@ def first_reach(
         d_sae: Number of latents.
     """
     reach = values.new_zeros(d_sae).scatter_reduce_(0, latents, values, "amax")
-    firings = torch.bincount(latents, minlength=d_sae)
+    firings = torch.zeros_like(reach, dtype=torch.int64)
+    firings.index_add_(0, latents, (values != 0).long())
     known = firings >= min(MIN_FIRINGS, int(firings.max()))
     middle = reach[known].median() if known.any() else reach.new_ones(())
     return torch.where(known, reach, middle).clamp_min(1e-6)

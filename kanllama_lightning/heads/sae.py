@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from kanllama_lightning.functional.losses import auxk, geometric_median
 from kanllama_lightning.functional.moments import mean_and_std, norms
-from kanllama_lightning.functional.sparse import Sums
+from kanllama_lightning.functional.sparse import Sums, fixed_sizes
 from kanllama_lightning.heads.decoders import CurvedDecoder, Decoder, first_directions
 from kanllama_lightning.heads.encoders import Encoder, FrozenLinearEncoder, LinearEncoder
 from kanllama_lightning.heads.head import LARGEST, SAEHead
@@ -206,7 +207,7 @@ class SAE(SAEHead, shipped=False):
         codes, decoded, by_products = self.selection(sums, self.decoder, self.x_variance)
         with torch.autocast(x.device.type, enabled=False):
             x_hat = (decoded + self.base(x)) / self.scale
-        return SAEOutput(x_hat, codes, sums.dense, by_products)
+        return SAEOutput(x_hat, codes, partial(sums.dense, after=x_hat), by_products)
 
     def encode(self, x: Float[Tensor, "tok _"]) -> Float[Tensor, "tok d_sae"]:
         """Dense latents as at inference, whatever mode the head is in."""
@@ -231,19 +232,31 @@ class SAE(SAEHead, shipped=False):
         if self.alpha_aux and len(ctx.dead):
             error = (x_n - x_hat_n).detach()
             pre = self.pre_acts(x, ctx.dead) if out.pre_acts is None else out.pre_acts(ctx.dead)
-            terms["auxk"] = self.alpha_aux * auxk(error, self._dead_reconstruction(pre, ctx.dead))
+            made = self._dead_reconstruction(pre, ctx.dead, out.x_hat)
+            terms["auxk"] = self.alpha_aux * auxk(error, made)
         batch = LossBatch(x_n, out, ctx, self.x_variance, self.base(x), self.decoder)
         return terms | self.selection.losses(batch, terms)
 
     def _dead_reconstruction(
-        self, pre_acts: Float[Tensor, "tok n_dead"], dead: Int[Tensor, " n_dead"]
+        self,
+        pre_acts: Float[Tensor, "tok n_dead"],
+        dead: Int[Tensor, " n_dead"],
+        x_hat: Float[Tensor, "tok d_model"],
     ) -> Float[Tensor, "tok d_model"]:
         """What the k_aux best dead latents make of x, without b_dec."""
         acts = self.selection.dead_acts(pre_acts)
-        k_aux = min(self.d_model // 2, len(dead))
-        best = self.decoder.sizes(acts, dead).topk(k_aux, dim=1).indices
-        kept = torch.zeros_like(acts).scatter(1, best, acts.gather(1, best))
-        return self.decoder.dead(kept, dead)
+        k_aux = self.d_model // 2
+        if len(dead) > k_aux:
+            with torch.no_grad():
+                sizes = self.decoder.sizes(acts, dead)
+                best = sizes.topk(k_aux, dim=1, sorted=not fixed_sizes(acts))
+            if fixed_sizes(acts):  # the same but for ties, in half of the passes
+                least = best.values.amin(1, keepdim=True)
+                acts = torch.where(sizes >= least, acts, 0.0)
+            else:
+                at = best.indices
+                acts = torch.zeros_like(acts).scatter(1, at, acts.gather(1, at))
+        return self.decoder.dead(acts, dead, x_hat)
 
     def observe_(self, out: SAEOutput, ctx: StepContext) -> None:
         """Update the running statistics of selection and decoder."""

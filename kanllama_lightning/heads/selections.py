@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kanllama_lightning.functional import ranks
+from kanllama_lightning.functional import ranks, sparse
 from kanllama_lightning.functional.curves import (
     densities,
     edge_bends,
@@ -23,6 +23,8 @@ from kanllama_lightning.functional.sparse import (
     Pattern,
     SparseCodes,
     Sums,
+    filled_up,
+    fixed_sizes,
     largest_positive,
     sparse_decode,
 )
@@ -159,7 +161,10 @@ class Selecting(Selection):
 
     @abstractmethod
     def select(self, pre_acts: Float[Tensor, "tok d_sae"]) -> Int[Tensor, " nnz"]:
-        """Flat positions, ascending, of the activations to keep; all of them positive."""
+        """Flat positions, ascending, of the activations to keep: all that are not 0 by ReLU(p).
+
+        All of them are positive, but for a training step in `fixed_sizes`.
+        """
 
     def kept(self, sums: Sums) -> tuple[Float[Tensor, " nnz"], Pattern]:
         """The pre-activations that are kept, and where they are."""
@@ -196,8 +201,15 @@ class Selecting(Selection):
     ) -> tuple[Float[Tensor, "tok d_model"], Float[Tensor, " nnz"], Int[Tensor, " nnz"]]:
         """The kept pre-activations along the directions."""
         pattern = Pattern(self.select(pre_acts), *pre_acts.shape)
-        values = pre_acts.reshape(-1).index_select(0, pattern.flat)
+        values = filled_up(pre_acts.reshape(-1).index_select(0, pattern.flat))
         return sparse_decode(values, pattern, decoder.first()), values, pattern.latents
+
+
+def smallest_of(kept: Float[Tensor, " nnz"]) -> Float[Tensor, ""]:
+    """The smallest kept activation, infinite where nothing is kept."""
+    if fixed_sizes(kept):
+        kept = kept.masked_fill(kept <= 0, torch.inf)
+    return kept.min() if len(kept) else kept.new_full((), torch.inf)
 
 
 class TokenTopK(Selecting):
@@ -216,7 +228,10 @@ class TokenTopK(Selecting):
         top = pre_acts.topk(self.k, dim=1, sorted=False)
         latents, order = top.indices.sort(dim=1)
         first = torch.arange(len(pre_acts), device=pre_acts.device) * pre_acts.shape[1]
-        return (latents + first[:, None])[top.values.gather(1, order) > 0]
+        flat = latents + first[:, None]
+        if self.training and pre_acts.device.type not in sparse.COUNTED_ON:
+            return flat.reshape(-1)
+        return flat[top.values.gather(1, order) > 0]
 
 
 class Thresholded(Selecting):
@@ -256,7 +271,8 @@ class Thresholded(Selecting):
             if not self._warned:
                 log.warning("this head has no threshold yet: %s", self.makeshift)
                 self._warned = True
-            return largest_positive(pre_acts, self.k * len(pre_acts))[0]
+            flat = largest_positive(pre_acts, self.k * len(pre_acts))[0]
+            return flat[pre_acts.reshape(-1)[flat] > 0]
         return (pre_acts > theta).reshape(-1).nonzero().squeeze(1)
 
     def inference_threshold(self) -> Float[Tensor, ""] | None:
@@ -293,10 +309,10 @@ class Thresholded(Selecting):
 
     def _track(self, kept: Float[Tensor, " nnz"], rate: float) -> None:
         # where a process keeps nothing, the others' smallest counts
-        smallest = kept.min() if len(kept) else kept.new_full((), torch.inf)
+        smallest = smallest_of(kept)
         if ranks.POOLED.get():
             smallest = ranks.smallest(smallest)
-        by = torch.where(smallest.isfinite(), rate, 0.0)
+        by = (smallest < torch.inf) * rate
         self.threshold_ema.lerp_(smallest.nan_to_num(posinf=0.0), by)
         self.threshold_ema_weight.lerp_(torch.ones_like(self.threshold_ema_weight), by)
 
@@ -331,9 +347,12 @@ class Nested(Thresholded):
         ends: Sizes of the prefixes, rising; the last one is the number of latents.
     """
 
+    inner_ends: Tensor
+
     def __init__(self, k: int, ends: list[int]) -> None:
         super().__init__(k)
         self.ends = ends
+        self.register_buffer("inner_ends", torch.tensor(ends[:-1]), persistent=False)
 
     def losses(
         self, batch: LossBatch, terms: dict[str, Float[Tensor, ""]]
@@ -352,6 +371,9 @@ class Nested(Thresholded):
         missing = batch.x - batch.base
         total = missing.new_zeros(())
         with torch.autocast(missing.device.type, enabled=False):
+            if fixed_sizes(missing):
+                missing = missing.unsqueeze(1) - self._by_group(codes, decoder)[:, :-1].cumsum(1)
+                return missing.square().sum((1, 2)).mean() / batch.variance
             for start, end in zip([0, *self.ends], self.ends[:-1], strict=False):
                 inside = ((codes.latents >= start) & (codes.latents < end)).nonzero().squeeze(1)
                 flat = codes.rows[inside] * codes.d_sae + codes.latents[inside]
@@ -359,6 +381,16 @@ class Nested(Thresholded):
                 missing = missing - decoder.kept(codes.values[inside], pattern)
                 total = total + missing.square().sum(-1).mean() / batch.variance
         return total
+
+    def _by_group(
+        self, codes: SparseCodes, decoder: UnitDirections
+    ) -> Float[Tensor, "tok groups d_model"]:
+        """What the latents of each group alone write, all in one pass: a row for each group."""
+        n = len(self.ends)
+        group = torch.bucketize(codes.latents, self.inner_ends, right=True)
+        flat = (codes.rows * n + group) * codes.d_sae + codes.latents
+        pattern = Pattern(flat, codes.n_rows * n, codes.d_sae)
+        return decoder.kept(codes.values, pattern).unflatten(0, (codes.n_rows, n))
 
 
 class LatentSplines(Thresholded):
@@ -426,9 +458,10 @@ class LatentSplines(Thresholded):
     def activate(self, values: Float[Tensor, " nnz"], pattern: Pattern) -> Float[Tensor, " nnz"]:
         """The curves at kept pre-activations."""
         if self.training:
-            kept = values.detach()
-            self.smallest.copy_(kept.min() if len(kept) else kept.new_full((), torch.inf))
-        return self.curve(values, pattern.latents)
+            self.smallest.copy_(smallest_of(values.detach()))
+        z = self.curve(values, pattern.latents)
+        # S_j(0) - S_j(0) may round to what would count as a latent
+        return torch.where(values > 0, z, 0.0) if fixed_sizes(z) else z
 
     def curve(self, values: Float[Tensor, " n"], latents: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
         """z of positive pre-activations `values` of `latents`."""

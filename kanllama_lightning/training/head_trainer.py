@@ -4,14 +4,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kanllama_lightning.functional import ranks
+from kanllama_lightning.functional import ranks, sparse
 from kanllama_lightning.functional.losses import fvu
+from kanllama_lightning.functional.sparse import fixed_sizes
 from kanllama_lightning.heads.head import SAEHead
+from kanllama_lightning.training.later import Later
 from kanllama_lightning.training.schedule import Schedule
 from kanllama_lightning.types import SAEOutput, StepContext
 
 DEAD_REFRESH_STEPS = 10
-"""The list of dead latents is made anew so often; it is looked at in every step."""
+"""The list of dead latents is made anew so often; it is looked at in every step. On a GPU it is the
+list of the time before: how many there are is then known without waiting."""
 NEVER = 2**62
 """The step in which a loss stopped being finite, as long as it is."""
 
@@ -38,6 +41,7 @@ class HeadTrainer(nn.Module):
         self.dead_after_tokens = schedule.dead_after_tokens
         self.threshold_rate = schedule.threshold_rate
         self._dead: Tensor | None = None
+        self._next_dead: tuple[Tensor, Later] | None = None
         self.register_buffer("silent_tokens", torch.zeros(head.d_sae, dtype=torch.int64))
         self.register_buffer("dead_mask", torch.zeros(head.d_sae, dtype=torch.bool))
         self.register_buffer("grad_norm_mean", torch.zeros(()))
@@ -59,9 +63,8 @@ class HeadTrainer(nn.Module):
             progress: Share of the token budget already trained on, 0 to 1.
         """
         if step % DEAD_REFRESH_STEPS == 0:
-            self.dead_mask = self.silent_tokens >= self.dead_after_tokens
-            self._dead = None
-        if self._dead is None:  # listing them waits for a GPU
+            self._look_for_dead_()
+        if self._dead is None:
             self._dead = self.dead_mask.nonzero().squeeze(1)
         ctx = StepContext(self._dead, progress, self.threshold_rate)
         out = self.head(x)
@@ -76,10 +79,23 @@ class HeadTrainer(nn.Module):
             self.silent_tokens.masked_fill_(fired, 0)
         return losses, out
 
+    def _look_for_dead_(self) -> None:
+        """Make `dead_mask` anew; on a GPU what it was to become at the last look, and list it."""
+        silent = self.silent_tokens >= self.dead_after_tokens
+        if not fixed_sizes(silent):
+            self.dead_mask, self._dead = silent, None
+            return
+        if self._next_dead is not None:
+            self.dead_mask, n_dead = self._next_dead
+            size = int(n_dead.read())
+            self._dead = torch.nonzero_static(self.dead_mask, size=size).squeeze(1)
+        self._next_dead = silent, Later(silent.sum())
+
     @torch.no_grad()
     def watch_(self, loss: Float[Tensor, ""], step: int) -> None:
         """Remember the first step whose loss is not finite, on the device: waits for nothing."""
-        self.bad_step = self.bad_step.minimum(torch.where(loss.isfinite(), NEVER, step))
+        finite = loss - loss == 0
+        self.bad_step = torch.where(finite, self.bad_step, self.bad_step.clamp_max(step))
 
     def unsound(self) -> str | None:
         """The first of its weights that is not finite; None if all are."""
@@ -113,6 +129,9 @@ class HeadTrainer(nn.Module):
             value: Fixed limit; None for `clip_ratio` times the running mean of the norm.
             by: With a fixed limit, `norm` or `value`, as in `trainer.gradient_clip_algorithm`.
         """
+        assert not sparse.ROWS_READ, (
+            "a pass over all rows of a weight left out those read beside it"
+        )
         parameters = [p for p in self.head.parameters() if p.grad is not None]
         if value is not None and by == "value":
             nn.utils.clip_grad_value_(parameters, value)

@@ -5,11 +5,11 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from kanllama_lightning.console.phase import Phase
 from kanllama_lightning.data.buffer import ShuffleBuffer
 from kanllama_lightning.exchange.formats import format_of, read_foreign
 from kanllama_lightning.exchange.linear_sae import linear_form
-from kanllama_lightning.functional import ranks
+from kanllama_lightning.functional import ranks, sparse
 from kanllama_lightning.functional.moments import norms
 from kanllama_lightning.functional.sinks import sink_limit, within
 from kanllama_lightning.heads.head import CARD, SAEHead, Trained, read_card
@@ -31,6 +31,7 @@ from kanllama_lightning.runs.folder import HEAD
 from kanllama_lightning.training.clock import StepClock
 from kanllama_lightning.training.drought import Drought
 from kanllama_lightning.training.head_trainer import NEVER, HeadTrainer
+from kanllama_lightning.training.later import Later
 from kanllama_lightning.training.optim import Adam
 from kanllama_lightning.training.schedule import Schedule
 from kanllama_lightning.training.side_by_side import SideBySide
@@ -48,6 +49,8 @@ DIVERGED_FVU = 10.0
 """Training FVU from which a head is said to have diverged; 1 is what a constant reaches."""
 CALIBRATION_TOKENS = 32_768
 """Training activations a threshold is calibrated on."""
+FEW_SINKS = 1 / 64
+"""Share of sinks up to which a GPU has run the LM ahead often enough for the next step."""
 REFUSED_PRECISION = {
     "16-mixed": "fp16 overflows at summed squared errors and its gradient scaler skips steps",
     "16": "fp16 overflows at summed squared errors and its gradient scaler skips steps",
@@ -80,6 +83,16 @@ def first_folder(root: Path, name: str) -> Path:
 def described(head: SAEHead) -> str:
     """Kind and size of a head."""
     return f"{type(head).__name__} of {head.d_sae:,} latents on {head.d_model:,} coordinates"
+
+
+class RowsAhead(NamedTuple):
+    """Activations that a GPU makes before they are needed, and how many of them count."""
+
+    rows: Float[Tensor, "tok d_row"]
+    """Those that count first, the sinks behind them."""
+    n_kept: Later
+    position: Int[Tensor, " 3"]
+    """Where the text goes on behind them."""
 
 
 class SAEModule(L.LightningModule):
@@ -158,10 +171,12 @@ class SAEModule(L.LightningModule):
         self.tokens_seen = 0
         self.clock = StepClock()
         self._drought = Drought()
+        self._rows_ahead: list[RowsAhead] = []
         # of this process: rows looked at, rows dropped as sinks; where its text goes on
         self.seen = torch.zeros(2, dtype=torch.int64)
         self.data_position = torch.zeros(3, dtype=torch.int64)
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
+        self._started = False  # the same on the host: nothing waits for it
         # of this process, on its device: rows that were NaN or infinite
         self.bad_rows: Tensor
         self.register_buffer("bad_rows", torch.zeros((), dtype=torch.int64), persistent=False)
@@ -325,11 +340,36 @@ class SAEModule(L.LightningModule):
         """Kept activations of a batch; counts what is dropped as a sink."""
         rows = batch.activations(self.lm.acts)
         sizes = self._sizes(rows)
-        self.bad_rows += (~sizes.isfinite()).sum()
+        self.bad_rows += (~(sizes < torch.inf)).sum()
         kept = rows[within(sizes, self.head.norm_limit)]
-        self.seen += torch.tensor([len(rows), len(rows) - len(kept)])
-        self._drought.check(len(rows), len(kept), batch.position)
+        self._count(len(rows), len(kept), batch.position)
         return kept
+
+    def _count(self, read: int, kept: int, position: Int[Tensor, " 3"]) -> None:
+        """Take note of what was read and what of it counts."""
+        self.seen += torch.tensor([read, read - kept])
+        self._drought.check(read, kept, position)
+
+    def _look_ahead_(self, batches: Iterator[Any]) -> None:
+        """Begin to make the rows of one more batch; the text has not been read before `_push_`."""
+        position = self.data_position
+        batch = self._next_batch(batches)
+        self.data_position, position = position, self.data_position
+        rows = batch.activations(self.lm.acts)
+        sizes = self._sizes(rows)
+        self.bad_rows += (~(sizes < torch.inf)).sum()
+        keep = within(sizes, self.head.norm_limit)
+        order = keep.to(torch.uint8).argsort(descending=True, stable=True)
+        self._rows_ahead.append(RowsAhead(rows[order], Later(keep.sum()), position))
+        self.clock.marks.append(("lm", self.clock.now()))
+
+    def _push_(self) -> None:
+        """Let the oldest of what was made ahead into the buffer."""
+        rows, n_kept, self.data_position = self._rows_ahead.pop(0)
+        kept = int(n_kept.read())
+        self._count(len(rows), kept, self.data_position)
+        self.buffer.push_(rows[:kept])
+        self.clock.marks.append(("buffer", self.clock.now()))
 
     def _next_batch(self, batches: Iterator[Any]) -> TokenBatch | ActivationBatch:
         batch: TokenBatch | ActivationBatch = next(batches)[0]
@@ -365,6 +405,7 @@ class SAEModule(L.LightningModule):
                 self.buffer.push_(self.rows(self._next_batch(batches)))
                 progress.add(self.buffer.filled - progress.done)
         self.started.fill_(True)
+        self._started = True
         self.trainer.strategy.barrier()
         log.info("statistics and buffer ready after %.1f s", time.perf_counter() - began)
 
@@ -385,21 +426,40 @@ class SAEModule(L.LightningModule):
         return Phase(name, rows, "activations", self.trainer.is_global_zero)
 
     def next_batch(self, batches: Iterator[Any]) -> Float[Tensor, "tok d_row"]:
-        """One shuffled batch of activations, running the LM as often as needed."""
+        """One shuffled batch of activations, running the LM as often as needed.
+
+        A GPU begins to make those of the next step as well, so that how many of them are no sinks
+        is known by then.
+        """
         n = self.batch_rows
+        ahead = self.device.type not in sparse.COUNTED_ON
         while self.buffer.wants(n):
+            if ahead:
+                if not self._rows_ahead:
+                    self._look_ahead_(batches)
+                self._push_()
+                continue
             rows = self.rows(self._next_batch(batches))
             self.clock.marks.append(("lm", self.clock.now()))
             self.buffer.push_(rows)
             self.clock.marks.append(("buffer", self.clock.now()))
         x = self.buffer.swap_(n)
         self.clock.marks.append(("buffer", self.clock.now()))
+        while ahead and self._surely_queued() < n:
+            self._look_ahead_(batches)
+            if not len(self._rows_ahead[-1].rows):
+                break  # there may be no more text: `_push_` notices
         return x
+
+    def _surely_queued(self) -> float:
+        """Rows that the next step finds, if no more than `FEW_SINKS` are sinks."""
+        ahead = sum(len(ahead.rows) for ahead in self._rows_ahead)
+        return self.buffer.queued + (1 - FEW_SINKS) * ahead
 
     def training_step(self, dataloader_iter: Iterator[Any]) -> Tensor:
         """One batch through the heads; Lightning does the rest."""
         self.clock.marks.append(("logging", self.clock.now()))
-        if not self.started:
+        if not self._started:
             self.start_(dataloader_iter)
             self._after_start()  # the untrained heads are kept as controls
             self._take_over_first()
@@ -522,6 +582,13 @@ class SAEModule(L.LightningModule):
             if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
                 self.log_dict(values, batch_size=self.schedule.batch)
 
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
+    ) -> None:
+        """Step, and free the gradients: the next step's activations take their place."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad()
+
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Bring the parameters back to their constraints."""
         for head in self.heads().values():
@@ -634,6 +701,7 @@ class SAEModule(L.LightningModule):
                 "read; to train, start a new run from its config.yaml"
             )
         self._refuse_another_head(checkpoint["state_dict"])
+        self._started, self._rows_ahead = bool(checkpoint["state_dict"]["started"]), []
         self.tokens_seen = checkpoint["tokens_seen"]
         self.clock.load_(checkpoint.get("clock", {}))
         positions, seen = checkpoint["data_positions"], checkpoint["seen"]

@@ -75,6 +75,33 @@ def test_large_inputs_too(count, kind):
     assert largest_positive(values, count)[0].tolist() == brute_force(values, count).tolist()
 
 
+@given(
+    st.integers(0, 10_000), st.integers(1, 6), st.integers(1, 9), st.integers(1, 70), st.booleans()
+)
+def test_of_fixed_size_is_the_same_filled_up(seed, tok, d_sae, count, tied):
+    """What a GPU does instead: it has the same positive values, ties included, and others."""
+    values = random(seed, tok, d_sae)
+    if tied:
+        values = values.round()
+    count = min(count, values.numel())
+    positions, cutoff = sparse._largest_fixed(values, count)
+    assert len(positions) == count
+    assert (positions.diff() > 0).all()
+    kept = positions[values.reshape(-1)[positions] > 0]
+    assert kept.tolist() == brute_force(values, count).tolist()
+    assert cutoff == values.reshape(-1)[positions].min().clamp_min(0)
+
+
+@pytest.mark.parametrize("bad", [[0], [0, 3], list(range(6))])
+def test_of_fixed_size_stays_inside_where_there_is_nan(bad):
+    """An index beyond the end would end the process on a GPU, before anyone could say why."""
+    values = torch.arange(6.0).view(2, 3)
+    values.view(-1)[bad] = torch.nan
+    positions, _ = sparse._largest_fixed(values, 4)
+    assert len(positions) == 4
+    assert ((positions >= 0) & (positions < 6)).all()
+
+
 @pytest.mark.parametrize(("tok", "few"), [(20, False), (200, True)])
 def test_large_inputs_are_sampled_first(tok, few, monkeypatch):
     """The tensor that is searched has few values where a sample could be taken."""
@@ -180,3 +207,39 @@ def test_decode_in_another_number_format():
     pattern = Pattern(torch.zeros(1).long(), 1, 1)
     out = sparse_decode(torch.ones(1).bfloat16(), pattern, torch.ones(1, 2))
     assert out.dtype == torch.float32
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_rows_read_beside_a_pass_are_in_its_gradient(in_place, monkeypatch):
+    """Whoever adds them, and however often backward is asked for."""
+    tok, d_sae, d = 6, 9, 4
+    pattern = kept_at_random(0, tok, d_sae)
+    dictionary = random(1, d_sae, d).requires_grad_()
+    values, which = random(2, len(pattern.flat)).requires_grad_(), torch.tensor([7, 0, 4])
+    to_rows = random(3, 3, d)
+    with monkeypatch.context() as patch:
+        if in_place:
+            patch.setattr(sparse, "COUNTED_ON", ())
+        made = sparse_decode(values, pattern, dictionary)
+        rows = sparse.rows_of(dictionary, which, made)
+        assert torch.equal(rows, dictionary[which])
+        assert ("RowsOf" in rows.grad_fn.name()) == in_place
+        loss = made.square().sum() + (rows * to_rows).sum()
+        found = [torch.autograd.grad(loss, dictionary, retain_graph=True)[0] for _ in range(2)]
+        alone = torch.autograd.grad((rows * to_rows).sum(), dictionary)[0]
+    assert not sparse.ROWS_READ
+    dense = torch.zeros(tok * d_sae).index_put((pattern.flat,), values.detach()).view(tok, d_sae)
+    want = 2 * dense.T @ (dense @ dictionary.detach())
+    want[which] += to_rows
+    for got in found:
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(alone, torch.zeros(d_sae, d).index_put((which,), to_rows))
+
+
+def test_rows_that_no_pass_takes_in_are_found(monkeypatch):
+    """`HeadTrainer.clip_` stops then: their gradient would be lost."""
+    monkeypatch.setattr(sparse, "COUNTED_ON", ())
+    weight = random(0, 3, 2).requires_grad_()
+    after = (weight * 2).sum(1)
+    sparse.rows_of(weight, torch.tensor([1]), after).sum().backward()
+    assert sparse.ROWS_READ.pop(weight)

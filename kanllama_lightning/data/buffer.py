@@ -1,5 +1,6 @@
 """Shuffled activations: fresh rows in, as many random held rows out, shapes fixed."""
 
+import logging
 from typing import Literal
 
 import torch
@@ -7,6 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kanllama_lightning.types import InputError
+
+log = logging.getLogger(__name__)
 
 
 class ShuffleBuffer:
@@ -114,7 +117,8 @@ class ShuffleBuffer:
         """Continue from `state()`; `allocate_` comes first.
 
         What is more than this process can hold waits in its queue: so it is where other processes
-        held it before.
+        held it before. The draws of a GPU cannot go on on a CPU, nor the other way round: there
+        they begin anew from the seed.
 
         Raises:
             InputError: The state is of a buffer of another size, width or format.
@@ -133,8 +137,16 @@ class ShuffleBuffer:
         self.filled, self.queued = len(held), len(queue)
         self.held[: self.filled] = held.to(self.held.device)
         self.queue[: self.queued] = queue.to(self.queue.device)
-        if "generator" in state:
+        if "generator" not in state:
+            return
+        if len(state["generator"]) == len(self.generator.get_state()):
             self.generator.set_state(state["generator"])
+        else:
+            log.warning(
+                "the checkpoint was written on another kind of device than %s: rows are drawn from "
+                "the buffer in another order than there",
+                self.held.device.type,
+            )
 
 
 def dealt(states: list[dict[str, Tensor]], rank: int, world: int) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@ PY := .venv/bin/python
 # one core to a process; every process has a finished run and imports of its own
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help demo record watch smollm2 llama docs test test-slow lint format
+.PHONY: help demo record watch smollm2 llama docs test test-slow test-gpu lint format
 .DEFAULT_GOAL := help
 
 help:  ## what there is to make
@@ -47,6 +47,9 @@ test: .venv/.ok  ## the tests for every commit
 
 test-slow: .venv/.ok  ## the tests that take long
 	$(PYTEST) -m "slow and not gpu"
+
+test-gpu: .venv/.ok  ## the checks of a GPU's results, on a machine that has one
+	$(PY) -m pytest -m gpu tests/gpu
 
 lint: .venv/.ok  ## format, imports, names and types
 	.venv/bin/ruff format --check .

@@ -135,17 +135,18 @@ class Sparsify:
         from sparsify import SparseCoder, SparseCoderConfig
 
         self.x = x
-        self.coder = SparseCoder(x.shape[1], SparseCoderConfig(num_latents=d_sae, k=k))
+        config = SparseCoderConfig(num_latents=d_sae, k=k)
+        self.coder = SparseCoder(x.shape[1], config, device=x.device)
         self.coder.b_dec.data = x.mean(0)
         self.parameters = list(self.coder.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, lr=LR)
-        self.silent_tokens = torch.zeros(d_sae, dtype=torch.long)
-        self.fired = torch.zeros(d_sae, dtype=torch.bool)
+        self.silent_tokens = torch.zeros(d_sae, dtype=torch.long, device=x.device)
+        self.fired = torch.zeros(d_sae, dtype=torch.bool, device=x.device)
         self.biases = [self.coder.encoder.bias]
 
     def step(self) -> None:
         """One step."""
-        kept = torch.ones(len(self.x), dtype=torch.bool)
+        kept = torch.ones(len(self.x), dtype=torch.bool, device=self.x.device)
         x = self.x[kept]  # the trainer copies the batch as well when it masks tokens
         self.coder.set_decoder_norm_to_unit_norm()
         variance = (x - x.mean(0)).pow(2).sum()

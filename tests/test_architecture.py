@@ -59,7 +59,7 @@ PARTS = {
 """What heads are put together from; heads import no other head."""
 BARE = {
     "functional": "torch jaxtyping typing collections contextlib contextvars math functools "
-    "itertools logging warnings kanllama_lightning",
+    "inspect itertools logging warnings triton kanllama_lightning",
 }
 
 

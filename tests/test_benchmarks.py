@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import end_to_end, peers, table
+from benchmarks import end_to_end, gpu_step, peers, table
 from benchmarks.head_step_peers import measure
 from benchmarks.job import Job, build, lm_folder, rows_file
 from benchmarks.peer_steps import Ours, is_penalised, settle
@@ -161,6 +161,88 @@ def test_a_missing_peer_is_left_out() -> None:
     assert "exit" in peers.run([sys.executable, "-c", "raise SystemExit(3)"])
     assert "No module named" in peers.run([sys.executable, "-c", "import sae_lens_of_nobody"])
     assert peers.run([sys.executable, "-c", "pass"]) == ""
+
+
+LIGHT = {"lightning", "wandb", "datasets", "transformers", "torchmetrics", "plotly", "jsonargparse"}
+"""What a bare machine with a GPU has not."""
+
+
+def test_the_step_of_a_gpu_needs_little_more_than_torch() -> None:
+    code = "import sys, benchmarks.gpu_step; print(*{m.split('.')[0] for m in sys.modules})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert not LIGHT & set(done.stdout.split())
+    assert "safetensors" in done.stdout.split(), "the names were not looked at"
+
+
+def gpu_step_tiny(*options: str) -> dict[str, Any]:
+    script = str(ROOT / "benchmarks" / "gpu_step.py")
+    done = subprocess.run(
+        [sys.executable, script, "--tiny", *options], capture_output=True, text=True, check=True
+    )
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_the_step_of_a_gpu_has_its_fields_and_parts_that_add_up() -> None:
+    found = gpu_step_tiny("--no-fit")
+    assert {"command", "commit", "device", "torch", "size", "ceilings", "kernels_on"} <= set(found)
+    assert set(found["left_out"]) == {"fit", "sparsify at 32", "sparsify at 64"}
+    assert {(s["head"], s["d_sae"], s["n_dead"]) for s in found["steps"]} == {
+        (kind, d_sae, dead) for kind in gpu_step.HEADS for d_sae in (32, 64) for dead in (0, 8)
+    }
+    for step in found["steps"]:
+        assert sum(step["parts_ms"].values()) == pytest.approx(step["ms"], rel=1e-6)
+        ends = {"buffer", "backward", "clip", "adam", "norm"}
+        middle = {"forward"} if step["head"] == "Gated" else {"encode", "select"}
+        assert ends | middle <= set(step["parts_ms"])
+        assert min(step["parts_ms"].values()) > 0
+        assert step["share_of_floor"] == pytest.approx(step["floor_ms"] / step["ms"])
+        assert step["step_peak_mib"] > 0
+    floors = {(s["head"], s["d_sae"]): s["floor_ms"] for s in found["steps"]}
+    assert floors["TopK", 64] > floors["TopK", 32]
+    assert floors["KANDirect", 64] > floors["KANEncoder", 64] > floors["TopK", 64]
+    for kind in gpu_step.PROFILED:
+        times = [kernel["ms"] for kernel in found["kernels"][kind]]
+        assert len(times) == 15
+        assert times == sorted(times, reverse=True)
+    assert found["peer"] == []
+
+
+def test_the_floor_is_that_of_the_formula() -> None:
+    step = gpu_step.TrainingStep("TopK", gpu_step.TINY, 32, torch.device("cpu"))
+    one = {"bf16_product_per_second": 1.0, "copied_bytes_per_second": 1.0}
+    weights = 2 * 16 * 32 + 16 + 32
+    passes = 4 * 2 * 64 * 4 * 16
+    assert step.floor_ms(one) == 1000 * (2 * 64 * 16 * 32 + passes + 28 * weights)
+
+
+def test_dead_latents_cost_the_step_something() -> None:
+    """AuxK runs for those that are said to be dead, and for nobody else."""
+    step = gpu_step.TrainingStep("TopK", gpu_step.TINY, 32, torch.device("cpu"))
+    seen = []
+    original = step.trainer.step
+
+    def spied(*args: Any, **kwargs: Any) -> Any:
+        losses, out = original(*args, **kwargs)
+        seen.append("auxk" in losses)
+        return losses, out
+
+    step.trainer.step = spied  # type: ignore[method-assign]
+    for dead in (0, 8):
+        step.kill(dead)
+        for _ in range(12):
+            step()
+    assert seen == [False] * 14 + [True] * 14
+
+
+@pytest.mark.slow
+def test_the_step_of_a_gpu_ends_with_a_whole_run() -> None:
+    found = gpu_step_tiny("--head", "TopK")
+    assert "fit" not in found["left_out"]
+    assert found["fit"]["tokens_per_second"] > 0
+    assert sum(v for k, v in found["fit"].items() if k.startswith("time/")) == pytest.approx(1)
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ FREE = (
     "trainer.max_time",
     "trainer.logger",
     "trainer.callbacks",
+    "trainer.accelerator",
     "trainer.devices",
     "trainer.num_nodes",
     "trainer.strategy",

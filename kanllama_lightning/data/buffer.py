@@ -117,7 +117,8 @@ class ShuffleBuffer:
         """Continue from `state()`; `allocate_` comes first.
 
         What is more than this process can hold waits in its queue: so it is where other processes
-        held it before.
+        held it before. The draws of a GPU cannot go on on a CPU, nor the other way round: there
+        they begin anew from the seed.
 
         Raises:
             InputError: The state is of a buffer of another size, width or format.

@@ -58,6 +58,9 @@ class Decoder(nn.Module, ABC):
         directions: What each latent writes at the start, per unit.
     """
 
+    keeps_rows: bool = True
+    """Whether the projections see to `unit_rows`; if not, the optimizer does."""
+
     def __init__(self, directions: Float[Tensor, "d_sae d_model"]) -> None:
         super().__init__()
         self.d_sae, self.d_model = directions.shape
@@ -136,6 +139,11 @@ class Decoder(nn.Module, ABC):
     def observe_(self, codes: Codes, ctx: StepContext) -> None:  # noqa: B027
         """Update running statistics from a training batch."""
 
+    @property
+    def unit_rows(self) -> nn.Parameter | None:
+        """The weight of which `project_` renormalises the rows and does no more; None without."""
+        return None
+
     def project_grad_(self) -> None:  # noqa: B027
         """Drop what the projection would undo from the gradients."""
 
@@ -191,10 +199,16 @@ class UnitDirections(Decoder):
         """The dictionary, whatever the activations."""
         return self.W_dec.detach()
 
+    @property
+    def unit_rows(self) -> nn.Parameter | None:
+        """The dictionary, but for subclasses that project it in another way."""
+        plain = type(self).project_ is UnitDirections.project_
+        return self.W_dec if plain and isinstance(self.W_dec, nn.Parameter) else None
+
     @torch.no_grad()
     def project_grad_(self) -> None:
         """Take from each row's gradient its part along the row."""
-        if self.W_dec.grad is None:
+        if self.W_dec.grad is None or not self.keeps_rows:
             return
         # in blocks of rows, so that their product stays in the cache, or small
         size = rows_at_once(self.W_dec, self.d_model, BLOCK, GPU_BLOCK)
@@ -204,6 +218,8 @@ class UnitDirections(Decoder):
     @torch.no_grad()
     def project_(self) -> None:
         """Renormalise the rows to 1."""
+        if not self.keeps_rows:
+            return
         self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
 
 

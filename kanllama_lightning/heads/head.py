@@ -234,6 +234,14 @@ class SAEHead(Trained, ABC):
         """What inference makes do with, in words, where `calibrate_` has not set what it needs."""
         return None
 
+    @property
+    def unit_rows(self) -> nn.Parameter | None:
+        """The weight of which `project_` renormalises the rows and does no more; None without."""
+        return None
+
+    def keep_rows(self, kept: bool) -> None:  # noqa: B027
+        """Whether `project_grad_` and `project_` are to see to `unit_rows`, as they do at first."""
+
     def project_grad_(self) -> None:  # noqa: B027
         """Drop what the projection would undo from the gradients, before they are clipped."""
 

@@ -114,8 +114,8 @@ class KANLinear(nn.Module):
     def features(self, x: Float[Tensor, "tok in"]) -> Float[Tensor, "tok planes in"]:
         """The planes that the weight multiplies: y = sum over planes and inputs of both.
 
-        In fp32 (fp64 if x is), whatever the autocast. For callers that make the product themselves;
-        no gradient flows to x.
+        In fp32 (fp64 if x is); on a GPU under autocast in its type. For callers that make the
+        product themselves; no gradient flows to x.
         """
         return kan_planes(x, **self._settings())
 

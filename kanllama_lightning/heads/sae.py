@@ -272,6 +272,15 @@ class SAE(SAEHead, shipped=False):
         """What the selection makes do with."""
         return self.selection.makeshift
 
+    @property
+    def unit_rows(self) -> nn.Parameter | None:
+        """The decoder's."""
+        return self.decoder.unit_rows
+
+    def keep_rows(self, kept: bool) -> None:
+        """Tell the decoder."""
+        self.decoder.keeps_rows = kept
+
     def project_grad_(self) -> None:
         """Drop what the projection would undo."""
         self.decoder.project_grad_()

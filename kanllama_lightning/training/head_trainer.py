@@ -6,9 +6,11 @@ from torch import Tensor, nn
 
 from kanllama_lightning.functional import ranks, sparse
 from kanllama_lightning.functional.losses import fvu
+from kanllama_lightning.functional.row_step import squared_norm
 from kanllama_lightning.functional.sparse import fixed_sizes
 from kanllama_lightning.heads.head import SAEHead
 from kanllama_lightning.training.later import Later
+from kanllama_lightning.training.optim import Adam, RowPass
 from kanllama_lightning.training.schedule import Schedule
 from kanllama_lightning.types import SAEOutput, StepContext
 
@@ -42,6 +44,7 @@ class HeadTrainer(nn.Module):
         self.threshold_rate = schedule.threshold_rate
         self._dead: Tensor | None = None
         self._next_dead: tuple[Tensor, Later] | None = None
+        self._rows: RowPass | None = None
         self.register_buffer("silent_tokens", torch.zeros(head.d_sae, dtype=torch.int64))
         self.register_buffer("dead_mask", torch.zeros(head.d_sae, dtype=torch.bool))
         self.register_buffer("grad_norm_mean", torch.zeros(()))
@@ -121,6 +124,12 @@ class HeadTrainer(nn.Module):
         }
         return {f"{self.prefix}train/{name}": v.detach() for name, v in values.items()}
 
+    def hand_rows_to(self, optimizer: Adam) -> None:
+        """Leave projection, clipping and norm of the dictionary to the optimizer, if it can."""
+        rows = self.head.unit_rows
+        self._rows = None if rows is None else optimizer.hand_over(rows)
+        self.head.keep_rows(self._rows is None)
+
     @torch.no_grad()
     def clip_(self, value: float | None, by: str) -> dict[str, Tensor]:
         """Shorten its own gradients, or clip them at a given value; what happened, for the log.
@@ -147,10 +156,16 @@ class HeadTrainer(nn.Module):
         }
 
     def _shorten_spikes_(self, gradients: list[Tensor | None]) -> tuple[Tensor, Tensor]:
-        found = [g for g in gradients if g is not None]
+        handed = self._rows.weight.grad if self._rows is not None else None
+        found = [g for g in gradients if g is not None and g is not handed]
         norm = nn.utils.get_total_norm(found)
+        if self._rows is not None and handed is not None:
+            norm = (norm.square() + squared_norm(self._rows.weight, handed)).sqrt()
         limit = torch.where(self.grad_norm_mean > 0, self.clip_ratio * self.grad_norm_mean, norm)
-        torch._foreach_mul_(found, (limit / norm.clamp_min(1e-30)).clamp_max(1.0))
+        factor = (limit / norm.clamp_min(1e-30)).clamp_max(1.0)
+        torch._foreach_mul_(found, factor)
+        if self._rows is not None:
+            self._rows.factor = factor
         used = torch.minimum(norm, limit)
         mean = torch.where(self.grad_norm_mean > 0, self.grad_norm_mean, used)
         self.grad_norm_mean = mean.lerp(used, 0.01)

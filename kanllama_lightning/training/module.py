@@ -18,7 +18,7 @@ from kanllama_lightning.console.phase import Phase
 from kanllama_lightning.data.buffer import ShuffleBuffer
 from kanllama_lightning.exchange.formats import format_of, read_foreign
 from kanllama_lightning.exchange.linear_sae import linear_form
-from kanllama_lightning.functional import ranks, sparse
+from kanllama_lightning.functional import kernels, ranks, sparse
 from kanllama_lightning.functional.moments import norms
 from kanllama_lightning.functional.sinks import sink_limit, within
 from kanllama_lightning.heads.head import CARD, SAEHead, Trained, read_card
@@ -206,6 +206,7 @@ class SAEModule(L.LightningModule):
                 f"model.sae_batch_tokens={self.schedule.batch}: cannot be dealt out evenly to "
                 f"{world} processes; choose a multiple of {world}"
             )
+        kernels.switch_on(device)
         if stage == "fit":
             self.clock = StepClock(cuda=device.type == "cuda")
         self.lm.load_(device)
@@ -307,6 +308,9 @@ class SAEModule(L.LightningModule):
             parameters = list(head.parameters())
             groups.append({"params": parameters, **self._arguments(name, parameters, own)})
         optimizer = self.optimizer(groups)
+        if isinstance(optimizer, Adam) and self.trainer.gradient_clip_val is None:
+            for trainee in self._trainees():
+                trainee.hand_rows_to(optimizer)
         factor = self.schedule.lr_factor
         # a function without attributes: those of any other are saved with every checkpoint
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step))

@@ -18,7 +18,7 @@ SAID = {
     "copy": "copies",
     "launches": "launches",
     "memory": "peak_gib",
-    "mismatch": "RuntimeError",
+    "mismatch": "FakeTensorDeviceMismatchError",
 }
 """Faults of `planted`, and what is then over the budget."""
 

@@ -2,19 +2,23 @@
 
 import pytest
 
+from kanllama_lightning import heads
 from tests.fake_cuda import device
 from tests.fake_cuda.budgets import DEAD, WIDTHS, budgets, counted, exceeded
 
 pytestmark = pytest.mark.skipif(device.unavailable() is not None, reason=f"{device.unavailable()}")
 
+NOT_TRAINED = {"SAEHead", "PCA", "LinearMap"}
+ALL = sorted(set(heads.__all__) - NOT_TRAINED)
 FIRST = ["BatchTopK", "Gated", "KANEncoder", "TopK"]
-"""Heads that are counted."""
+"""Heads that are counted whenever tests run, at the smaller width; the others take minutes."""
+OTHERS = [name for name in ALL if name not in FIRST]
 SAID = {
     "wait": "syncs",
     "copy": "copies",
     "launches": "launches",
     "memory": "peak_gib",
-    "mismatch": "RuntimeError",
+    "mismatch": "FakeTensorDeviceMismatchError",
 }
 """Faults of `planted`, and what is then over the budget."""
 
@@ -23,6 +27,8 @@ SAID = {
     ("names", "d_sae"),
     [
         pytest.param(FIRST, WIDTHS[0], id="first"),
+        pytest.param(FIRST, WIDTHS[1], id="wide", marks=pytest.mark.slow),
+        pytest.param(OTHERS, WIDTHS[0], id="others", marks=pytest.mark.slow),
     ],
 )
 def test_steps_keep_to_their_budgets(names: list[str], d_sae: int):
@@ -33,6 +39,15 @@ def test_steps_keep_to_their_budgets(names: list[str], d_sae: int):
         for case, found in zip(cases, counted(*cases), strict=True)
     }
     assert {case: said for case, said in over.items() if said} == {}
+
+
+def test_every_head_has_a_budget():
+    cases = [(head, WIDTHS[0]) for head in ALL] + [(head, WIDTHS[1]) for head in FIRST]
+    assert set(budgets()) == {(*case, n_dead) for case in cases for n_dead in DEAD}
+
+
+def test_between_steps_that_log_nothing_is_waited_for():
+    assert {(b.syncs, b.copies) for b in budgets().values()} == {(0, 0)}
 
 
 def test_a_planted_fault_is_over_the_budget():

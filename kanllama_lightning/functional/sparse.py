@@ -384,13 +384,13 @@ def rows_of(
     of the pass. On a GPU it is handed to the pass, which adds the rows in place.
 
     Args:
-        weight: A parameter [n d], or a parameter [d n] as `.T`.
+        weight: A parameter, or a view of one, as the pass over all has it (or its transposed).
         latents: Which rows, none twice.
         after: What comes of the pass over all, so that this is differentiated first; None where
             there is no such pass. It must be one that calls `with_rows_read_`.
     """
     base = weight if weight._base is None else weight._base
-    own = base.is_leaf and base.requires_grad and base.dim() == 2
+    own = base.is_leaf and base.requires_grad
     in_place = own and after is not None and after.requires_grad and fixed_sizes(weight)
     if not (in_place and torch.is_grad_enabled()):
         return weight[latents]
@@ -419,7 +419,8 @@ class _RowsOf(torch.autograd.Function):
 
 def with_rows_read_(grad: Float[Tensor, "n d"], weight: Tensor) -> Float[Tensor, "n d"]:
     """The gradient of a weight (or of its transposed), and that of rows read beside it."""
-    for latents, rows in ROWS_READ.pop(weight, ()):
+    base = weight if weight._base is None else weight._base
+    for latents, rows in ROWS_READ.pop(base, ()):
         grad.index_add_(0, latents, rows.to(grad.dtype))
     return grad
 

@@ -11,6 +11,7 @@ from kanllama_lightning.heads import (
     CurvedDictionary,
     Gated,
     JumpReLU,
+    KANDirect,
     KANEncoder,
     KANReLUDense,
     Matryoshka,
@@ -24,7 +25,16 @@ from kanllama_lightning.training.schedule import Schedule
 from kanllama_lightning.types import StepContext
 
 D, M, K, TOK = 8, 24, 3, 40
-SPARSE = [BatchTopK, CurvedDictionary, KANEncoder, KANReLUDense, Matryoshka, SplineLatent, TopK]
+SPARSE = [
+    BatchTopK,
+    CurvedDictionary,
+    KANDirect,
+    KANEncoder,
+    KANReLUDense,
+    Matryoshka,
+    SplineLatent,
+    TopK,
+]
 HEADS = [*SPARSE, Gated, JumpReLU, Standard]
 
 

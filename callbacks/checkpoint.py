@@ -85,7 +85,8 @@ class RunCheckpoint(L.Callback):
         self.every_n_minutes = every_n_minutes
         self.paced = every_n_steps is None and every_n_minutes is None
         """Whether nobody says how often."""
-        self.share = TimeShare(SHARE)
+        # the other half is for the one at the end, which is waited for
+        self.share = TimeShare(SHARE / 2)
         self._writer = Writer()
         self._pending: tuple[Path, list[Written]] | None = None
         """What the writer is at, and what this process has written of it."""

@@ -23,6 +23,9 @@ class LookingCallback(L.Callback):
             )
         self.every_n_validations = every_n_validations
         self.looks = False
+        self.only_final = False
+        """Whether the final validation alone is looked at: where the time decides how often a run
+        is validated, as nobody knows before what a look takes."""
         self._validations, self._counted_at = 0, -1
 
     def state_dict(self) -> dict[str, Any]:
@@ -39,4 +42,6 @@ class LookingCallback(L.Callback):
         final = trainer.state.fn == TrainerFn.VALIDATING
         if not final and trainer.global_step != self._counted_at:  # not one that is made again
             self._validations, self._counted_at = self._validations + 1, trainer.global_step
-        self.looks = final or self._validations % self.every_n_validations == 0
+        self.looks = (
+            final or not self.only_final and self._validations % self.every_n_validations == 0
+        )

@@ -9,6 +9,7 @@ import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
+from kanllama_lightning.callbacks.looking import LookingCallback
 from kanllama_lightning.functional import ranks
 from kanllama_lightning.lm.splice import spliced_losses
 from kanllama_lightning.plan.costs import SPLICED
@@ -23,7 +24,8 @@ class ValidationPace(L.Callback):
 
     The first is priced by one of its batches, run through the LM twice, the later ones by the
     dearest before. The final validation belongs to the result, not to the training: it is always
-    made, and not counted. Training is the same with and without them.
+    made, and not counted; what costs most of it, the looks of `LookingCallback`, are then left to
+    it. Training is the same with and without them.
 
     Args:
         paced: Whether validations are left out that would bring all of them above 5 % of the time;
@@ -47,6 +49,9 @@ class ValidationPace(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Start the clock; say how often."""
         self.share.begin()
+        for callback in trainer.callbacks:
+            if isinstance(callback, LookingCallback):
+                callback.only_final = self.paced
         every = trainer.val_check_interval
         how = f"where all take at most {VALIDATIONS:.0%} of the time" if self.paced else "as told"
         log.info("validations: every %s steps, %s, and one at the end", every, how)

@@ -229,6 +229,28 @@ def test_validations_by_hand() -> None:
     assert e.all_validations_seconds == pytest.approx(5 * 200 * seen + 6 * 100 * 0.003)
 
 
+def test_validations_that_the_time_pays_for_by_hand() -> None:
+    """5 % of the time of training and validations together, as far as they are due."""
+    common: dict[str, Any] = {"lm_rest_seconds": 1e-4, "val_tokens": 10, "val_sets": 1}
+    e = made(**common, validations=10, paced=True)
+    training, one = e.seconds(1, cached=False), e.validation_seconds
+    n = e.validations_made
+    assert 0 < n < 10
+    assert n * one <= 0.05 * (training + n * one)
+    assert (n + 1) * one > 0.05 * (training + (n + 1) * one)
+    assert e.all_validations_seconds == pytest.approx((n + 1) * one)
+    assert made(**common, validations=10).validations_made == 10
+    assert made(**common, validations=1, paced=True).validations_made == 1
+
+
+def test_the_start_and_a_checkpoint_take_memory_by_hand() -> None:
+    e = made(start_tokens=500, row=16)
+    assert e.start_memory == 2 * 500 * 16
+    assert e.memory == 4 * 600 + 300 + 7000 + 16000
+    assert e.checkpoint == 3 * 600 + 300
+    assert made(on_cpu=True).memory == made().memory + 2100
+
+
 def test_controls_are_counted_as_they_are_run(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -76,6 +76,8 @@ def test_what_is_too_dear_is_left_out_and_training_is_the_same(
     assert validated(tmp_path / "paced") == [8, 12, 36, STEPS]
     assert len(asked) == 9
     assert all(seconds > 0 for seconds in asked)
+    looked = {row["step"] for row in read_rows(tmp_path / "paced" / "lens.csv")}
+    assert looked == {str(STEPS)}, "what has no price is left to the final one"
     told = GIVEN | {"trainer__val_check_interval": "10"}
     assert fit(run=str(tmp_path / "told"), **told) == 0
     assert validated(tmp_path / "told") == [10, 20, 30, STEPS]

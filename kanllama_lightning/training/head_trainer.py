@@ -1,11 +1,14 @@
 """One head in training: its step, its counters, its clipping."""
 
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from kanllama_lightning.functional import ranks
 from kanllama_lightning.functional.losses import fvu
+from kanllama_lightning.functional.shard import Shard
 from kanllama_lightning.heads.head import SAEHead
 from kanllama_lightning.training.schedule import Schedule
 from kanllama_lightning.types import SAEOutput, StepContext
@@ -37,11 +40,63 @@ class HeadTrainer(nn.Module):
         self.name, self.head, self.schedule, self.clip_ratio = name, head, schedule, clip_ratio
         self.dead_after_tokens = schedule.dead_after_tokens
         self.threshold_rate = schedule.threshold_rate
+        self.dealt: dict[str, int] = {}
+        """Own tensors that are dealt out over processes, and the dimension that latents lie along;
+        empty where every process trains all of them."""
+        self.shard: Shard | None = None
+        """The latents that its tensors now are of; None for all of them."""
+        self._laid_by: tuple[Shard, dict[str, Tensor]] | None = None
         self._dead: Tensor | None = None
+        self._dead_of: tuple[int, ...] = ()
         self.register_buffer("silent_tokens", torch.zeros(head.d_sae, dtype=torch.int64))
         self.register_buffer("dead_mask", torch.zeros(head.d_sae, dtype=torch.bool))
         self.register_buffer("grad_norm_mean", torch.zeros(()))
         self.register_buffer("bad_step", torch.tensor(NEVER), persistent=False)
+
+    # -------------------------------------------------------- latents dealt out over processes
+
+    def dealt_now(self) -> Iterator[tuple[str, Tensor, int]]:
+        """Its tensors that are dealt out, or are to be: name, tensor, dimension of the latents."""
+        tensors = dict(self.named_parameters()) | dict(self.named_buffers())
+        for name, dim in self.dealt.items():
+            yield name, tensors[name], dim
+
+    def deal_(self, shard: Shard, optimizer: torch.optim.Optimizer) -> None:
+        """Keep the rows of some latents alone, of weights, counters and what the optimizer knows.
+
+        Args:
+            shard: Which latents.
+            optimizer: The run's; it holds the same parameters afterwards.
+        """
+        for _, tensor, dim in self.dealt_now():
+            state = optimizer.state.get(tensor, {})
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.shape == tensor.shape:
+                    state[key] = shard.own(value, dim)
+            tensor.grad = None
+            tensor.data = shard.own(tensor.data, dim)
+        self.shard, self._dead = shard, None
+
+    def gather_(self) -> None:
+        """Hold the whole of it, for measuring and saving, until `return_`; what the optimizer
+        knows stays dealt out."""
+        shard = self.shard
+        if shard is None:
+            return
+        self._laid_by = shard, {name: tensor.data for name, tensor, _ in self.dealt_now()}
+        for _, tensor, dim in self.dealt_now():
+            tensor.grad = None
+            tensor.data = shard.whole(tensor.data, dim)
+        self.shard = None
+
+    def return_(self) -> None:
+        """Go on with the latents that were this process's before `gather_`."""
+        if self._laid_by is None:
+            return
+        self.shard, own = self._laid_by
+        for name, tensor, _ in self.dealt_now():
+            tensor.data = own[name]
+        self._laid_by = None
 
     @property
     def prefix(self) -> str:
@@ -58,12 +113,23 @@ class HeadTrainer(nn.Module):
             step: Optimizer steps taken so far.
             progress: Share of the token budget already trained on, 0 to 1.
         """
+        if self.shard is None:
+            return self._step(x, step, progress)
+        with self.shard.used():
+            return self._step(x, step, progress)
+
+    def _step(
+        self, x: Float[Tensor, "tok d_row"], step: int, progress: float
+    ) -> tuple[dict[str, Tensor], SAEOutput]:
         if step % DEAD_REFRESH_STEPS == 0:
             self.dead_mask = self.silent_tokens >= self.dead_after_tokens
             self._dead = None
         if self._dead is None:  # listing them waits for a GPU
             self._dead = self.dead_mask.nonzero().squeeze(1)
-        ctx = StepContext(self._dead, progress, self.threshold_rate)
+            if self.shard is not None:
+                counts = self.shard.each(len(self._dead), x.device)
+                self._dead_of = tuple(counts) if any(counts) else ()
+        ctx = StepContext(self._dead, progress, self.threshold_rate, self._dead_of)
         out = self.head(x)
         losses = self.head.losses(x, out, ctx)
         with torch.no_grad():
@@ -94,13 +160,16 @@ class HeadTrainer(nn.Module):
     ) -> dict[str, Tensor]:
         """What is worth logging about a training batch, under the head's name."""
         dead = (self.silent_tokens >= self.dead_after_tokens).float().mean()
+        l0 = out.codes.l0().float().mean()
+        if self.shard is not None:
+            dead, l0 = self.shard.total(dead) / self.shard.world, self.shard.total(l0)
         batch_fvu = fvu(self.head.target(x), out.x_hat.float())
         values = dict(losses) | self.head.diagnostics(x)
         values |= {
             "loss": torch.stack(list(losses.values())).sum(),
             "fvu": batch_fvu,
             "ev": 1 - batch_fvu,
-            "l0": out.codes.l0().float().mean(),
+            "l0": l0,
             "dead_frac": dead,
         }
         return {f"{self.prefix}train/{name}": v.detach() for name, v in values.items()}
@@ -118,18 +187,30 @@ class HeadTrainer(nn.Module):
             nn.utils.clip_grad_value_(parameters, value)
             return {}
         if value is not None:
-            norm = nn.utils.clip_grad_norm_(parameters, value)
+            norm = self._grad_norm()
+            nn.utils.clip_grads_with_norm_(parameters, value, norm)
             clipped = norm > value
         else:
-            norm, clipped = self._shorten_spikes_([p.grad for p in parameters])
+            norm, clipped = self._shorten_spikes_(
+                [p.grad for p in parameters if p.grad is not None]
+            )
         return {
             f"{self.prefix}train/grad_norm": norm,
             f"{self.prefix}train/grad_clipped": clipped.float(),
         }
 
-    def _shorten_spikes_(self, gradients: list[Tensor | None]) -> tuple[Tensor, Tensor]:
-        found = [g for g in gradients if g is not None]
-        norm = nn.utils.get_total_norm(found)
+    def _grad_norm(self) -> Tensor:
+        """Norm of the gradients of all its parameters, those of other processes included."""
+        found = {n: p.grad for n, p in self.named_parameters() if p.grad is not None}
+        if self.shard is None:
+            return nn.utils.get_total_norm(list(found.values()))
+        own = [grad for name, grad in found.items() if name in self.dealt]
+        alike = [grad for name, grad in found.items() if name not in self.dealt]
+        squared = self.shard.total(nn.utils.get_total_norm(own).square())
+        return (squared + nn.utils.get_total_norm(alike).square()).sqrt()
+
+    def _shorten_spikes_(self, found: list[Tensor]) -> tuple[Tensor, Tensor]:
+        norm = self._grad_norm()
         limit = torch.where(self.grad_norm_mean > 0, self.clip_ratio * self.grad_norm_mean, norm)
         torch._foreach_mul_(found, (limit / norm.clamp_min(1e-30)).clamp_max(1.0))
         used = torch.minimum(norm, limit)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kanllama_lightning import heads
-from kanllama_lightning.functional.shard import Shard
+from kanllama_lightning.functional.shard import LatentShard
 from kanllama_lightning.heads import SAEHead
 from kanllama_lightning.heads.dealt import dealt_tensors
 from kanllama_lightning.training.dealing import COUNTERS
@@ -59,7 +59,7 @@ def batches(width: int, steps: int, first: int = 0) -> Tensor:
     return torch.stack(found)
 
 
-def train(kind: str, steps: int, shard: Shard | None) -> dict[str, Any]:
+def train(kind: str, steps: int, shard: LatentShard | None) -> dict[str, Any]:
     """What is known after so many steps: weights, counters, moments; and how many were dead."""
     head = made(kind).train()
     trainee = HeadTrainer("", head, Schedule(steps * BATCH, BATCH), 5.0)
@@ -131,7 +131,7 @@ class Tally:
 
 def child(folder: str, kinds: list[str], steps: int) -> None:
     """Train heads of some kinds together, on rows of which each process has a part."""
-    shard = Shard(dist.get_rank(), dist.get_world_size())
+    shard = LatentShard(dist.get_rank(), dist.get_world_size())
     for kind in kinds:
         found = train(kind, steps, shard)
         torch.save(found, f"{folder}/{kind}-{shard.rank}.pt")
@@ -139,13 +139,13 @@ def child(folder: str, kinds: list[str], steps: int) -> None:
 
 def broken_child(folder: str, kinds: list[str], steps: int) -> None:
     """The same, without telling b_dec and hidden units what other processes' latents want."""
-    Shard.shared = lambda _, x: x  # type: ignore[method-assign]
+    LatentShard.shared = lambda _, x: x  # type: ignore[method-assign]
     child(folder, kinds, steps)
 
 
 def counting_child(folder: str, kinds: list[str]) -> None:
     """Count what is called in a step, where latents are dead."""
-    shard, tally = Shard(dist.get_rank(), dist.get_world_size()), Tally()
+    shard, tally = LatentShard(dist.get_rank(), dist.get_world_size()), Tally()
     original, said = HeadTrainer.step, []
 
     def step(self: HeadTrainer, *args: Any) -> Any:

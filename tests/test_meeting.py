@@ -1,7 +1,6 @@
 """Processes that something else starts: they find each other, or say who is missing."""
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,75 +14,72 @@ from tests.gloo import ROOT, free_port
 
 OURS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
 MEET = """
-import sys
+import os, sys, time
 from kanllama_lightning.cli.meeting import Meeting, Started, patience
 from kanllama_lightning.types import InputError, RunFinished
-rank, world, port = map(int, sys.argv[1:4])
-try:
-    met = Meeting(Started(rank, world, "127.0.0.1", port, rank == 0), patience())
-    if sys.argv[4] == "finished" and not rank:
-        met.refuse(RunFinished("nothing is left to do"))
-    elif sys.argv[4] == "silent" and not rank:
-        print("here", flush=True)
-        sys.stdin.read()
-    elif rank:
-        print(met.hear())
-    else:
-        met.tell("runs/of all")
-    sys.stdin.read()  # until all have heard it
-except (InputError, RunFinished) as e:
-    print(type(e).__name__, e)
+
+def take_part(rank, world, port, how, file):
+    try:
+        met = Meeting(Started(rank, world, "127.0.0.1", port, rank == 0), patience())
+        if how == "finished" and not rank:
+            met.refuse(RunFinished("nothing is left to do"))
+        elif how == "killed" and not rank:
+            while not met.store.check(["kanllama_here_1"]):
+                pass
+            os._exit(1)
+        elif rank:
+            file.write(met.hear())
+        else:
+            met.tell("runs/of all")
+    except (InputError, RunFinished) as e:
+        file.write(f"{type(e).__name__} {e}")
+    file.flush()
+    while not rank and not os.path.exists(f"{folder}/done"):  # until all have heard it
+        time.sleep(0.05)
+    os._exit(0)
+
+world, port, how, folder = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:5]
+pids = {}
+for rank in map(int, sys.argv[5:]):
+    pid = os.fork()
+    if not pid:
+        take_part(rank, world, port, how, open(f"{folder}/{rank}", "w"))
+    pids[rank] = pid
+for rank in sorted(pids, reverse=True):
+    if not rank:
+        open(f"{folder}/done", "w").close()
+    os.waitpid(pids[rank], 0)
 """
 
 
-def start(rank: int, world: int, port: int, how: str, seconds: float) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", MEET, str(rank), str(world), str(port), how],
-        cwd=ROOT,
-        env={**os.environ, "KANLLAMA_START_TIMEOUT": str(seconds)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
-def said(ranks: list[int], world: int, how: str = "", seconds: float = 60) -> list[str]:
+def said(
+    folder: Path, ranks: list[int], world: int, how: str = "all", seconds: float = 60
+) -> list[str]:
     """What each of some processes says in the end; the first of them ends last."""
-    port = free_port()
-    started = [start(rank, world, port, how, seconds) for rank in ranks]
-    return [one.communicate(timeout=120)[0].strip() for one in reversed(started)][::-1]
+    args = [str(one) for one in (world, free_port(), how, folder, *ranks)]
+    environment = {**os.environ, "KANLLAMA_START_TIMEOUT": str(seconds)}
+    command = [sys.executable, "-c", MEET, *args]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=120)
+    return [(folder / str(rank)).read_text() for rank in ranks]
 
 
-def test_all_hear_where_the_run_goes() -> None:
-    assert said([0, 1, 2], 3) == ["", "runs/of all", "runs/of all"]
+def test_all_hear_where_the_run_goes(tmp_path: Path) -> None:
+    assert said(tmp_path, [0, 1, 2], 3) == ["", "runs/of all", "runs/of all"]
 
 
-def test_who_is_missing_is_said_by_all() -> None:
-    first, second = said([0, 1], 4, seconds=10)
+def test_who_is_missing_is_said_by_all(tmp_path: Path) -> None:
+    first, second = said(tmp_path, [0, 1], 4, seconds=3)
     assert "of 4 processes, counted from 0, these did not come" in first
-    assert "within 10 s (KANLLAMA_START_TIMEOUT): 2, 3;" in first
+    assert "within 3 s (KANLLAMA_START_TIMEOUT): 2, 3;" in first
     assert second.startswith("InputError the first process has ended: of 4 processes")
 
 
 @pytest.mark.slow
-def test_the_first_is_missing_or_has_nothing_to_do() -> None:
-    (alone,) = said([1], 2, seconds=3)
+def test_the_first_is_missing_or_killed_or_has_nothing_to_do(tmp_path: Path) -> None:
+    (alone,) = said(tmp_path, [1], 2, seconds=3)
     assert alone.startswith("InputError process 1 of 2 found nobody at 127.0.0.1:")
-    assert said([0, 1], 2, "finished")[1] == "RunFinished nothing is left to do"
-
-
-@pytest.mark.slow
-def test_the_first_is_killed() -> None:
-    port = free_port()
-    first = start(0, 2, port, "silent", 60)
-    assert first.stdout is not None
-    assert first.stdout.readline() == "here\n"
-    second = start(1, 2, port, "silent", 60)
-    with pytest.raises(subprocess.TimeoutExpired):
-        second.wait(15)
-    first.send_signal(signal.SIGKILL)
-    assert "has ended; look into its output" in second.communicate(timeout=60)[0]
-    first.communicate()
+    assert said(tmp_path, [0, 1], 2, "finished")[1] == "RunFinished nothing is left to do"
+    assert "has ended; look into its output" in said(tmp_path, [0, 1], 2, "killed")[1]
 
 
 def test_ways_of_being_started(monkeypatch: pytest.MonkeyPatch) -> None:

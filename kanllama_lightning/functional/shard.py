@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
-class Shard(NamedTuple):
+class LatentShard(NamedTuple):
     """The latents j of one process: those with j % world == rank.
 
     Every n-th one, not a block: where the first latents do most of the work (Matryoshka) each
@@ -125,7 +125,7 @@ class Shard(NamedTuple):
         return parts
 
 
-SHARD: ContextVar[Shard | None] = ContextVar("shard", default=None)
+SHARD: ContextVar[LatentShard | None] = ContextVar("shard", default=None)
 """This process's latents where they are dealt out; what runs in every step asks before it calls."""
 
 
@@ -161,7 +161,9 @@ class _Alike(torch.autograd.Function):
 
 class _Joined(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Float[Tensor, "tok own"], shard: Shard) -> Float[Tensor, "tok all"]:
+    def forward(
+        ctx: Any, x: Float[Tensor, "tok own"], shard: LatentShard
+    ) -> Float[Tensor, "tok all"]:
         ctx.shard = shard
         return shard.whole(x, 1)
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from kanllama_lightning.functional.shard import Shard
+from kanllama_lightning.functional.shard import LatentShard
 from kanllama_lightning.heads.dealt import dealt_tensors
 from kanllama_lightning.heads.head import SAEHead
 from kanllama_lightning.training.head_trainer import HeadTrainer
@@ -70,7 +70,7 @@ def put_together_(
         keeps: Whether this process writes; of the others nothing is kept. All take part.
     """
 
-    def whole(shard: Shard, value: torch.Tensor, dim: int) -> torch.Tensor:
+    def whole(shard: LatentShard, value: torch.Tensor, dim: int) -> torch.Tensor:
         found = shard.whole(value, dim)
         return found.cpu() if keeps else value
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kanllama_lightning.functional import ranks
 from kanllama_lightning.functional.losses import fvu
-from kanllama_lightning.functional.shard import Shard
+from kanllama_lightning.functional.shard import LatentShard
 from kanllama_lightning.heads.head import SAEHead
 from kanllama_lightning.training.schedule import Schedule
 from kanllama_lightning.types import SAEOutput, StepContext
@@ -43,9 +43,9 @@ class HeadTrainer(nn.Module):
         self.dealt: dict[str, int] = {}
         """Own tensors that are dealt out over processes, and the dimension that latents lie along;
         empty where every process trains all of them."""
-        self.shard: Shard | None = None
+        self.shard: LatentShard | None = None
         """The latents that its tensors now are of; None for all of them."""
-        self._laid_by: tuple[Shard, dict[str, Tensor]] | None = None
+        self._laid_by: tuple[LatentShard, dict[str, Tensor]] | None = None
         self._dead: Tensor | None = None
         self._dead_of: tuple[int, ...] = ()
         self.register_buffer("silent_tokens", torch.zeros(head.d_sae, dtype=torch.int64))
@@ -61,7 +61,7 @@ class HeadTrainer(nn.Module):
         for name, dim in self.dealt.items():
             yield name, tensors[name], dim
 
-    def deal_(self, shard: Shard, optimizer: torch.optim.Optimizer) -> None:
+    def deal_(self, shard: LatentShard, optimizer: torch.optim.Optimizer) -> None:
         """Keep the rows of some latents alone, of weights, counters and what the optimizer knows.
 
         Args:

@@ -21,7 +21,7 @@ from kanllama_lightning.exchange.formats import format_of, read_foreign
 from kanllama_lightning.exchange.linear_sae import linear_form
 from kanllama_lightning.functional import ranks
 from kanllama_lightning.functional.moments import norms
-from kanllama_lightning.functional.shard import Shard
+from kanllama_lightning.functional.shard import LatentShard
 from kanllama_lightning.functional.sinks import sink_limit, within
 from kanllama_lightning.heads.head import CARD, SAEHead, Trained, read_card
 from kanllama_lightning.heads.sae import flat_name
@@ -224,7 +224,7 @@ class SAEModule(L.LightningModule):
 
     def _deal_(self) -> None:
         """Keep this process's latents alone, from the first step of a session on."""
-        shard = Shard(self.trainer.global_rank, self.trainer.world_size)
+        shard = LatentShard(self.trainer.global_rank, self.trainer.world_size)
         for trainee in self._trainees():
             if trainee.dealt:
                 trainee.deal_(shard, self.trainer.optimizers[0])

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,7 @@ from kanllama_lightning import heads
 from kanllama_lightning.functional.shard import LatentShard
 from kanllama_lightning.heads import SAEHead
 from kanllama_lightning.heads.dealt import dealt_tensors
-from kanllama_lightning.training.dealing import COUNTERS
+from kanllama_lightning.training.dealing import COUNTERS, put_together_
 from kanllama_lightning.training.head_trainer import HeadTrainer
 from kanllama_lightning.training.optim import Adam
 from kanllama_lightning.training.schedule import Schedule
@@ -33,6 +33,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "FrozenDecoder": {},
 }
 TRANSCODER = "TopK transcoder"
+
+
+class Part(NamedTuple):
+    """Some steps of a run, and its checkpoint."""
+
+    begin: int
+    end: int
+    file: str | None
 
 
 def made(kind: str) -> SAEHead:
@@ -59,12 +67,26 @@ def batches(width: int, steps: int, first: int = 0) -> Tensor:
     return torch.stack(found)
 
 
-def train(kind: str, steps: int, shard: LatentShard | None) -> dict[str, Any]:
-    """What is known after so many steps: weights, counters, moments; and how many were dead."""
+def train(
+    kind: str, steps: int, shard: LatentShard | None, part: Part | None = None
+) -> dict[str, Any]:
+    """What is known after so many steps: weights, counters, moments; and how many were dead.
+
+    Args:
+        kind: Of the head.
+        steps: Of the whole run.
+        shard: Which latents; None for all.
+        part: Which of the steps are made, and the checkpoint to go on from and to leave.
+    """
     head = made(kind).train()
     trainee = HeadTrainer("", head, Schedule(steps * BATCH, BATCH), 5.0)
     trainee.dead_after_tokens = 2 * BATCH
     optimizer = Adam(head.parameters(), lr=2e-3)
+    part = part or Part(0, steps, None)
+    if part.begin and part.file is not None:
+        held = torch.load(part.file, weights_only=True)
+        trainee.load_state_dict(held["state_dict"])
+        optimizer.load_state_dict(held["optimizer_states"][0])
     if shard is not None:
         tensors = dealt_tensors(head, shard.world)
         trainee.dealt = {f"head.{name}": dim for name, dim in tensors.items()} | COUNTERS
@@ -72,6 +94,8 @@ def train(kind: str, steps: int, shard: LatentShard | None) -> dict[str, Any]:
     alike = [p for n, p in trainee.named_parameters() if n not in trainee.dealt]
     dead, losses = 0, torch.zeros(steps)
     for step, whole in enumerate(batches(head.d_row, steps)):
+        if not part.begin <= step < part.end:
+            continue
         x = whole if shard is None else shard.rows(whole.chunk(shard.world)[shard.rank])
         found, _ = trainee.step(x, step, step / steps)
         loss = torch.stack(list(found.values())).sum()
@@ -80,15 +104,23 @@ def train(kind: str, steps: int, shard: LatentShard | None) -> dict[str, Any]:
         if shard is not None:  # as DDP does
             flat = torch.cat([p.grad.flatten() for p in alike if p.grad is not None]) / shard.world
             dist.all_reduce(flat)
-            for p, part in zip(alike, flat.split([p.numel() for p in alike]), strict=True):
+            for p, mean in zip(alike, flat.split([p.numel() for p in alike]), strict=True):
                 assert p.grad is not None
-                p.grad.copy_(part.view_as(p))
+                p.grad.copy_(mean.view_as(p))
         head.project_grad_()
         trainee.clip_(None, "norm")
         optimizer.step()
         head.project_()
         dead += sum(trainee._dead_of) if shard else len(trainee._dead)
         losses[step] = loss.detach()
+    if part.file is not None:
+        keeps = shard is None or not shard.rank
+        named = {f"trainees.0.{n}": t for n, t in trainee.state_dict().items()}
+        checkpoint = {"state_dict": named, "optimizer_states": [optimizer.state_dict()]}
+        put_together_(checkpoint, [trainee], optimizer, keeps)
+        named = {n.removeprefix("trainees.0."): t for n, t in checkpoint["state_dict"].items()}
+        if keeps:
+            torch.save(checkpoint | {"state_dict": named}, part.file)
     moments = {n: optimizer.state[p]["exp_avg"] for n, p in trainee.named_parameters()}
     if shard is not None:
         names = trainee.dealt
@@ -135,6 +167,13 @@ def child(folder: str, kinds: list[str], steps: int) -> None:
     for kind in kinds:
         found = train(kind, steps, shard)
         torch.save(found, f"{folder}/{kind}-{shard.rank}.pt")
+
+
+def part_child(folder: str, kinds: list[str], steps: int, begin: int, end: int) -> None:
+    """A part of the steps, from the checkpoint of the part before it."""
+    shard = LatentShard(dist.get_rank(), dist.get_world_size())
+    for kind in kinds:
+        train(kind, steps, shard, Part(begin, end, f"{folder}/{kind}.ckpt"))
 
 
 def broken_child(folder: str, kinds: list[str], steps: int) -> None:

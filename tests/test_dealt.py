@@ -15,7 +15,7 @@ from kanllama_lightning.training.dealing import fewer_bytes
 from kanllama_lightning.types import InputError
 from tests import test_ranks as run_ranks
 from tests.conftest import ALONE, CTX, side_by_side_config
-from tests.dealt_steps import KINDS, TRANSCODER, N, off, train
+from tests.dealt_steps import KINDS, TRANSCODER, N, Part, off, train
 from tests.gloo import ROOT, launch
 
 FIVE: dict[str, dict[str, Any]] = {
@@ -103,6 +103,21 @@ def test_sixty_steps_of_the_other_kinds(tmp_path: Path) -> None:
     kinds = ["JumpReLU", "Standard", "MLPEncoder", "KANDirect", "FrozenDecoder", TRANSCODER]
     launch(N, "tests.dealt_steps.child", str(tmp_path), kinds, 60, timeout=1200)
     same_as_one(tmp_path, kinds, 60, 1e-5)
+
+
+@pytest.mark.slow
+def test_four_then_two_then_one_go_on(tmp_path: Path) -> None:
+    """From checkpoints that hold the whole head and what its optimizer knows."""
+    kinds, steps = ["TopK", "KANEncoder", "Gated"], 36
+    for n, begin in ((4, 0), (2, 12)):
+        args = (str(tmp_path), kinds, steps, begin, begin + 12)
+        launch(n, "tests.dealt_steps.part_child", *args, timeout=600)
+    for kind in kinds:
+        found = train(kind, steps, None, Part(24, steps, f"{tmp_path}/{kind}.ckpt"))
+        one = train(kind, steps, None)
+        one["losses"][:24] = 0
+        apart = off(found, one)
+        assert all(error <= 1e-5 for error in apart.values()), (kind, apart)
 
 
 @pytest.mark.slow

@@ -175,6 +175,9 @@ class StepContext(NamedTuple):
     """Share of the token budget already trained on, 0 to 1."""
     rate: float
     """Weight of this step in a moving average: one over its horizon in steps."""
+    dead_of: tuple[int, ...] = ()
+    """Where latents are dealt out and some are dead: their number on every process; `dead` are
+    those of this one."""
 
 
 class Curves(NamedTuple):

@@ -33,6 +33,8 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 VOCAB = 64
 BOS, EOS = 0, 1
 WORDS = [f"w{i}" for i in range(VOCAB - 3)]
+CTX = 32
+"""Length of a row in `SMALL`."""
 Fit = Callable[..., int]
 
 SMALL = {
@@ -144,6 +146,17 @@ def tokens() -> TokenBatch:
     short = pack([docs[0]], [9], 12, BOS, EOS, (BOS, EOS))
     full = pack(docs, range(len(docs)), 12, BOS, EOS, (BOS, EOS))
     return TokenBatch(*join([full, short]), torch.zeros(3, dtype=torch.int64))
+
+
+@pytest.fixture(scope="session")
+def whole_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Documents that fill exactly one row each, so that all rows count equally many tokens."""
+    rng = random.Random(5)
+    path = tmp_path_factory.mktemp("text") / "rows.jsonl"
+    with path.open("w") as file:
+        for _ in range(1200):
+            file.write(json.dumps({"text": " ".join(rng.choices(WORDS, k=CTX - 1))}) + "\n")
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -15,11 +14,11 @@ from kanllama_lightning.functional import ranks
 from kanllama_lightning.functional.losses import auxk
 from kanllama_lightning.functional.sparse import largest_positive
 from kanllama_lightning.heads import SAEHead
-from tests.conftest import ALONE, SMALL, WORDS, read_rows, side_by_side_config
+from tests.conftest import ALONE, CTX, SMALL, read_rows, side_by_side_config
+from tests.gloo import launch
 from train import main
 
 ROOT = Path(__file__).resolve().parents[1]
-CTX = 32
 EVERY_KIND = {
     "batch_topk": {"class_path": "BatchTopK"},
     "topk": {"class_path": "TopK"},
@@ -55,7 +54,6 @@ def of_rank(rank: int) -> torch.Tensor:
 
 def child(folder: str) -> None:
     """What each process of `test_pure_functions` does; leaves its results in a file."""
-    torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
     x, found = of_rank(rank), {}
     with ranks.pooled():
@@ -69,39 +67,13 @@ def child(folder: str) -> None:
             positions, cutoff = largest_positive(x, count)
             found[f"largest {count}"], found[f"cutoff {count}"] = positions, cutoff
     torch.save(found, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def children(n: int, folder: str) -> None:
-    """Fork a child for each rank, so that all is imported once."""
-    pids = []
-    for rank in range(n):
-        os.environ["RANK"] = str(rank)
-        if not (pid := os.fork()):
-            child(folder)
-            return
-        pids.append(pid)
-    sys.exit(any(os.waitpid(pid, 0)[1] for pid in pids))
-
-
-def launch(n: int, folder: Path) -> list[dict[str, torch.Tensor]]:
-    environment = {
-        **os.environ,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(random.Random(os.getpid()).randrange(20000, 60000)),
-        "WORLD_SIZE": str(n),
-        "OMP_NUM_THREADS": "1",
-    }
-    code = "import tests.shapes; from tests.test_ranks import children; "
-    code += f"children({n}, {str(folder)!r})"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, timeout=240)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(n)]
 
 
 @pytest.mark.slow
 def test_pure_functions(tmp_path: Path) -> None:
     n = 3
-    found = launch(n, tmp_path)
+    launch(n, "tests.test_ranks.child", str(tmp_path))
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(n)]
     union = torch.cat([of_rank(rank) for rank in range(n)])
     uneven = torch.cat([of_rank(rank)[: rank + 1] for rank in range(n)])
     want_hat = (union * 0.5).requires_grad_()
@@ -122,17 +94,6 @@ def test_pure_functions(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------- whole runs through the command line
-
-
-@pytest.fixture(scope="module")
-def whole_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Documents that fill exactly one row each, so that all rows count equally many tokens."""
-    rng = random.Random(5)
-    path = tmp_path_factory.mktemp("text") / "rows.jsonl"
-    with path.open("w") as file:
-        for _ in range(1200):
-            file.write(json.dumps({"text": " ".join(rng.choices(WORDS, k=CTX - 1))}) + "\n")
-    return path
 
 
 def command(folder: Path, processes: int, *extra: str, **changed: Any) -> list[str]:

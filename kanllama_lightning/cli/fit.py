@@ -23,6 +23,7 @@ from kanllama_lightning.cli import options
 from kanllama_lightning.cli.arguments import SUBCOMMANDS, config_tree, mentions
 from kanllama_lightning.cli.catalogue import RUN
 from kanllama_lightning.cli.command_line import BASE
+from kanllama_lightning.cli.meeting import Meeting, patience, started_with_others
 from kanllama_lightning.cli.resume import find_checkpoint
 from kanllama_lightning.console.quiet import is_first
 from kanllama_lightning.data.token_data import TokenData
@@ -74,6 +75,8 @@ class KanllamaCLI(LightningCLI):
     """The run folder, taken."""
     made: ClassVar[bool] = False
     """Whether the folder was made for the run."""
+    met: ClassVar[Meeting | None] = None
+    """Where the run's processes met, if something else started them."""
     place: ClassVar[Path | None] = None
     """The folder that the command writes into."""
 
@@ -198,23 +201,9 @@ class KanllamaCLI(LightningCLI):
         for option in ("run", "runs_dir", "ckpt_path"):
             if config.get(option) == "":
                 raise InputError(f"{option}='': names nothing; give a path, or leave it out")
-        named = config.run or self._told()
+        self._settle_folder(config, resolved, fit)
         if config.get("ckpt_path"):
-            where = named if fit else None  # a validation has a folder of its own
-            checkpoint = find_checkpoint(config.ckpt_path, config.runs_dir, resolved, where, fit)
-            config.ckpt_path = execution["ckpt_path"] = str(checkpoint)
-        elif not fit:
-            raise InputError(
-                "validate: nothing to validate; name a run or one of its checkpoints with "
-                "--ckpt_path (a saved head is measured by `python evaluate.py report HEAD`)"
-            )
-        goes_on = fit and bool(config.get("ckpt_path"))
-        self.run_folder = checkpoint.parent.parent if goes_on else self._folder(config, named)
-        if goes_on:
-            _refuse_finished(checkpoint, trainer.max_steps)
-        if is_first():
-            self._take(goes_on)
-        if config.get("ckpt_path"):
+            execution["ckpt_path"] = config.ckpt_path
             log.info("continuing from %s" if fit else "validating %s", config.ckpt_path)
         if trainer.accelerator == "auto" and not torch.cuda.is_available():
             trainer.accelerator = "cpu"  # Apple's GPUs have no fp64, which the metrics need
@@ -228,6 +217,44 @@ class KanllamaCLI(LightningCLI):
                 logger.init_args.save_dir = str(self.run_folder)
                 logger.init_args.name = logger.init_args.name or self.run_folder.name
                 logger.init_args.id = logger.init_args.id or _logger_id(self.run_folder)
+
+    def _settle_folder(self, config: Any, resolved: str, fit: bool) -> None:
+        """Choose and take the run folder, which the first process tells those started with it."""
+        own = started_with_others(config.trainer.num_nodes)
+        if own is None:
+            self._choose_folder(config, resolved, fit)
+            return
+        KanllamaCLI.met = met = Meeting(own, patience())
+        if own.rank:
+            heard = met.hear()
+            config.run = config.run or heard
+            self._choose_folder(config, resolved, fit)
+            return
+        try:
+            self._choose_folder(config, resolved, fit)
+        except (InputError, RunFinished) as e:
+            met.refuse(e)
+            raise
+        met.tell(str(self.run_folder))
+
+    def _choose_folder(self, config: Any, resolved: str, fit: bool) -> None:
+        """The run folder, taken by the first process; find what is to be continued."""
+        named = config.run or self._told()
+        if config.get("ckpt_path"):
+            where = named if fit else None  # a validation has a folder of its own
+            checkpoint = find_checkpoint(config.ckpt_path, config.runs_dir, resolved, where, fit)
+            config.ckpt_path = str(checkpoint)
+        elif not fit:
+            raise InputError(
+                "validate: nothing to validate; name a run or one of its checkpoints with "
+                "--ckpt_path (a saved head is measured by `python evaluate.py report HEAD`)"
+            )
+        goes_on = fit and bool(config.get("ckpt_path"))
+        self.run_folder = checkpoint.parent.parent if goes_on else self._folder(config, named)
+        if goes_on:
+            _refuse_finished(checkpoint, config.trainer.max_steps)
+        if is_first():
+            self._take(goes_on)
 
     def _drop_default_val(self, config: Any) -> None:
         """Leave the default's other text out of a run on the user's own text, unless asked for."""
@@ -282,15 +309,7 @@ class KanllamaCLI(LightningCLI):
             raise InputError(
                 f"--run {config.run}: the environment says {RUN_FOLDER}={told}; name one folder"
             )
-        if named:
-            return Path(named)
-        if is_first() and not _started_with_others():
-            return self._new_folder(config)
-        raise InputError(
-            "--run: several processes were started from outside and would each choose a folder "
-            f"of their own; name one with --run FOLDER, or with {RUN_FOLDER}=FOLDER in the "
-            "environment"
-        )
+        return Path(named) if named else self._new_folder(config)
 
     def _new_folder(self, config: Any) -> Path:
         """A folder that was not there, so that runs that start at once have one each."""
@@ -391,11 +410,6 @@ def told_of(name: str, head: SAEHead, optimizer: Mapping[str, Any]) -> str:
         said.append(f"L0 {head.target_l0}")
     said.append(f"learning rate {optimizer.get('lr', 'that of the optimizer')}")
     return f"head {f'{name}: ' if name else ''}{type(head).__name__}, {', '.join(said)}"
-
-
-def _started_with_others() -> bool:
-    """Whether something else than Lightning (torchrun, say) started several processes."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def _logger_id(folder: Path) -> str:

@@ -44,7 +44,8 @@ class PlanCLI(KanllamaCLI):
         module, data = self.model, self.datamodule
         autocast = str(trainer.precision) == "bf16-mixed"
         every, watch = trainer.val_check_interval, CPUUse()
-        self.estimate = RunEstimate.of(module.lm, module, data, device, autocast, every)
+        processes = _devices(trainer.devices, cuda) * trainer.num_nodes
+        self.estimate = RunEstimate.of(module.lm, module, data, device, autocast, every, processes)
         name = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
         free = Free(free_memory(), shutil.disk_usage(".").free)
         record = _record(module.lm, list(module.heads().values()), data.ctx_len)
@@ -56,6 +57,17 @@ class PlanCLI(KanllamaCLI):
                 f"Other processes kept {busy:.1f} of {cores} cores busy: the times above are too "
                 "long for an idle machine, perhaps many times; plan again when it is."
             )
+
+
+def _devices(given: Any, cuda: bool) -> int:
+    """How many devices of a machine `trainer.devices` names."""
+    if isinstance(given, str) and "," in given:
+        given = [one for one in given.split(",") if one]
+    if isinstance(given, list):
+        return len(given)
+    if given in ("auto", "-1", -1, None):
+        return torch.cuda.device_count() if cuda else 1
+    return int(given)
 
 
 def _record(lm: FrozenLM, heads: Sequence[SAEHead], ctx_len: int) -> dict[str, Work | str]:

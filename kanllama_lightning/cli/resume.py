@@ -23,6 +23,7 @@ FREE = (
     "run",
     "runs_dir",
     "model.tokens",
+    "model.deal_latents",
     "weights_only",
     "trainer.max_steps",
     "trainer.max_time",

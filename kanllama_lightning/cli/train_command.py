@@ -77,7 +77,7 @@ def _run(given: list[str], started: bool) -> int:
     # what a launcher of further processes starts again
     sys.argv = own if started else [str(ROOT / "train.py"), *given]
     told, unused = os.environ.get(RUN_FOLDER), False
-    KanllamaCLI.made, KanllamaCLI.place = False, None
+    KanllamaCLI.made, KanllamaCLI.place, KanllamaCLI.met = False, None, None
     try:
         kind = KanllamaCLI
         if given[:1] == ["plan"]:

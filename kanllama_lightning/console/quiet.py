@@ -25,7 +25,7 @@ NOISE = (
 
 def is_first() -> bool:
     """Whether this process speaks for all that train together."""
-    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK")
     return all(os.environ.get(name, "0") == "0" for name in names)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 POOLED: ContextVar[bool] = ContextVar("pooled", default=False)
@@ -86,6 +86,13 @@ def rows(x: Shaped[Tensor, "n *rest"]) -> Shaped[Tensor, "all *rest"]:
     return x if len(parts) == 1 else torch.cat(parts)
 
 
+def of_lower_ranks(count: Int[Tensor, ""]) -> Int[Tensor, ""]:
+    """The sum of the counts of all processes before this one; nothing is waited for."""
+    counts = torch.zeros(world(), dtype=torch.int64, device=count.device)
+    counts[rank()] = count
+    return total(counts)[: rank()].sum()
+
+
 def lists(items: list[Any]) -> list[Any]:
     """The items of all processes, in the order of ranks."""
     if world() == 1:
@@ -100,5 +107,5 @@ def summed_squares(x: Float[Tensor, "tok n"]) -> Float[Tensor, ""]:
     n = world()
     if n == 1:
         return (x - x.mean(0)).square().sum()
-    mean = total(x.sum(0)) / total(torch.tensor(float(len(x)), device=x.device))
+    mean = total(x.sum(0)) / total(x.new_full((), len(x)))
     return total((x - mean).square().sum())

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
 from kanllama_lightning.functional import ranks
+from kanllama_lightning.functional.common_cutoff import largest_in_all
+from kanllama_lightning.functional.shard import SHARD
 
 SAMPLE_STRIDE = 61
 """Every so many values are looked at to guess a lower bound of the cut-off; odd, so that the
@@ -96,9 +98,10 @@ def largest_positive(
 
     Exact: among equal values at the cut-off the lowest positions win. Fewer positions come back
     when fewer values are positive. Of several processes (`ranks.pooled`) each gives its part of
-    what is largest among the values of all, and the lowest ranks win ties. On the CPU a sampled
-    lower bound first throws away nearly all values (it only ever saves time: when it leaves too
-    few, all values are searched).
+    what is largest among the values of all, and the lowest ranks win ties; and so it is where
+    latents are dealt out (`SHARD`), with `count` for all. On the CPU a sampled lower bound first
+    throws away nearly all values (it only ever saves time: when it leaves too few, all values are
+    searched).
 
     Args:
         values: Activations of a batch, any sign.
@@ -107,26 +110,25 @@ def largest_positive(
     Returns:
         The positions, and the smallest kept value (0 when fewer than `count` were positive).
     """
-    if not ranks.POOLED.get():
-        return _largest_here(values, count)
-    cutoff = _largest_counted(values, count)[1]
+    shard = SHARD.get()
+    if shard is not None:
+        with ranks.pooled():
+            return _largest_of_all(values, -(-count // shard.world), count)
+    if ranks.POOLED.get():
+        return _largest_of_all(values, count, count * ranks.world())
+    return _largest_here(values, count)
+
+
+def _largest_of_all(
+    values: Float[Tensor, "tok d_sae"], share: int, count: int
+) -> tuple[Int[Tensor, " kept"], Float[Tensor, ""]]:
+    """This process's part of the `count` largest of all processes; `share` is its even part."""
+    _, cutoff = _largest_counted(values, share)
     flat = values.reshape(-1)
-    # the common cut-off lies between those that each process would have alone
-    low, high = ranks.smallest(cutoff), ranks.largest(cutoff)
-    found = ((flat >= low) & (flat > 0)).nonzero().squeeze(1)
-    kept = flat.index_select(0, found)
-    surely = ranks.total((kept > high).sum())
-    between = ranks.gathered(kept[kept <= high])
-    everyone = torch.cat(between)
-    wanted = count * ranks.world() - int(surely)
-    if len(everyone) < wanted:
-        return found, kept.new_zeros(())
-    cutoff = everyone.topk(wanted, sorted=False).values.min()
-    above = kept > cutoff
-    lower = sum(int((part == cutoff).sum()) for part in between[: ranks.rank()])
-    room = max(0, wanted - int((everyone > cutoff).sum()) - lower)
-    above[(kept == cutoff).nonzero().squeeze(1)[:room]] = True
-    return found[above], cutoff
+    # the common cut-off is no lower than the lowest that a process has for its share
+    found = ((flat >= ranks.smallest(cutoff)) & (flat > 0)).nonzero().squeeze(1)
+    kept, cutoff = largest_in_all(flat.index_select(0, found), count)
+    return found[kept], cutoff
 
 
 def _largest_here(

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from kanllama_lightning.functional.shard import SHARD
 from kanllama_lightning.functional.sparse import Branch
 from kanllama_lightning.functional.spline_activation import spline_activation
 from kanllama_lightning.heads.head import LARGEST
@@ -210,7 +211,10 @@ class HiddenEncoder(LinearEncoder):
         self, x: Float[Tensor, "tok d_model"], b_dec: Float[Tensor, " d_model"]
     ) -> list[Branch]:
         """The linear branch, and the hidden units with their weights U."""
-        return [(x - b_dec.detach(), self.W_enc), (self.units(self.standardised(x)), self.U)]
+        hidden, shard = self.units(self.standardised(x)), SHARD.get()
+        if shard is not None:
+            hidden = shard.joined(hidden)
+        return [(x - b_dec.detach(), self.W_enc), (hidden, self.U)]
 
     def start_(self, x: Float[Tensor, "tok d_model"]) -> None:
         """Let the units see their first inputs."""

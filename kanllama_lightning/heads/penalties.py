@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from kanllama_lightning.functional import ranks
 from kanllama_lightning.functional.jump import jump_relu
 from kanllama_lightning.functional.row_blocks import KeptEntries, decode_in_blocks, few_above
+from kanllama_lightning.functional.shard import SHARD
 from kanllama_lightning.functional.sparse import Pattern, SparseCodes, Sums, sparse_decode
 from kanllama_lightning.heads.controller import SparsityController
 from kanllama_lightning.heads.decoders import Decoder, FreeDirections, UnitDirections
@@ -233,7 +234,8 @@ class Penalised(Selection):
     ) -> None:
         """Steer the penalty's weight by the batch's L0; warn once where it is at its bound."""
         n_tokens = max(1, len(out.x_hat)) * ranks.world()
-        l0 = ranks.total(out.codes.l0().sum()) / n_tokens
+        l0, shard = ranks.total(out.codes.l0().sum()), SHARD.get()
+        l0 = (l0 if shard is None else shard.total(l0)) / n_tokens
         kept = ranks.summed_squares(out.x_hat * scale) / n_tokens / variance
         self.controller.update_(l0, kept, ctx.progress, ctx.rate)
         self._steps += 1
@@ -394,13 +396,15 @@ class Jump(Penalised):
     ) -> dict[str, Float[Tensor, ""]]:
         """`tanh` (the penalty); `pre_act` while latents are dead."""
         own, dead = {"tanh": self.weighted_penalty(batch)}, batch.ctx.dead
-        if self.pre_act_coefficient and len(dead):
+        if self.pre_act_coefficient and (len(dead) or batch.ctx.dead_of):
             assert batch.out.pre_acts is not None
             assert isinstance(batch.decoder, FreeDirections)
             short = (self.theta[dead] - batch.out.pre_acts(dead)).relu()
             # a gradient for ||w_j|| would shrink dead latents to nothing before it revived them
             norms = batch.decoder.row_norms()[dead].detach()
-            short_by = (short * norms).sum(1).mean()
+            short_by, shard = (short * norms).sum(1).mean(), SHARD.get()
+            if shard is not None:
+                short_by = shard.total(short_by)
             own["pre_act"] = self.pre_act_coefficient * short_by / batch.variance.sqrt()
         return own
 

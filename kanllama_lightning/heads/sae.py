@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from kanllama_lightning.functional.losses import auxk, geometric_median
 from kanllama_lightning.functional.moments import mean_and_std, norms
+from kanllama_lightning.functional.shard import SHARD
 from kanllama_lightning.functional.sparse import Sums, fixed_sizes
 from kanllama_lightning.heads.decoders import CurvedDecoder, Decoder, first_directions
 from kanllama_lightning.heads.encoders import Encoder, FrozenLinearEncoder, LinearEncoder
 from kanllama_lightning.heads.head import LARGEST, SAEHead
 from kanllama_lightning.heads.selections import LossBatch, Selection
-from kanllama_lightning.types import Curves, InputError, SAEOutput, StepContext
+from kanllama_lightning.types import ByProducts, Curves, InputError, SAEOutput, StepContext
 
 MEDIAN_ROWS = 8192
 """Rows of the start sample that the geometric median is taken of."""
@@ -181,8 +182,12 @@ class SAE(SAEHead, shipped=False):
 
     def sums(self, x: Float[Tensor, "tok d_model"]) -> Sums:
         """Pre-activations of what is read, in the head's units, not yet multiplied out."""
-        branches = self.encoder.branches(x, self.offset)
-        return Sums(branches, self.encoder.bias(self.offset), self.encoder.b_enc)
+        branches, offset = self.encoder.branches(x, self.offset), self.offset
+        shard = SHARD.get()
+        if shard is not None:
+            offset = shard.shared(offset)
+            branches = [(shard.shared(inputs), weights) for inputs, weights in branches]
+        return Sums(branches, self.encoder.bias(offset), self.encoder.b_enc)
 
     def pre_acts(
         self, x: Float[Tensor, "tok _"], latents: Int[Tensor, " some"] | None = None
@@ -205,6 +210,12 @@ class SAE(SAEHead, shipped=False):
         """Reconstruction and codes of raw rows."""
         sums = self.sums(self.read(x))
         codes, decoded, by_products = self.selection(sums, self.decoder, self.x_variance)
+        shard = SHARD.get()
+        if shard is not None:
+            decoded = shard.total(decoded)
+            if by_products is not None:
+                penalty, *others = map(shard.total, (by_products.penalty, *by_products.decoded))
+                by_products = ByProducts(penalty, others)
         with torch.autocast(x.device.type, enabled=False):
             x_hat = (decoded + self.base(x)) / self.scale
         return SAEOutput(x_hat, codes, partial(sums.dense, after=x_hat), by_products)
@@ -229,10 +240,10 @@ class SAE(SAEHead, shipped=False):
         target = x[:, -self.d_model :]
         x_n, x_hat_n = target.float() * self.scale, out.x_hat.float() * self.scale
         terms = {"reconstruction": unexplained(x_n, x_hat_n, self.x_variance)}
-        if self.alpha_aux and len(ctx.dead):
+        if self.alpha_aux and (len(ctx.dead) or ctx.dead_of):
             error = (x_n - x_hat_n).detach()
             pre = self.pre_acts(x, ctx.dead) if out.pre_acts is None else out.pre_acts(ctx.dead)
-            made = self._dead_reconstruction(pre, ctx.dead, out.x_hat)
+            made = self._dead_reconstruction(pre, ctx, out.x_hat)
             terms["auxk"] = self.alpha_aux * auxk(error, made)
         batch = LossBatch(x_n, out, ctx, self.x_variance, self.base(x), self.decoder)
         return terms | self.selection.losses(batch, terms)
@@ -240,12 +251,19 @@ class SAE(SAEHead, shipped=False):
     def _dead_reconstruction(
         self,
         pre_acts: Float[Tensor, "tok n_dead"],
-        dead: Int[Tensor, " n_dead"],
+        ctx: StepContext,
         x_hat: Float[Tensor, "tok d_model"],
     ) -> Float[Tensor, "tok d_model"]:
         """What the k_aux best dead latents make of x, without b_dec."""
-        acts = self.selection.dead_acts(pre_acts)
+        acts, dead, shard = self.selection.dead_acts(pre_acts), ctx.dead, SHARD.get()
         k_aux = self.d_model // 2
+        if shard is not None:
+            k_aux = min(k_aux, sum(ctx.dead_of))
+            best = self.decoder.sizes(acts, dead).topk(min(k_aux, len(dead)), dim=1)
+            won = shard.among(best.values.detach(), k_aux, min(k_aux, max(ctx.dead_of)))
+            values = acts.gather(1, best.indices).where(won, 0.0)
+            kept = torch.zeros_like(acts).scatter(1, best.indices, values)
+            return shard.total(self.decoder.dead(kept, dead, x_hat))
         if len(dead) > k_aux:
             with torch.no_grad():
                 sizes = self.decoder.sizes(acts, dead)

@@ -19,6 +19,7 @@ from kanllama_lightning.functional.curves import (
     pooled,
     ranked,
 )
+from kanllama_lightning.functional.shard import SHARD
 from kanllama_lightning.functional.sparse import (
     Pattern,
     SparseCodes,
@@ -225,13 +226,19 @@ class TokenTopK(Selecting):
 
     def select(self, pre_acts: Float[Tensor, "tok d_sae"]) -> Int[Tensor, " nnz"]:
         """The k largest positive ones of a token; of equal ones any."""
-        top = pre_acts.topk(self.k, dim=1, sorted=False)
+        shard = SHARD.get()
+        k = self.k if shard is None else min(self.k, pre_acts.shape[1])
+        top = pre_acts.topk(k, dim=1, sorted=False)
         latents, order = top.indices.sort(dim=1)
         first = torch.arange(len(pre_acts), device=pre_acts.device) * pre_acts.shape[1]
         flat = latents + first[:, None]
-        if self.training and pre_acts.device.type not in sparse.COUNTED_ON:
+        if shard is None and self.training and pre_acts.device.type not in sparse.COUNTED_ON:
             return flat.reshape(-1)
-        return flat[top.values.gather(1, order) > 0]
+        values = top.values.gather(1, order)
+        kept = values > 0
+        if shard is not None:
+            kept &= shard.among(values, self.k, k)
+        return flat[kept]
 
 
 class Thresholded(Selecting):
@@ -312,6 +319,9 @@ class Thresholded(Selecting):
         smallest = smallest_of(kept)
         if ranks.POOLED.get():
             smallest = ranks.smallest(smallest)
+        shard = SHARD.get()
+        if shard is not None:
+            smallest = shard.smallest(smallest)
         by = (smallest < torch.inf) * rate
         self.threshold_ema.lerp_(smallest.nan_to_num(posinf=0.0), by)
         self.threshold_ema_weight.lerp_(torch.ones_like(self.threshold_ema_weight), by)
@@ -365,9 +375,10 @@ class Nested(Thresholded):
         return own
 
     def _nested(self, batch: LossBatch) -> Float[Tensor, ""]:
-        codes, decoder = batch.out.codes, batch.decoder
+        codes, decoder, shard = batch.out.codes, batch.decoder, SHARD.get()
         assert isinstance(codes, SparseCodes)
         assert isinstance(decoder, UnitDirections)
+        at = codes.latents if shard is None else shard.numbers(codes.latents)
         missing = batch.x - batch.base
         total = missing.new_zeros(())
         with torch.autocast(missing.device.type, enabled=False):
@@ -375,10 +386,11 @@ class Nested(Thresholded):
                 missing = missing.unsqueeze(1) - self._by_group(codes, decoder)[:, :-1].cumsum(1)
                 return missing.square().sum((1, 2)).mean() / batch.variance
             for start, end in zip([0, *self.ends], self.ends[:-1], strict=False):
-                inside = ((codes.latents >= start) & (codes.latents < end)).nonzero().squeeze(1)
+                inside = ((at >= start) & (at < end)).nonzero().squeeze(1)
                 flat = codes.rows[inside] * codes.d_sae + codes.latents[inside]
                 pattern = Pattern(flat, codes.n_rows, codes.d_sae)
-                missing = missing - decoder.kept(codes.values[inside], pattern)
+                written = decoder.kept(codes.values[inside], pattern)
+                missing = missing - (written if shard is None else shard.total(written))
                 total = total + missing.square().sum(-1).mean() / batch.variance
         return total
 

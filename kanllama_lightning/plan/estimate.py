@@ -1,7 +1,9 @@
 """Memory, disk and time of a run, and whether an activation cache would pay."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +31,7 @@ from kanllama_lightning.plan.timing import (
 )
 from kanllama_lightning.plan.validation import FORWARD, control_runs, spacing, validations
 from kanllama_lightning.runs.time_share import VALIDATIONS
+from kanllama_lightning.training.dealing import fewer_bytes
 from kanllama_lightning.training.head_trainer import HeadTrainer
 from kanllama_lightning.training.module import SAEModule
 
@@ -78,6 +81,8 @@ class RunEstimate:
         on_cpu: Whether the run is on a CPU: then a checkpoint's copy is in the same memory.
         control_runs: Of the LM, on the first set of the final validation (`control_runs`).
         record: What things take in a record of the heads, on this machine.
+        processes: How many train together.
+        dealing: For each head, whether its latents are better dealt out over them, and why.
     """
 
     costs: dict[str, HeadCost]
@@ -104,6 +109,8 @@ class RunEstimate:
     on_cpu: bool = False
     control_runs: int = 0
     record: RecordTime = RecordTime(0.0, RestTime(0.0, 0.0), 0.0)
+    processes: int = 1
+    dealing: Mapping[str, tuple[bool, str]] = MappingProxyType({})
 
     @classmethod
     def of(
@@ -114,6 +121,7 @@ class RunEstimate:
         device: torch.device,
         autocast: bool,
         val_check_interval: Any = None,
+        processes: int = 1,
     ) -> "RunEstimate":
         """Estimate a run whose parts are built, but neither loaded nor set up.
 
@@ -124,6 +132,7 @@ class RunEstimate:
             device: Where the run would be.
             autocast: Whether heads train in bf16-mixed.
             val_check_interval: Steps between two validations; None where the time decides.
+            processes: How many train together.
         """
         schedule, buffer = module.schedule, module.buffer
         lm_rows = data.lm_batch_seqs * data.ctx_len
@@ -172,6 +181,11 @@ class RunEstimate:
             row=row,
             on_cpu=device.type == "cpu",
             control_runs=control_runs([t.head for t in given]),
+            processes=processes,
+            dealing={
+                name: fewer_bytes(t.head, processes, schedule.batch, module.sent_dtype.itemsize)
+                for name, t in (trainees.items() if processes > 1 else ())
+            },
         )
 
     # ------------------------------------------------------------------ memory and disk

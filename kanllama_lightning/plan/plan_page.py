@@ -131,6 +131,14 @@ def table(
             made.add_row(f"record: {name}", f"{work.requests:,.0f} calls", "only if it is named")
         elif any(work):
             made.add_row(f"record: {name}", duration(seconds[name]), _parts(work))
+    if e.processes > 1:
+        made.add_section()
+        for name, (deal, why) in e.dealing.items():
+            made.add_row(
+                f"{name}: latents dealt out",
+                f"better {'so' if deal else 'not'}",
+                f"{why}; --model.deal_latents auto does so",
+            )
     made.add_section()
     made.add_row("activation cache", size(e.cache_disk), verdict(e, hook_point, free.disk))
     return made

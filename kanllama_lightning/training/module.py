@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import torch
@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from kanllama_lightning.console.phase import Phase
 from kanllama_lightning.data.buffer import ShuffleBuffer
@@ -20,6 +21,7 @@ from kanllama_lightning.exchange.formats import format_of, read_foreign
 from kanllama_lightning.exchange.linear_sae import linear_form
 from kanllama_lightning.functional import kernels, ranks, sparse
 from kanllama_lightning.functional.moments import norms
+from kanllama_lightning.functional.shard import LatentShard
 from kanllama_lightning.functional.sinks import sink_limit, within
 from kanllama_lightning.heads.head import CARD, SAEHead, Trained, read_card
 from kanllama_lightning.heads.sae import flat_name
@@ -29,6 +31,7 @@ from kanllama_lightning.measures.head_batch import run_heads
 from kanllama_lightning.runs.checkpoints import buffer_file, load_buffer_
 from kanllama_lightning.runs.folder import HEAD
 from kanllama_lightning.training.clock import StepClock
+from kanllama_lightning.training.dealing import choose_, put_together_
 from kanllama_lightning.training.drought import Drought
 from kanllama_lightning.training.head_trainer import NEVER, HeadTrainer
 from kanllama_lightning.training.later import Later
@@ -116,6 +119,9 @@ class SAEModule(L.LightningModule):
             starts from instead of random ones; of heads side by side, a run of heads of the same
             names.
         seed: Seed of the shuffling of activations (linked to `seed_everything`).
+        deal_latents: Of several processes: whether each trains a part of the latents on all rows,
+            instead of all latents on a part of the rows (DDP). `auto` deals out the heads of which
+            less is then sent. The results are the same to rounding.
     """
 
     def __init__(
@@ -130,6 +136,7 @@ class SAEModule(L.LightningModule):
         clip_ratio: float = 5.0,
         init_from: str | None = None,
         seed: int = 0,
+        deal_latents: bool | Literal["auto"] = False,
     ) -> None:
         super().__init__()
         if not clip_ratio > 1:
@@ -145,7 +152,7 @@ class SAEModule(L.LightningModule):
             raise InputError(f"model.start_tokens={start_tokens}: must be at least 1")
         self.schedule = Schedule.of(tokens, sae_batch_tokens)
         self.start_tokens = start_tokens or self.schedule.start_tokens
-        self.seed = seed
+        self.seed, self.deal_latents = seed, deal_latents
         self.together = head if isinstance(head, SideBySide) else None
         if isinstance(head, SideBySide):
             members = head.members
@@ -181,6 +188,7 @@ class SAEModule(L.LightningModule):
         self.bad_rows: Tensor
         self.register_buffer("bad_rows", torch.zeros((), dtype=torch.int64), persistent=False)
         self._said: set[str] = set()
+        self._dealt = False
         self._checked = False
 
     def heads(self) -> dict[str, SAEHead]:
@@ -209,9 +217,46 @@ class SAEModule(L.LightningModule):
         kernels.switch_on(device)
         if stage == "fit":
             self.clock = StepClock(cuda=device.type == "cuda")
+        if stage == "fit" and world > 1:
+            self._choose_dealt(world)
         self.lm.load_(device)
         if stage == "fit":
             self._allocate_buffer()
+
+    # ------------------------------------------------- latents dealt out over processes
+
+    @property
+    def sent_dtype(self) -> torch.dtype:
+        """The narrowest format that holds all numbers of a row: that of the buffer, or the LM's."""
+        formats = (self.buffer.dtype, self.lm.dtype)
+        return next((one for one in formats if one.itemsize == 2), torch.float32)
+
+    def _choose_dealt(self, world: int) -> None:
+        """Say which tensors are dealt out, to DDP too, which leaves them alone."""
+        trainees, size = self._trainees(), self.sent_dtype.itemsize
+        choose_(trainees, self.deal_latents, world, self.schedule.batch, size)
+        dealt = [f"trainees.{i}.{name}" for i, one in enumerate(trainees) for name in one.dealt]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, dealt)
+
+    def _deal_(self) -> None:
+        """Keep this process's latents alone, from the first step of a session on."""
+        shard = LatentShard(self.trainer.global_rank, self.trainer.world_size)
+        for trainee in self._trainees():
+            if trainee.dealt:
+                trainee.deal_(shard, self.trainer.optimizers[0])
+        self._dealt = True
+
+    def on_train_end(self) -> None:
+        """Hold all of the heads: nothing is trained any more, but everything is measured."""
+        for trainee in self._trainees():
+            trainee.gather_()
+        self._dealt = False
+
+    def on_validation_model_eval(self) -> None:
+        """Hold all of the heads while they are measured: before anything looks at them."""
+        for trainee in self._trainees():
+            trainee.gather_()
+        super().on_validation_model_eval()
 
     def _allocate_buffer(self) -> None:
         if self.buffer.allocated:
@@ -310,7 +355,8 @@ class SAEModule(L.LightningModule):
         optimizer = self.optimizer(groups)
         if isinstance(optimizer, Adam) and self.trainer.gradient_clip_val is None:
             for trainee in self._trainees():
-                trainee.hand_rows_to(optimizer)
+                if not trainee.dealt:
+                    trainee.hand_rows_to(optimizer)
         factor = self.schedule.lr_factor
         # a function without attributes: those of any other are saved with every checkpoint
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step))
@@ -468,21 +514,29 @@ class SAEModule(L.LightningModule):
             self._after_start()  # the untrained heads are kept as controls
             self._take_over_first()
             self.clock.reset()
+        together = self.trainer.world_size > 1
+        if together and not self._dealt:
+            self._deal_()
         x = self.next_batch(dataloader_iter)
+        everyone: Tensor | None = None
         progress, step = self.tokens_seen / self.schedule.tokens, self.trainer.global_step
         logs = step % self.trainer.log_every_n_steps == 0 or step == 0
         loss: Tensor | None = None
         values: dict[str, Tensor] = {}
-        together = self.trainer.world_size > 1
         for trainee in self._trainees():
-            with ranks.pooled() if together else contextlib.nullcontext():
+            rows, alike = x, together
+            if trainee.shard is not None:
+                if everyone is None:
+                    everyone = trainee.shard.rows(x.to(self.sent_dtype)).float()
+                rows, alike = everyone, False
+            with ranks.pooled() if alike else contextlib.nullcontext():
                 try:
-                    losses, out = trainee.step(x, step, progress)
+                    losses, out = trainee.step(rows, step, progress)
                 except (RuntimeError, ValueError) as e:  # what operators make of NaN, if any
                     self.check_finite(everything=True, cause=e)
                     raise
                 if logs:
-                    values |= trainee.figures(x, out, losses)
+                    values |= trainee.figures(rows, out, losses)
             own = torch.stack(list(losses.values())).sum()
             trainee.watch_(own, step)
             loss = own if loss is None else loss + own
@@ -525,6 +579,9 @@ class SAEModule(L.LightningModule):
                     folder,
                 ) from cause
             name = trainee.unsound() if everything else None
+            if everything and trainee.shard is not None:  # one process alone may know
+                with ranks.pooled():
+                    name = next((n for n in ranks.lists([name]) if n is not None), None)
             if name is not None:
                 raise RunDiverged(
                     f"weight {name}{of} is not finite after step {self.trainer.global_step} "
@@ -613,6 +670,8 @@ class SAEModule(L.LightningModule):
         """Say which heads reconstruct worse than a constant; validation is no part of a step."""
         self._said = {key for key in self._said if not key.endswith("val/fvu")}
         self._say_diverged(self.trainer.callback_metrics, "val/fvu", 1.0)
+        for trainee in self._trainees():
+            trainee.return_()
         self.clock.restart()
 
     def sample(self, n: int) -> Float[Tensor, "tok d_model"]:
@@ -669,6 +728,9 @@ class SAEModule(L.LightningModule):
                 self.data_position[None].to(self.device)
             ).cpu()
             checkpoint["seen"] = ranks.rows(self.seen[None].to(self.device)).cpu()
+        if self._dealt:
+            keeps = self.trainer.is_global_zero
+            put_together_(checkpoint, self._trainees(), self.trainer.optimizers[0], keeps)
 
     def _refuse_another_head(self, state: dict[str, Tensor]) -> None:
         """Compare the tensors of a checkpoint with those that are to be filled."""

@@ -66,7 +66,7 @@ def test_topk_by_hand() -> None:
     """One product; then decoding and three gradients touch the k kept latents only."""
     cost = head_cost(TopK(d_model=16, d_sae=64, target_l0=3), autocast=False)
     assert cost.flops_per_token == 2 * 16 * 64 + 4 * (2 * 3 * 16)
-    assert cost.flops_per_step == 2 * (2 * 16 * 64), "b_dec through the encoder, both ways"
+    assert cost.flops_per_step == 2 * 16 * 64, "b_dec through the encoder, by its gradient alone"
 
 
 def test_counting_leaves_the_head_as_it_was() -> None:

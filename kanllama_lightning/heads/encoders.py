@@ -404,7 +404,7 @@ def bias_with_offset(
         offset: What is taken off the inputs, detached there.
         weights: What the inputs are multiplied by; they learn nothing here.
     """
-    if not offset.requires_grad:
+    if not (torch.is_grad_enabled() and offset.requires_grad):
         return bias
     out: Tensor = _BiasWithOffset.apply(bias, offset, weights)
     return out

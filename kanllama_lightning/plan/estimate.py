@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -110,7 +109,7 @@ class RunEstimate:
     control_runs: int = 0
     record: RecordTime = RecordTime(0.0, RestTime(0.0, 0.0), 0.0)
     processes: int = 1
-    dealing: Mapping[str, tuple[bool, str]] = MappingProxyType({})
+    dealing: Mapping[str, tuple[bool, str]] = field(default_factory=dict)
 
     @classmethod
     def of(

@@ -95,6 +95,7 @@ class Run:
 
     precision, log_every_n_steps = "bf16-mixed", 50
     world_size, global_rank, is_global_zero, global_step = 1, 0, True, 0
+    gradient_clip_val: float | None = None
     default_root_dir = "."
 
     def __init__(self) -> None:

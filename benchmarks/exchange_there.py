@@ -191,11 +191,11 @@ def saelens_figures(folder: Path, run: Path) -> tuple[dict[str, float], dict[str
     lm = SAETransformerBridge.boot_transformers((run / "lm.txt").read_text(), device="cpu")
     ids, special = seen["ids"], sorted(set(seen["ids"][seen["keep"] == 0].tolist()))
     row, pos = seen["row"], seen["pos"]
-    if sae.cfg.metadata.hook_name_out:  # its evaluation would write what a transcoder reads
-        with torch.no_grad():
-            spliced = lm.run_with_saes(ids, saes=[sae], return_type="loss", loss_per_token=True)
-            clean = lm(ids, return_type="loss", loss_per_token=True)
+    if sae.cfg.metadata.hook_name_out:
+        clean, spliced = transcoded(sae, lm, ids)
         return {}, {"ce_clean": clean[row, pos], "ce_recon": spliced[row, pos]}
+    # an alias reaches no hook there, and then the evaluation is of the untouched LM
+    sae.cfg.metadata.hook_name = lm._resolve_hook_name(sae.cfg.metadata.hook_name)
     how = get_eval_everything_config(len(ids), 1, 1)
     how.compute_featurewise_weight_based_metrics = False  # a curved dictionary has no W_dec
     scaler: Any = ActivationScaler()
@@ -206,6 +206,23 @@ def saelens_figures(folder: Path, run: Path) -> tuple[dict[str, float], dict[str
              "ce_zero": "ce_loss_with_ablation"}  # fmt: skip
     losses = {ours: each[theirs][row, pos] for ours, theirs in names.items()}
     return {k: v for k, v in found.items() if isinstance(v, float)}, losses
+
+
+@torch.no_grad()
+def transcoded(sae: Any, lm: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses of the LM, untouched and with a transcoder in the place of the MLP.
+
+    SAELens' evaluation would write what a transcoder reads, and its `run_with_saes` leaves out a
+    skip connection; so its hooks and the transcoder's own forward pass are put together here.
+    """
+    read: list[Tensor] = []
+    names = sae.cfg.metadata.hook_name, sae.cfg.metadata.hook_name_out
+    hooks = [
+        (lm._resolve_hook_name(names[0]), lambda acts, hook: read.append(acts)),  # noqa: ARG005
+        (lm._resolve_hook_name(names[1]), lambda acts, hook: sae(read.pop())),  # noqa: ARG005
+    ]
+    how = {"return_type": "loss", "loss_per_token": True}
+    return lm(ids, **how), lm.run_with_hooks(ids, fwd_hooks=hooks, **how)
 
 
 def evaluated(name: str, run: Path, member: Path) -> bool:
@@ -234,10 +251,15 @@ def same(
             said.append(f"{key} {ours[key]:.6f} here, {theirs[key]:.6f} there")
     for key in ("ce_clean", "ce_recon"):
         if key in their_losses:
-            apart = float((our_losses[key] - their_losses[key]).abs().max())
-            fits &= apart <= 5e-4
+            apart = (our_losses[key].double() - their_losses[key].double()).abs()
+            # an activation at its threshold fires in one of two runs of the LM, rounded otherwise
+            far = float((apart > 5e-4).double().mean())
+            fits &= far <= 0.005 and float(apart.mean()) <= 1e-4
             mean = float(our_losses[key].double().mean())
-            said.append(f"{key} {mean:.6f} here, at most {apart:.1e} apart at a token")
+            said.append(
+                f"{key} {mean:.6f} here, {float(apart.mean()):.1e} apart at a token, "
+                f"{float(apart.max()):.1e} at most, {far:.2%} of them over 5e-4"
+            )
     if "ce_loss_with_sae" in theirs:
         said.append(
             f"[their own mean of it {theirs['ce_loss_with_sae']:.6f}; zeros: "
@@ -311,7 +333,7 @@ def made_by_peers() -> Iterator[tuple[str, Save, Callable[[Loaded], Tensor]]]:
         yield (
             f"sparsify_{kind}",
             lambda folder, kind=kind: save_sparsify(kind, folder),
-            (ones if kind == "topk" else norms),
+            ones,
         )
     for kind in ("AutoEncoder", "AutoEncoderNew", "GatedAutoEncoder", "AutoEncoderTopK",
                  "BatchTopKSAE", "MatryoshkaBatchTopKSAE", "JumpReluAutoEncoder"):  # fmt: skip
@@ -333,7 +355,9 @@ def save_saelens(kind: str, folder: Path) -> tuple[Loaded, Tensor]:
         metadata |= {"hook_name": "blocks.1.mlp.hook_in", "hook_name_out": "blocks.1.hook_mlp_out"}
     said = {"architecture": kind, "d_in": SMALL_D, "d_sae": SMALL_M, "dtype": "float32",
             "device": "cpu", "metadata": metadata}  # fmt: skip
-    more = {"k": 4} if kind == "topk" else {"d_out": SMALL_D} if transcoder else {}
+    more: dict[str, Any] = {"k": 4} if kind == "topk" else {}
+    if transcoder:
+        more = {"d_out": SMALL_D, "apply_b_dec_to_input": False}
     sae = SAE.from_dict(said | more)
     if "jumprelu" in kind:
         sae.threshold.data.uniform_(0.01, 0.2)

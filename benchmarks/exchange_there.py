@@ -462,7 +462,6 @@ def train_dictionary_learning(run: Path, out: Path) -> None:
     from dictionary_learning.evaluation import evaluate
     from dictionary_learning.trainers import (
         batch_top_k,
-        gated_anneal,
         gdm,
         jumprelu,
         matryoshka_batch_top_k,
@@ -476,13 +475,12 @@ def train_dictionary_learning(run: Path, out: Path) -> None:
     x = load_file(run / "plain.safetensors")["x"]
     penalty = {"warmup_steps": 20, "sparsity_warmup_steps": 50}
     k = {"k": L0, "warmup_steps": 20, "threshold_start_step": 50}
-    anneal = penalty | {"anneal_start": 100}
+    anneal = penalty | {"anneal_start": 100, "p_end": 0.2}
     kinds: list[tuple[Any, dict[str, Any]]] = [
         (standard.StandardTrainer, penalty),
         (standard.StandardTrainerAprilUpdate, penalty),
         (gdm.GatedSAETrainer, penalty | {"lr": 3e-3}),
         (p_anneal.PAnnealTrainer, anneal),
-        (gated_anneal.GatedAnnealTrainer, anneal),
         (jumprelu.JumpReluTrainer, penalty | {"lr": 3e-3, "target_l0": L0}),
         (top_k.TopKTrainer, k),
         (batch_top_k.BatchTopKTrainer, k),

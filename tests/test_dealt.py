@@ -1,6 +1,8 @@
 """Latents dealt out over processes: they do what one process does that has all of them."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 

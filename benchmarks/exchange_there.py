@@ -462,6 +462,7 @@ def train_dictionary_learning(run: Path, out: Path) -> None:
     from dictionary_learning.evaluation import evaluate
     from dictionary_learning.trainers import (
         batch_top_k,
+        gated_anneal,
         gdm,
         jumprelu,
         matryoshka_batch_top_k,
@@ -481,6 +482,7 @@ def train_dictionary_learning(run: Path, out: Path) -> None:
         (standard.StandardTrainerAprilUpdate, penalty),
         (gdm.GatedSAETrainer, penalty | {"lr": 3e-3}),
         (p_anneal.PAnnealTrainer, anneal),
+        (gated_anneal.GatedAnnealTrainer, anneal),
         (jumprelu.JumpReluTrainer, penalty | {"lr": 3e-3, "target_l0": L0}),
         (top_k.TopKTrainer, k),
         (batch_top_k.BatchTopKTrainer, k),

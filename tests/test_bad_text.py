@@ -588,6 +588,7 @@ def test_numbers_stay_the_same_without_overlap(text_file: Path) -> None:
     beside = data(str(text_file), tokenizer, val=[str(text_file.parent / "other.txt")])
     for a, b in zip(islice(alone, 20), islice(beside.train_dataloader(), 20), strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a[:4], b[:4], strict=True))
+        assert a.kept is b.kept is None
 
 
 def test_one_validation_set_needs_no_list(two_files: Path) -> None:

@@ -69,7 +69,10 @@ def batches(made, n):
 
 
 def equal(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a[:4], b[:4], strict=True))
+    if isinstance(a, TokenBatch):  # on the CPU the places of what is kept are not listed
+        assert a.kept is b.kept is None
+        a, b = a[:4], b[:4]
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def documents_in(rows):

@@ -120,7 +120,8 @@ def _priced(trainer: L.Trainer, pl_module: Any) -> float:
         losses = spliced_losses(pl_module.lm, prefix, batch, runs)
         losses.ce["clean"].sum().item()  # waits for the device
         seconds = time.perf_counter() - began
-    trained = pl_module.tokens_seen / trainer.world_size
+    # the module counts this step's tokens after the callbacks
+    trained = (pl_module.tokens_seen + pl_module.schedule.batch) / trainer.world_size
     heads = FORWARD * pl_module.clock.state()["head"] / trained
     per_token = seconds / batch.ids.numel() + heads
     return per_token * data.val_tokens * data.val_sets / trainer.world_size

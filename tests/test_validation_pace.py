@@ -119,3 +119,14 @@ def test_the_first_is_priced_before_it_is_made(
     assert len(took) == 1
     assert 0 < asked[0] < 100 * took[0]
     assert asked[1] == max(took[0], asked[0]), "later ones by the dearest so far"
+
+
+def test_a_validation_that_is_due_after_the_first_step_has_a_price(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = answers(monkeypatch, *[False] * 3)
+    few = {"model__tokens": str(4 * 64)}
+    assert fit(run=str(tmp_path / "run"), **GIVEN | few) == 0
+    assert len(asked) == 3
+    assert all(seconds > 0 for seconds in asked)
+    assert validated(tmp_path / "run") == [4]

@@ -19,6 +19,7 @@ else in a folder.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -187,6 +188,28 @@ def on_rows(head: Any, rows: Tensor) -> dict[str, float]:
     }
 
 
+@contextmanager
+def a_hub(work: Path) -> Iterator[dict[str, str]]:
+    """A hub of this machine with `PUBLISHED` in it; the environment in which it is the hub."""
+    from exchange_there import PUBLISHED
+
+    from tests.hub_server import TOKEN, Hub
+
+    hub = Hub()
+    try:
+        env = os.environ | {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN,
+                            "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(work / "hub")}  # fmt: skip
+        for name in PUBLISHED:
+            command = [sys.executable, "evaluate.py", "publish", str(work / "embedded" / name)]
+            done = subprocess.run([*command, f"me/{name}"], cwd=ROOT, env=env, capture_output=True,
+                                  text=True, check=False)  # fmt: skip
+            if done.returncode:
+                raise SystemExit(f"publishing {name} failed:\n{done.stdout}{done.stderr}")
+        yield env
+    finally:
+        hub.close()
+
+
 def read_here(work: Path, lms: dict[str, Any]) -> int:
     """Read what the peers' trainers made, and compare figures; how many differ."""
     from exchange_there import FIGURES, LOSSES, same
@@ -212,6 +235,8 @@ def read_here(work: Path, lms: dict[str, Any]) -> int:
 def folder_for(kept: Path | None) -> Iterator[Path]:
     """A folder to work in, which goes afterwards unless it is to be kept."""
     if kept is not None:
+        if kept.exists() and any(kept.iterdir()):
+            raise SystemExit(f"--keep {kept}: is not empty; name a new folder")
         kept.mkdir(parents=True, exist_ok=True)
         yield kept.absolute()
         return
@@ -241,7 +266,8 @@ def main() -> int:
         sys.stdout.flush()
         command = [peers.python, str(Path(__file__).with_name("exchange_there.py")), str(work)]
         command += ["--record", str(given.record)] if given.record else []
-        failed = subprocess.run(command, check=False).returncode
+        with a_hub(work) as env:
+            failed = subprocess.run(command, env=env, check=False).returncode
         return 1 if read_here(work, lms) or failed else 0
 
 

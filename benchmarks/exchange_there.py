@@ -24,6 +24,8 @@ FAR = 1024.0
 D_SAE, L0, STEPS, BATCH = 256, 8, 300, 512
 """Of the SAEs that the peers' trainers make."""
 FIGURES, LOSSES = "figures.json", "losses.safetensors"
+PUBLISHED = ("batchtopk", "kanencoder")
+"""Heads of the run on the embedded model that are read from a hub."""
 Coder = Callable[[Tensor], Tensor]
 
 
@@ -65,6 +67,11 @@ def there(work: Path, record: Path | None) -> int:
                     tell(f"{run.name} {member.name} in {name}", head, other, x, whole)
                     if (member / FIGURES).is_file() and name == "saelens":
                         wrong += not evaluated(f"{run.name} {member.name}", work / run.name, member)
+    x = load_file(work / "embedded" / "x.safetensors")["x"]
+    for name in PUBLISHED:
+        head = SAEHead.load(work / "out" / "embedded" / name / "head")
+        other = of_saelens(from_hub(name))
+        tell(f"{name} from a hub in saelens", head, other, x, name == "kanencoder")
     for name, save, factor in made_by_peers():
         folder = (record or work / "in") / name
         other, rows = save(folder)
@@ -104,6 +111,15 @@ def load_saelens(folder: Path) -> Loaded:
     import kanllama_lightning.exchange.saelens_plugin  # noqa: F401
 
     return of_saelens(SAE.load_from_disk(folder))
+
+
+def from_hub(name: str) -> Any:
+    """What was published, by SAELens' own client, as the model card says."""
+    from sae_lens import SAE
+
+    import kanllama_lightning.exchange.saelens_plugin  # noqa: F401
+
+    return SAE.from_pretrained(f"me/{name}", "saelens")
 
 
 def of_saelens(sae: Any) -> Loaded:

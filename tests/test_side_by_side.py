@@ -214,6 +214,17 @@ def test_mistakes_are_named(heads: Any, message: str) -> None:
         SideBySide(8, heads, d_sae=16, target_l0=2)
 
 
+def test_a_control_takes_no_shared_sparsity() -> None:
+    """What the heads share goes to those that have it; that a control is not trained is said."""
+    pca = {"class_path": "PCA", "init_args": {"d_sae": 4}}
+    made = SideBySide(8, {"pca": pca}, d_sae=16, target_l0=2)
+    assert made.members["pca"].d_sae == 4
+    linear = {"class_path": "LinearMap"}
+    assert SideBySide(8, {"a": linear}, target_l0=2, transcoder=True).members["a"].d_sae == 1
+    with pytest.raises(InputError, match=r"heads\.linear: .*LinearMap is a control"):
+        SideBySide(8, {"linear": linear}, d_sae=9, target_l0=2, transcoder=True)
+
+
 def test_a_mistake_on_the_command_line_is_one_line(
     fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -368,6 +368,10 @@ def test_heads_side_by_side(fit: Fit, tmp_path: Path) -> None:
         ({"model__head__skip": "true"}, "head.skip=true: of a transcoder only"),
         ({"model__head__transcoder": "true"}, "follows from lm.input_point"),
         ({"lm__input_point": "mlp_in", "model__head": "DenseOnlyKAN"}, "cannot be a transcoder"),
+        (
+            {"model__head": "PCA", "model__head__d_sae": "4", "model__head__target_l0": None},
+            "model.head=PCA: a control that",
+        ),
     ],
 )
 def test_what_cannot_be_trained_is_refused(

@@ -271,7 +271,24 @@ def _fill_(
     """Write base(x) and the bases of x into `planes`, rounding once to its type."""
     points = _exact(x)
     planes[:, 0] = base(points)
-    planes[:, 1:] = _bases(_position(points, grid), grid)
+    u, bases = _position(points, grid), planes[:, 1:]
+    if x.device.type == "cpu" or grid.order != 3 or torch.compiler.is_compiling():
+        bases.copy_(_bases(u, grid))
+    else:
+        _fill_by_halves_(u, grid, bases)
+
+
+def _fill_by_halves_(
+    u: Float[Tensor, "rows in"], grid: _Grid, bases: Float[Tensor, "rows bases in"]
+) -> None:
+    """Write cubic bases, half of them at a time: what is made on the way takes half the memory."""
+    inside, *beyond = _parts(u, grid) if grid.linear_tails else (u,)
+    for some in blocks(grid.n_bases, -(-grid.n_bases // 2)):
+        made = _cubics(inside, some)
+        if beyond:
+            _add_tails_(made, some, grid, *beyond)
+        bases[:, some] = made
+        del made  # before the next is made
 
 
 def _pull_(
@@ -376,20 +393,41 @@ def _bases(u: Float[Tensor, "tok in"], grid: _Grid) -> Float[Tensor, "tok bases 
     """Bases at u, which is in cells."""
     if not grid.linear_tails:
         return _inner_bases(u, grid)
-    planes = _inner_bases(u.clamp(0, grid.size), grid)
-    below, above = u.clamp_max(0), (u - grid.size).clamp_min_(0)
-    for c, slope in enumerate(_edge_slopes(grid.order)):
-        if slope:
-            planes[:, c] += slope * below
-            planes[:, -1 - c] -= slope * above
+    inside, below, above = _parts(u, grid)
+    planes = _inner_bases(inside, grid)
+    _add_tails_(planes, slice(0, grid.n_bases), grid, below, above)
     return planes
+
+
+def _parts(u: Float[Tensor, "tok in"], grid: _Grid) -> tuple[Tensor, Tensor, Tensor]:
+    """u clamped to the grid, and how far it is below and above."""
+    return u.clamp(0, grid.size), u.clamp_max(0), (u - grid.size).clamp_min_(0)
+
+
+def _add_tails_(
+    planes: Float[Tensor, "tok some in"],
+    some: slice,
+    grid: _Grid,
+    below: Float[Tensor, "tok in"],
+    above: Float[Tensor, "tok in"],
+) -> None:
+    """Go on by the tangent at either end; `planes` are these bases of all."""
+    for c, slope in enumerate(_edge_slopes(grid.order)):
+        for place, far, by in ((c, below, slope), (grid.n_bases - 1 - c, above, -slope)):
+            if by and some.start <= place < some.stop:
+                planes[:, place - some.start].add_(far, alpha=by)
 
 
 def _inner_bases(u: Float[Tensor, "tok in"], grid: _Grid) -> Float[Tensor, "tok bases in"]:
     """Bases at u without tails: a cubic is ((2-a)+^3 - 4(1-a)+^3) / 6, a cells off its centre."""
     if grid.order != 3:
         return _recursion(u, grid, grid.order)
-    near = (2 - _off_centre(u, grid).abs_()).clamp_min_(0)
+    return _cubics(u, slice(0, grid.n_bases))
+
+
+def _cubics(u: Float[Tensor, "tok in"], some: slice) -> Float[Tensor, "tok some in"]:
+    """These of the cubic bases."""
+    near = (2 - _off_centre(u, some).abs_()).clamp_min_(0)
     core = (near - 1).clamp_min_(0)
     return near.pow_(3).sub_(core.pow_(3), alpha=4).div_(6)
 
@@ -401,15 +439,15 @@ def _slopes(u: Float[Tensor, "tok in"], grid: _Grid) -> Float[Tensor, "tok bases
     if grid.order != 3:
         lower = _recursion(u, grid, grid.order - 1)
         return lower[:, :-1] - lower[:, 1:]
-    off = _off_centre(u, grid)
+    off = _off_centre(u, slice(0, grid.n_bases))
     near = (2 - off.abs()).clamp_min_(0)
     core = (near - 1).clamp_min_(0)
     return core.pow_(2).mul_(2).sub_(near.pow_(2), alpha=0.5).mul_(off.sign_())
 
 
-def _off_centre(u: Float[Tensor, "tok in"], grid: _Grid) -> Float[Tensor, "tok bases in"]:
-    """Distance in cells, with its sign, from the centre of each cubic; the first is at -1."""
-    centres = torch.arange(-1, grid.size + 2, dtype=u.dtype, device=u.device)
+def _off_centre(u: Float[Tensor, "tok in"], some: slice) -> Float[Tensor, "tok some in"]:
+    """Distance in cells, with its sign, from the centres of these cubics; the first is at -1."""
+    centres = torch.arange(some.start - 1, some.stop - 1, dtype=u.dtype, device=u.device)
     return u.unsqueeze(1) - centres.unsqueeze(1)
 
 

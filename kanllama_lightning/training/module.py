@@ -160,6 +160,11 @@ class SAEModule(L.LightningModule):
             assert isinstance(head, SAEHead)
             members = {"": head}
         for name, one in members.items():
+            if next(one.parameters(), None) is None:
+                raise InputError(
+                    f"model.head{f'.heads.{name}' if name else ''}={type(one).__name__}: a control "
+                    "that is not trained, and is measured beside every run; choose another head"
+                )
             if one.transcoder != lm.transcodes:
                 raise InputError(
                     f"model.head{f'.heads.{name}' if name else ''}: {type(one).__name__} "

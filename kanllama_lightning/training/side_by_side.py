@@ -1,6 +1,7 @@
 """Several heads, to be trained on the same activations."""
 
 import copy
+import inspect
 import math
 import re
 from typing import Any
@@ -9,7 +10,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from kanllama_lightning.heads import SAEHead
 from kanllama_lightning.heads.head import Trained
-from kanllama_lightning.storage.named import named_class
+from kanllama_lightning.storage.named import arguments_of, named_class
 from kanllama_lightning.training.seeds import NoSeed, seed_number
 from kanllama_lightning.types import InputError
 
@@ -149,13 +150,21 @@ def _rate(name: str, lr: Any) -> float:
     return rate
 
 
+def _needed(argument: inspect.Parameter) -> bool:
+    return argument.default is inspect.Parameter.empty
+
+
 def _built(name: str, spec: dict[str, Any], given: dict[str, Any]) -> SAEHead:
     """The head, its arguments checked like those of a head on the command line."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(SAEHead, "head")
-    args = given | (spec.get("init_args") or {})
-    asked = {"class_path": spec["class_path"], "init_args": args}
+    own = spec.get("init_args") or {}
     try:
+        takes = arguments_of(named_class(spec["class_path"], SAEHead))
+        meant = {k: v for k, v in given.items() if k in takes}
+        # None is said to heads that would otherwise lack the argument
+        args = {k: v for k, v in meant.items() if v is not None or _needed(takes[k][0])} | own
+        asked = {"class_path": spec["class_path"], "init_args": args}
         parsed = parser.parse_object({"head": asked}).head
         head: SAEHead = named_class(parsed.class_path, SAEHead)(**parsed.init_args.as_dict())
     except ArgumentError as e:

@@ -340,3 +340,14 @@ def test_under_autocast_the_bases_are_exact_and_the_product_is_bf16(tails):
     torch.testing.assert_close(
         spline_bases(rounded, *CUBIC), spline_bases(rounded.float(), *CUBIC), rtol=0, atol=0
     )
+
+
+@pytest.mark.parametrize("size", [2, 5, 8])
+@pytest.mark.parametrize("tails", [True, False])
+def test_halves_of_the_bases_are_the_whole(size: int, tails: bool) -> None:
+    """What a GPU without the kernel does, bit for bit what the CPU does."""
+    grid = splines._Grid(-1.0, 1.0, size, 3, tails)
+    u = size * (3 * torch.rand(50, 4, generator=torch.Generator().manual_seed(0)) - 1)
+    made = torch.full((50, grid.n_bases, 4), torch.nan)
+    splines._fill_by_halves_(u, grid, made)
+    assert torch.equal(made, splines._bases(u, grid))

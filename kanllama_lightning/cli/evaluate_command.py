@@ -238,7 +238,7 @@ def run_try(given: Namespace) -> None:
     out = Path(given.out) if given.out else subject.folder / EVAL / "try.html"
     make_folder(out.parent, "folder", "--out FILE")
     write_text(out, trial_page(found, given.text, labels))
-    Console().print(f"Written: {out}", soft_wrap=True, highlight=False)
+    Console(markup=False).print(f"Written: {out}", soft_wrap=True, highlight=False)
 
 
 def steering(given: Sequence[str]) -> dict[int, float]:

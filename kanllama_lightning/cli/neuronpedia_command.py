@@ -67,7 +67,7 @@ def write_pages(subject: SavedHead, given: Namespace, how: EvalSettings) -> None
         sha256=subject.sha256,
     )
     made = neuronpedia.write(pages(looked, lm, known_of(subject, lm)), source, out)
-    say = Console(soft_wrap=True, highlight=False).print
+    say = Console(soft_wrap=True, highlight=False, markup=False).print
     say(
         f"Written: {out}, pages of {made.latents:,} latents of {head.title} ({made.alive:,} fired, "
         f"{made.contexts:,} contexts, {made.explained:,} explanations), over "

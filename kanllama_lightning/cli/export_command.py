@@ -5,16 +5,17 @@ import os
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from jsonargparse import Namespace
-from rich.console import Console
 from torch import Tensor
 
 from kanllama_lightning.cli.neuronpedia_command import write_pages
+from kanllama_lightning.console.terminal import terminal
 from kanllama_lightning.exchange import neuronpedia, saelens
 from kanllama_lightning.exchange.agreement import agreement, base, made_rows, with_extremes
 from kanllama_lightning.exchange.foreign_files import PART, refuse_others
@@ -78,7 +79,7 @@ def run_export(given: Namespace) -> None:
                 f"--out {str(out)!r}: what would be written is not the same head ({found}); "
                 "nothing was left there"
             )
-    say = Console(soft_wrap=True, highlight=False, markup=False).print
+    say = partial(terminal(highlight=False).print, soft_wrap=True)
     say(f"Written: {out}, {head.title} as {became} of {given.to}")
     say(f"Read back and compared on {what}:\n{found}")
     if became == saelens.OURS:

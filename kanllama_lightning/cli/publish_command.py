@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,12 @@ import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from jsonargparse import Namespace
-from rich.console import Console
 
 from kanllama_lightning.cli.export_command import origin_of
 from kanllama_lightning.comparison.loading import Recorded
 from kanllama_lightning.console.secrets import LONG, MARK, scrubbed
 from kanllama_lightning.console.secrets import known as secrets
+from kanllama_lightning.console.terminal import terminal
 from kanllama_lightning.exchange import saelens
 from kanllama_lightning.exchange.model_card import NAME, CardFacts, card, plain
 from kanllama_lightning.exchange.origin import Origin
@@ -91,7 +92,7 @@ def run_publish(given: Namespace, figures: Callable[[SavedHead, dict[str, Any]],
         )
     folder = _staged(subject, repository, given.license, figures)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    say = Console(soft_wrap=True, highlight=False, markup=False).print
+    say = partial(terminal(highlight=False).print, soft_wrap=True)
     say(f"{folder}, for https://huggingface.co/{repository}:")
     for path in files:
         say(f"  {str(path.relative_to(folder)):32} {path.stat().st_size:>14,} bytes")

@@ -9,12 +9,12 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
-from rich.console import Console
 from rich.table import Table
 
 from kanllama_lightning.callbacks.baselines import Baselines
 from kanllama_lightning.callbacks.checkpoint import RunCheckpoint
 from kanllama_lightning.callbacks.validation_pace import ValidationPace
+from kanllama_lightning.console.terminal import terminal
 from kanllama_lightning.measures import cells
 from kanllama_lightning.measures.metrics import score
 from kanllama_lightning.runs.folder import SUMMARY, head_folder
@@ -102,7 +102,7 @@ class Summary(L.Callback):
         write_json(root / SUMMARY, summary)
         if isinstance(trainer.logger, WandbLogger):
             self._send(trainer.logger, plain(summary))
-        console = Console(width=max(100, Console().width))
+        console = terminal(max(100, terminal().width))
         console.print(self._table(trainer, shared, found, baselines))
         said = f"Everything is in {root}"
         if isinstance(trainer.logger, WandbLogger):

@@ -12,6 +12,7 @@ from kanllama_lightning.cli.evaluate_command import main as evaluate
 from kanllama_lightning.exchange.formats import read_foreign
 from kanllama_lightning.heads import SAEHead
 from kanllama_lightning.interactive.loaded_sae import load
+from kanllama_lightning.reports.saved_head import read_subject
 from kanllama_lightning.runs.from_hub import parsed
 from kanllama_lightning.types import InputError
 from tests.hub_server import TOKEN, Hub
@@ -99,6 +100,49 @@ def _fetched_saelens(runs: Path) -> Path:
     return folder_named("hub://me/my-sae/saelens", str(runs))
 
 
+def test_what_is_sent_holds_no_text_no_folder_and_no_markup_of_others(
+    run_folder: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a record whose text has a name of markup, and tables that hold what was asked about."""
+    subject = read_subject(run_folder)
+    record = run_folder / "eval"
+    record.mkdir(exist_ok=True)
+    name = "a](http://evil) <img src=x>|`b`"
+    known = {
+        "head_sha256": subject.sha256,
+        "sets": {name: {"tokens": 5, "text": "/home/somebody/thesis.txt"}},
+        f"sparsity/{name}/l0": 4.0,
+        "logger": {"api_key": "0123456789", "said": f"logged in by hf_{'z' * 34}"},
+        "note": "read (/home/somebody/a.txt,/home/somebody/b.txt), file:///home/somebody/c",
+    }
+    (record / "summary.json").write_text(json.dumps(known))
+    pair = "subject,story1,story2,score\r\nage,a story,another story,0.5\r\n"
+    (record / "ce_bench.csv").write_text(pair)
+    (record / "capability.csv").write_text("category,prompt,said,rank\r\nown,a story,another,1\r\n")
+    (record / "mine.csv").write_text("a story")
+    assert publish(run_folder) == 0
+    capsys.readouterr()
+    files = hub.repositories["me/my-sae"]
+    assert "record/mine.csv" not in files
+    assert files["record/ce_bench.csv"] == b"subject,score\r\nage,0.5\r\n"
+    assert files["record/capability.csv"] == b"category,rank\r\nown,1\r\n"
+    for data in files.values():
+        for word in (b"somebody", b"a story", b"0123456789", b"zzzz"):
+            assert word not in data
+    assert json.loads(files["record/summary.json"])["note"] == "read (a.txt,b.txt), c"
+    text = files["README.md"].decode()
+    assert "| figure | `a](http://evil) <img src=x>/'b' 5 tokens` |" in text
+    # a record that somebody edited, and what is in the way
+    (record / "summary.json").write_text(json.dumps(known | {f"sparsity/{name}/l0": "many"}))
+    assert publish(run_folder) == 2
+    assert "a figure is no number" in capsys.readouterr().err
+    assert not (run_folder / "published.tmp").exists()
+    (run_folder / "published.tmp").write_text("mine")
+    assert publish(run_folder) == 2
+    assert "is no folder, and what is sent is put together there" in capsys.readouterr().err
+    assert (run_folder / "published.tmp").read_text() == "mine"
+
+
 def test_a_command_goes_on_where_the_hub_failed(
     run_folder: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -119,11 +163,22 @@ def test_a_command_goes_on_where_the_hub_failed(
         (["publish", "{run}"], "a run and where it goes"),
         (["publish", "{run}", "no-owner"], "must be OWNER/NAME"),
         (["publish", "{run}", "me/a name"], "must be OWNER/NAME"),
+        (["publish", "{run}", "me/x\n"], "must be OWNER/NAME"),
+        (["publish", "{run}", "mé/ünï"], "letters a to z, digits"),
+        (["publish", "{run}", "me/x/../y"], "must be OWNER/NAME"),
+        (["publish", "{run}", "me/x", "--license", "mit\n---\n# free"], "must be the short name"),
+        (["publish", "{run}", "me/x", "--license", ""], "must be the short name"),
         (["publish", "{run}/none", "me/x"], "no such folder"),
         (["report", "hub://me/none"], "does not give it out (404)"),
         (["report", "hub://me"], "no address on the hub"),
         (["report", "hub://me/x/../../y"], "no address on the hub"),
         (["report", "hub:me/x"], "no address on the hub"),
+        (["report", "hub://me/..@main"], "no address on the hub"),
+        (["report", "hub://me/x@../y"], "no address on the hub"),
+        (["report", "hub://me/x/./y"], "no address on the hub"),
+        (["report", "hub://-me/x"], "no address on the hub (Repo id must use"),
+        (["report", "hub://me/x.git"], "no address on the hub (Repo_id cannot end"),
+        (["report", "hub://mé/x"], "no address on the hub"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -172,6 +227,22 @@ def test_what_was_fetched_is_used_where_there_is_no_network(
     assert folder_named("hub://me/my-sae", str(tmp_path / "runs2")) == first
     with pytest.raises(InputError, match="cannot be reached"):
         folder_named("hub://me/other", str(tmp_path / "runs2"))
+
+
+def test_what_answers_and_is_no_hub_is_one_line(
+    run_folder: Path, hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A page to log in to a network, say; and a place to fetch to that is none."""
+    hub.fail_next += [("/api/models", 200), ("/api/repos", 200)]
+    assert evaluate(["report", "hub://me/x", "--runs_dir", str(tmp_path)]) == 2
+    assert "the hub cannot be reached" in capsys.readouterr().err
+    assert publish(run_folder) == 2
+    assert "the hub cannot be reached" in capsys.readouterr().err
+    hub.fail_next.clear()
+    assert publish(run_folder) == 0
+    (tmp_path / "file").write_text("")
+    assert evaluate(["report", "hub://me/my-sae", "--runs_dir", str(tmp_path / "file")]) == 2
+    assert "choose another with --runs_dir FOLDER" in capsys.readouterr().err
 
 
 def test_addresses() -> None:

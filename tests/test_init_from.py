@@ -9,7 +9,8 @@ import torch
 
 from kanllama_lightning.exchange import saelens
 from kanllama_lightning.exchange.origin import Origin
-from kanllama_lightning.heads import BatchTopK, SAEHead
+from kanllama_lightning.heads import BatchTopK, SAEHead, TopK
+from kanllama_lightning.training.module import described, to_fit
 from tests.conftest import Finished, Fit
 
 QUICK = {"model__tokens": "128", "trainer__logger": "false"}
@@ -42,6 +43,19 @@ def test_heads_of_another_size_or_kind_do_not_fit() -> None:
     assert head.fits(BatchTopK(d_model=8, d_sae=32, target_l0=9))
     assert not head.fits(BatchTopK(d_model=8, d_sae=33, target_l0=4))
     assert not head.fits(BatchTopK(d_model=9, d_sae=32, target_l0=4))
+
+
+def test_what_lets_a_run_start_from_a_head_is_said() -> None:
+    def made(**given: int) -> TopK:
+        return TopK(**{"d_model": 8, "d_sae": 32, "target_l0": 4} | given)  # type: ignore[arg-type]
+
+    own, through = made(), made(transcoder=True)
+    assert to_fit(made(d_model=9), own) == "give a head of this LM and hook point"
+    assert to_fit(through, own) == "give --lm.input_point"
+    assert to_fit(own, through) == "leave out --lm.input_point"
+    assert to_fit(made(transcoder=True, skip=True), through) == "give --model.head.skip true"
+    assert to_fit(made(d_sae=33), own) == "give --model.head TopK --model.head.d_sae 33"
+    assert described(through) == "TopK, transcoder of 32 latents on 8 coordinates"
 
 
 @pytest.mark.slow

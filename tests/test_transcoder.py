@@ -268,6 +268,19 @@ def test_comes_back_from_other_projects(
         assert not agreement(head, again.encode, again.decode, x).holds
 
 
+def test_sparsify_s_own_read_what_their_module_gets(tmp_path: Path) -> None:
+    """They are called by the module that they stand for, and say no more."""
+    for name, place in (
+        ("layers.1.mlp", "blocks.1.mlp.hook_in"),
+        ("layers.1", "blocks.1.hook_resid_pre"),
+        ("layers.1.self_attn", None),  # what it gets is no place that one reads here
+    ):
+        sparsify.write(trained(made("TopK"), 1), ORIGIN, tmp_path / name)
+        (tmp_path / name / "origin.json").unlink()
+        _, origin = sparsify.read(tmp_path / name)
+        assert (origin.hook_point, origin.input_point) == (f"model.{name}", place)
+
+
 def test_what_no_format_holds_is_refused(tmp_path: Path) -> None:
     for name, to, said in (
         ("KANEncoder", saelens, "transcoders with linear encoders alone"),

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -31,6 +30,7 @@ from kanllama_lightning.cli.kinds import in_words
 from kanllama_lightning.cli.publish_command import run_publish
 from kanllama_lightning.console.entry import Aftermath, guarded
 from kanllama_lightning.console.quiet import quiet
+from kanllama_lightning.console.terminal import terminal
 from kanllama_lightning.measures import cells
 from kanllama_lightning.prompts.try_page import trial_page
 from kanllama_lightning.prompts.try_text import show, try_text
@@ -160,7 +160,7 @@ def run_report(given: Namespace) -> None:
     reports = chosen(given.reports, given)
     folders = [one for r in given.runs for one in folders_named(r, given.runs_dir)]
     made = report(folders, reports, how(given), given.reports is not None, given.again)
-    console = Console(width=max(100, Console().width))
+    console = terminal(max(100, terminal().width))
     for run in made:
         answers = [a for r in run.reports if (a := r.told(run)) is not None]
         for answer in answers:
@@ -215,7 +215,7 @@ def run_compare(given: Namespace) -> None:
     runs = comparison.load(folders, labels, records)
     flags = comparison.conflicts(runs, given.force)
     written = comparison.write(Path(given.out), runs, flags, tolerance)
-    console = Console(width=max(120, Console().width))
+    console = terminal(max(120, terminal().width))
     console.print(comparison.render(runs, flags, tolerance))
     console.print(f"Written: {', '.join(map(str, written))}", soft_wrap=True, highlight=False)
 
@@ -234,11 +234,11 @@ def run_try(given: Namespace) -> None:
     found = try_text(head, model, given.text, given.n_new, given.top, given.latents, steer)
     known = subject.folder / EVAL / LatentsReport.files[0]
     labels = read_labels(known) if there(known) else None
-    Console().print(show(found, labels))
+    terminal().print(show(found, labels))
     out = Path(given.out) if given.out else subject.folder / EVAL / "try.html"
     make_folder(out.parent, "folder", "--out FILE")
     write_text(out, trial_page(found, given.text, labels))
-    Console().print(f"Written: {out}", soft_wrap=True, highlight=False)
+    terminal().print(f"Written: {out}", soft_wrap=True, highlight=False)
 
 
 def steering(given: Sequence[str]) -> dict[int, float]:

@@ -1,17 +1,24 @@
 """`evaluate.py export`: a head into another project's folder, read back and compared; or pages."""
 
+import contextlib
+import os
+import shutil
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from jsonargparse import Namespace
-from rich.console import Console
 from torch import Tensor
 
 from kanllama_lightning.cli.neuronpedia_command import write_pages
+from kanllama_lightning.console.terminal import terminal
 from kanllama_lightning.exchange import neuronpedia, saelens
 from kanllama_lightning.exchange.agreement import agreement, base, made_rows, with_extremes
+from kanllama_lightning.exchange.foreign_files import PART, refuse_others
 from kanllama_lightning.exchange.formats import FORMATS
 from kanllama_lightning.exchange.origin import Origin, site
 from kanllama_lightning.lm.hook_points import parse_input_point
@@ -46,9 +53,12 @@ def run_export(given: Namespace) -> None:
     for name in () if to_pages else ("model_id", "sae_set"):
         if given[name] is not None:
             raise InputError(f"--{name}: goes with --to {neuronpedia.NAME}")
+    if not given.out.strip() or "\0" in given.out:
+        raise InputError(f"--out {given.out!r}: is no name of a folder; give one")
     subject = read_subject(folder_named(given.run, given.runs_dir), given.allow)
     head, out = subject.head, Path(given.out)
-    make_folder(out.parent, "folder", "--out FOLDER")
+    if out.is_dir() and out.samefile(subject.folder):
+        raise InputError(f"--out {given.out!r}: is what is exported; give another folder")
     lm = {key: given.lm[key] for key in LM_KEYS}
     how = EvalSettings(
         lm=lm | {"untrained": lm["untrained"] or None},
@@ -59,11 +69,17 @@ def run_export(given: Namespace) -> None:
         write_pages(subject, given, how)
         return
     kind = FORMATS[given.to]
-    became = kind.write(head, origin_of(subject), out)
-    again, _ = kind.read(out)
-    x, what = activations(subject, how, given.tokens or COMPARED)
-    found = agreement(head, again.encode, again.decode, x, lambda rows: base(again, rows))
-    say = Console(soft_wrap=True, highlight=False).print
+    with arriving(out, kind.FILES) as part:
+        became = kind.write(head, origin_of(subject), part)
+        again, _ = kind.read(part)
+        x, what = activations(subject, how, given.tokens or COMPARED)
+        found = agreement(head, again.encode, again.decode, x, lambda rows: base(again, rows))
+        if not found.holds:
+            raise InputError(
+                f"--out {str(out)!r}: what would be written is not the same head ({found}); "
+                "nothing was left there"
+            )
+    say = partial(terminal(highlight=False).print, soft_wrap=True)
     say(f"Written: {out}, {head.title} as {became} of {given.to}")
     say(f"Read back and compared on {what}:\n{found}")
     if became == saelens.OURS:
@@ -71,10 +87,41 @@ def run_export(given: Namespace) -> None:
             "SAELens loads it after `import kanllama_lightning.exchange.saelens_plugin`, and not "
             "before"
         )
-    if not found.holds:
-        raise InputError(
-            f"--out {str(out)!r}: what was written is not the same head ({found}); do not use it"
-        )
+
+
+@contextmanager
+def arriving(folder: Path, names: Collection[str]) -> Iterator[Path]:
+    """A folder to write an export into, whose files are moved to `folder` when the block ends.
+
+    A block that fails leaves what was there as it was, and nothing else.
+
+    Args:
+        folder: Where they go; made if it is missing.
+        names: Of the files; those that are not written are taken away there.
+
+    Raises:
+        InputError: It holds something else, or cannot be made.
+    """
+    refuse_others(folder, names)
+    made = [one for one in (folder, *folder.parents) if not os.path.lexists(one)]
+    try:
+        make_folder(folder, "folder", "--out FOLDER")
+        part = folder / PART
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        yield part
+        for name in names:
+            if there(part / name):
+                (part / name).replace(folder / name)
+            else:
+                (folder / name).unlink(missing_ok=True)
+        part.rmdir()
+    except BaseException:
+        shutil.rmtree(folder / PART, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for one in made:
+                one.rmdir()
+        raise
 
 
 def origin_of(subject: SavedHead) -> Origin:

@@ -1,10 +1,11 @@
 """`evaluate.py export --to neuronpedia`: pages of a head's latents in a folder; nothing is sent."""
 
+from functools import partial
 from pathlib import Path
 
 from jsonargparse import Namespace
-from rich.console import Console
 
+from kanllama_lightning.console.terminal import terminal
 from kanllama_lightning.corpus.hub import HubCorpus
 from kanllama_lightning.exchange import neuronpedia
 from kanllama_lightning.exchange.neuronpedia import PageSource
@@ -67,7 +68,7 @@ def write_pages(subject: SavedHead, given: Namespace, how: EvalSettings) -> None
         sha256=subject.sha256,
     )
     made = neuronpedia.write(pages(looked, lm, known_of(subject, lm)), source, out)
-    say = Console(soft_wrap=True, highlight=False).print
+    say = partial(terminal(highlight=False).print, soft_wrap=True)
     say(
         f"Written: {out}, pages of {made.latents:,} latents of {head.title} ({made.alive:,} fired, "
         f"{made.contexts:,} contexts, {made.explained:,} explanations), over "

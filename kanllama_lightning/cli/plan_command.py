@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from kanllama_lightning.cli.evaluate_command import REPORTS
 from kanllama_lightning.cli.fit import KanllamaCLI
+from kanllama_lightning.console.terminal import terminal
 from kanllama_lightning.heads import SAEHead
 from kanllama_lightning.lm.frozen import FrozenLM
 from kanllama_lightning.lm.preflight import free_memory
@@ -50,10 +50,10 @@ class PlanCLI(KanllamaCLI):
         free = Free(free_memory(), shutil.disk_usage(".").free)
         record = _record(module.lm, list(module.heads().values()), data.ctx_len)
         shown = table(self.estimate, module.lm.hook_point, name, free, record)
-        Console().print(shown)
+        terminal().print(shown)
         busy, cores = watch.others(), os.cpu_count() or 1
         if not busy <= cores / 4:
-            Console().print(
+            terminal().print(
                 f"Other processes kept {busy:.1f} of {cores} cores busy: the times above are too "
                 "long for an idle machine, perhaps many times; plan again when it is."
             )

@@ -1,10 +1,14 @@
 """`evaluate.py publish`: a head, its SAELens folder, its figures and a card, to the hub."""
 
+import csv
 import hashlib
+import io
 import logging
+import re
 import shlex
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,25 +16,27 @@ from typing import Any
 import httpx2
 import yaml
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from jsonargparse import Namespace
-from rich.console import Console
 
 from kanllama_lightning.cli.export_command import origin_of
+from kanllama_lightning.comparison.loading import Recorded
+from kanllama_lightning.console.secrets import LONG, MARK, scrubbed
 from kanllama_lightning.console.secrets import known as secrets
-from kanllama_lightning.console.secrets import scrubbed
+from kanllama_lightning.console.terminal import terminal
 from kanllama_lightning.exchange import saelens
 from kanllama_lightning.exchange.model_card import NAME, CardFacts, card, plain
 from kanllama_lightning.exchange.origin import Origin
 from kanllama_lightning.heads.head import CARD as HEAD_CARD
 from kanllama_lightning.heads.head import WEIGHTS
 from kanllama_lightning.measures import cells
+from kanllama_lightning.reports.report import Report
 from kanllama_lightning.reports.saved_head import SavedHead, read_subject
 from kanllama_lightning.runs.folder import CONFIG, EVAL, HEAD, SUMMARY
+from kanllama_lightning.runs.from_hub import NO_HUB, misnamed
 from kanllama_lightning.runs.lookup import folder_named
 from kanllama_lightning.storage.files import write_text
-from kanllama_lightning.storage.small_files import read_json, read_text, there, write_json
+from kanllama_lightning.storage.small_files import read_csv, read_json, read_text, there, write_json
 from kanllama_lightning.types import InputError
 
 log = logging.getLogger(__name__)
@@ -42,7 +48,24 @@ STAGED = "published"
 RECORD, THEIRS = "record", "saelens"
 MOST_BYTES = 16 << 20
 """Of a table of the record; larger ones stay here."""
-TABLES = (".csv",)
+SHAPES = re.compile(
+    r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[a-z]_[A-Za-z0-9]{20,}|"
+    r"AKIA[A-Z0-9]{16})(?![A-Za-z0-9])"
+)
+"""Keys of well-known services, which are no secret that the environment tells."""
+KEYS = re.compile(r"api_?key|secret|passw|credential|(?:^|_)token$", re.IGNORECASE)
+"""Names under which nobody would publish a text."""
+LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}")
+MADE_ANEW = "delete it; `evaluate.py report` makes it anew"
+TEXTS = {
+    "capability.csv": ("prompt", "answer", "top1", "top", "said"),
+    "ce_bench.csv": ("story1", "story2"),
+}
+"""Columns of tables that hold text that was asked about: it stays here."""
+FOLDERS = re.compile(
+    r"""(?:(?<!\w)file:/+|(?<![^\s,;=:'"(\[])~?/)(?:[^\s/'",;]+/)+(?=[^\s/'",;])"""
+)
+"""Folders of this machine in front of a name, wherever they stand in a text."""
 
 
 def run_publish(given: Namespace, figures: Callable[[SavedHead, dict[str, Any]], Rows]) -> None:
@@ -56,6 +79,11 @@ def run_publish(given: Namespace, figures: Callable[[SavedHead, dict[str, Any]],
         InputError: The head is none, the name is none, or the hub does not take it.
     """
     repository = _repository(given.repository)
+    if given.license is not None and LICENSE.fullmatch(given.license) is None:
+        raise InputError(
+            f"--license {given.license!r:.100}: must be the short name of a licence, as the hub "
+            "lists them, such as mit or apache-2.0"
+        )
     subject = read_subject(folder_named(given.run, given.runs_dir), given.allow)
     if subject.imported:
         raise InputError(
@@ -64,7 +92,7 @@ def run_publish(given: Namespace, figures: Callable[[SavedHead, dict[str, Any]],
         )
     folder = _staged(subject, repository, given.license, figures)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    say = Console(soft_wrap=True, highlight=False, markup=False).print
+    say = partial(terminal(highlight=False).print, soft_wrap=True)
     say(f"{folder}, for https://huggingface.co/{repository}:")
     for path in files:
         say(f"  {str(path.relative_to(folder)):32} {path.stat().st_size:>14,} bytes")
@@ -76,12 +104,10 @@ def run_publish(given: Namespace, figures: Callable[[SavedHead, dict[str, Any]],
 
 def _repository(name: str) -> str:
     name = name.removeprefix("hub://")
-    try:
-        validate_repo_id(name)
-        if name.count("/") != 1:
-            raise HFValidationError("it has no owner")
-    except HFValidationError as e:
-        raise InputError(f"--repository {name!r}: must be OWNER/NAME on the hub ({e})") from e
+    if why := misnamed(name):
+        raise InputError(
+            f"--repository {name!r:.200}: must be OWNER/NAME on the hub ({why}); such as me/my-sae"
+        )
     return name
 
 
@@ -95,8 +121,31 @@ def _staged(
     secrets.add_all_in(yaml.safe_dump([subject.config, subject.card]))
     folder = subject.folder / STAGED
     part = subject.folder / f"{STAGED}.tmp"
+    for place in (folder, part):
+        if there(place) and (place.is_symlink() or not place.is_dir()):
+            raise InputError(
+                f"{place}: is no folder, and what is sent is put together there; move it away"
+            )
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
+    try:
+        _gathered(subject, part, repository, license, figures)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+    return folder
+
+
+def _gathered(
+    subject: SavedHead,
+    part: Path,
+    repository: str,
+    license: str | None,
+    figures: Callable[[SavedHead, dict[str, Any]], Rows],
+) -> None:
+    """Put what is published into a folder."""
     # the weights as they are, and the card without what may be nobody's business
     source = subject.folder if there(subject.folder / HEAD_CARD) else subject.folder / HEAD
     shutil.copyfile(source / WEIGHTS, part / WEIGHTS)
@@ -113,27 +162,35 @@ def _staged(
         write_json(config, _discreet(read_json(config, dict[str, Any])))
     if subject.config:
         text = yaml.safe_dump(_discreet(subject.config), sort_keys=False)
-        write_text(part / CONFIG, scrubbed(text))
+        write_text(part / CONFIG, _clean(text))
     known = _record(subject, part)
     digest = hashlib.sha256()
     for name in (HEAD_CARD, WEIGHTS):
         digest.update((part / name).read_bytes())
     sha256 = digest.hexdigest()
     facts = _facts(subject, origin, sha256, repository, license, became, known, figures)
-    write_text(part / NAME, scrubbed(card(facts)))
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
-    return folder
+    write_text(part / NAME, _clean(card(facts)))
+
+
+def _clean(text: str) -> str:
+    """A text without the secrets that are known, and without what looks like one."""
+    return SHAPES.sub(MARK, scrubbed(text))
 
 
 def _discreet(tree: Any) -> Any:
     """Plain values without secrets, and without the folders of the machine they come from."""
     if isinstance(tree, dict):
-        return {key: _discreet(value) for key, value in tree.items()}
+        return {
+            _clean(str(key)): MARK
+            if isinstance(value, str) and KEYS.search(str(key)) and len(value) >= LONG
+            else _discreet(value)
+            for key, value in tree.items()
+        }
     if isinstance(tree, list | tuple):
         return [_discreet(value) for value in tree]
     if isinstance(tree, str):
-        return scrubbed(Path(tree).name if tree[:1] in ("/", "~") else tree)
+        whole = Path(tree).name if tree[:1] in ("/", "~") else tree
+        return _clean(FOLDERS.sub("", whole))
     return tree
 
 
@@ -145,12 +202,32 @@ def _record(subject: SavedHead, folder: Path) -> dict[str, Any]:
     known: dict[str, Any] = read_json(own / SUMMARY, dict[str, Any])
     if known.get("head_sha256") != subject.sha256:
         return {}
+    read_json(own / SUMMARY, Recorded, MADE_ANEW)
     (folder / RECORD).mkdir()
     write_json(folder / RECORD / SUMMARY, _discreet(known))
+    tables = {name for kind in Report.__subclasses__() for name in kind.files}
     for path in sorted(own.iterdir()):
-        if path.suffix in TABLES and path.is_file() and path.stat().st_size <= MOST_BYTES:
-            write_text(folder / RECORD / path.name, scrubbed(read_text(path, most=MOST_BYTES)))
+        if path.name not in tables or path.suffix != ".csv" or not path.is_file():
+            continue  # whatever else lies there
+        if path.stat().st_size <= MOST_BYTES:
+            write_text(folder / RECORD / path.name, _table(path))
     return known
+
+
+def _table(path: Path) -> str:
+    """A table without the texts, the secrets and the folders in it."""
+    left_out = TEXTS.get(path.name, ())
+    if not left_out:
+        text = read_text(path, most=MOST_BYTES)
+    else:
+        rows = read_csv(path, {})
+        out = io.StringIO(newline="")
+        columns = [name for name in (rows[0] if rows else ()) if name not in left_out]
+        writer = csv.DictWriter(out, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+        text = out.getvalue()
+    return _clean(text)
 
 
 def _facts(
@@ -178,7 +255,14 @@ def _facts(
         ("tokens", f"{provenance['tokens']:,}" if provenance.get("tokens") else ""),
         ("SHA-256 of head.json and head.safetensors", f"`{sha256}`"),
     ]
-    columns, table = figures(subject, known) if known else ((), ())
+    try:
+        columns, table = figures(subject, known) if known else ((), ())
+    except (TypeError, ValueError, AttributeError) as e:
+        if isinstance(e, InputError):
+            raise
+        summary = subject.folder / EVAL / SUMMARY
+        raise InputError(f"{summary}: a figure is no number ({e}); {MADE_ANEW}") from e
+    columns = [*columns[:1], *map(plain, columns[1:])]  # names of texts, whatever they are called
     notes = [cells.footnote([c for row in table for c in row[1:]])] if table else []
     commands = [shlex.join(["python", "train.py", "fit", "--config", CONFIG])]
     commands += ["python evaluate.py report RUN"] if known else []
@@ -225,7 +309,7 @@ def _sent(folder: Path, repository: str, private: bool) -> str:
         raise InputError(
             f"--repository {repository}: the hub answers {code}: {said}; {remedy}"
         ) from e
-    except (OSError, RuntimeError, httpx2.HTTPError) as e:  # of threads it raises the second
+    except (OSError, RuntimeError, httpx2.HTTPError, *NO_HUB) as e:  # of threads the second
         said = " ".join(str(e).split())[:300]
         raise InputError(
             f"--repository {repository}: the hub cannot be reached ({said}); give the same command "

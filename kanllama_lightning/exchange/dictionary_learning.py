@@ -15,6 +15,7 @@ from kanllama_lightning.exchange.foreign_files import (
     Dims,
     chosen,
     from_torch,
+    gains,
     refuse_others,
     unfit,
 )
@@ -189,7 +190,7 @@ def _autoencoder_new(path: Path, held: Tensors) -> LinearSAE:
 def _gated(path: Path, held: Tensors) -> LinearSAE:
     found = _layers(path, held, lambda d, m: {
         "decoder_bias": (d,), "r_mag": (m,), "gate_bias": (m,), "mag_bias": (m,)})  # fmt: skip
-    rule = BehindGate(found["r_mag"], found["mag_bias"])
+    rule = BehindGate(gains(path, found["r_mag"]), found["mag_bias"])
     return _linear(found, "gate_bias", "decoder_bias", rule, True)
 
 

@@ -9,8 +9,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import Parameter
 
-from kanllama_lightning.heads.head import FLOATS, LARGEST
+from kanllama_lightning.heads.head import FLOATS, LARGEST, MOST_LOG
 from kanllama_lightning.storage.files import replacing
 from kanllama_lightning.storage.small_files import ordinary_size
 from kanllama_lightning.types import InputError
@@ -18,6 +19,11 @@ from kanllama_lightning.types import InputError
 ANEW = "copy the folder anew from where it came from"
 RECORD = "eval"
 """Where `evaluate.py` writes in a folder that it is given: that may be there."""
+KINDS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+"""Number formats of `FLOATS`."""
+PART = ".part"
+"""Where an export is written before it is known to be right; that of one that was killed may be
+there."""
 ZIP = b"PK\x03\x04"
 """How files of `torch.save` begin since 2020; what came before is a bare pickle."""
 Dims = tuple[int, ...]
@@ -77,6 +83,8 @@ def from_torch(path: Path) -> dict[str, Tensor]:
         if begins != ZIP:
             raise unfit(path, "is no file of `torch.save` (a bare pickle is not opened)")
         held: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except InputError:
+        raise
     except pickle.UnpicklingError as e:
         raise unfit(path, "holds more than tensors and plain values: it is not opened") from e
     except (RuntimeError, ValueError, TypeError, LookupError, EOFError, OSError,
@@ -88,6 +96,8 @@ def from_torch(path: Path) -> dict[str, Tensor]:
     for name, one in held.items():
         if not (isinstance(name, str) and isinstance(one, Tensor)):
             raise unfit(path, f"{name!r:.60} is no tensor ({type(one).__name__})")
+        if one.is_meta or one.is_nested or type(one) not in (Tensor, Parameter):
+            raise unfit(path, f"{name!r:.60} has a shape and no numbers of that shape")
         # one number may stand for as many as a shape likes
         if one.layout != torch.strided or one.numel() * one.element_size() > size:
             raise unfit(path, f"{name} has {one.numel():,} numbers, more than the file holds")
@@ -107,8 +117,9 @@ def chosen(path: Path, held: Mapping[str, Tensor], wanted: Mapping[str, Dims]) -
     """
     _compare(path, {name: tuple(one.shape) for name, one in held.items()}, wanted)
     for name, one in held.items():
-        if not one.is_floating_point():
-            raise unfit(path, f"{name} holds {str(one.dtype)[6:]}, not floating-point numbers")
+        if one.dtype not in KINDS:
+            kinds = ", ".join(str(kind)[6:] for kind in KINDS)
+            raise unfit(path, f"{name} holds {str(one.dtype)[6:]}, not numbers of {kinds}")
     return _numbers(path, held)
 
 
@@ -133,6 +144,20 @@ def _numbers(path: Path, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return made
 
 
+def gains(path: Path, logarithms: Tensor) -> Tensor:
+    """The logarithms of gains, `r_mag`, if none of them makes a number too large.
+
+    Raises:
+        InputError: One does.
+    """
+    largest = float(logarithms.amax())
+    if largest > MOST_LOG:
+        raise unfit(
+            path, f"r_mag holds {largest:.3g}; {MOST_LOG:.3g} is the most: a gain of {LARGEST:g}"
+        )
+    return logarithms
+
+
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file whole."""
     whole = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
@@ -140,8 +165,13 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         save_file(whole, part)
 
 
-def refuse_others(folder: Path, mine: Collection[str]) -> None:
+def refuse_others(folder: Path, mine: Collection[str], folders: bool = False) -> None:
     """Refuse to write into a folder that holds something else than files of these names.
+
+    Args:
+        folder: It need not be there.
+        mine: Names of what is written.
+        folders: Whether these are folders.
 
     Raises:
         InputError: It does, or is no folder.
@@ -150,9 +180,15 @@ def refuse_others(folder: Path, mine: Collection[str]) -> None:
         return
     if not folder.is_dir():
         raise InputError(f"--out {str(folder)!r}: is no folder; choose another")
-    other = sorted(path.name for path in folder.iterdir() if path.name not in (*mine, RECORD))
+    here = [path for path in folder.iterdir() if path.name not in (RECORD, PART)]
+    other = sorted(
+        path.name
+        for path in here
+        if path.name not in mine or path.is_dir() != folders or folders and path.is_symlink()
+    )
     if other:
+        shown = other[0] if other[0].isprintable() else repr(other[0])
         raise InputError(
-            f"--out {str(folder)!r}: holds {other[0]} already; give a folder that is new, empty or "
+            f"--out {str(folder)!r}: holds {shown} already; give a folder that is new, empty or "
             "left by an earlier export to the same format"
         )

@@ -139,7 +139,7 @@ def check_word(option: str, value: str) -> str:
 
 def check_folder(folder: Path) -> None:
     """Raise InputError where the folder holds something else than an earlier export."""
-    refuse_others(folder, (BATCHES, TABLES))
+    refuse_others(folder, (BATCHES, TABLES), folders=True)
 
 
 def write(pages: Iterable[LatentPage], source: PageSource, folder: Path) -> Made:

@@ -15,6 +15,7 @@ from kanllama_lightning.exchange.foreign_files import (
     ANEW,
     Dims,
     from_safetensors,
+    gains,
     refuse_others,
     save_tensors,
     shapes_of,
@@ -107,6 +108,11 @@ def write(head: SAEHead, origin: Origin, folder: Path) -> str:
         raise InputError(
             f"{type(head).__name__}: SAELens has transcoders with linear encoders alone, and its "
             "SAEs read and write one place; keep the folder of the head, `evaluate.py` reads it"
+        )
+    elif modules := head.modules_named():
+        raise InputError(
+            f"{type(head).__name__}: is made of classes of {', '.join(modules)}, which the plug-in "
+            "does not import; keep the folder of the head, `evaluate.py` reads it with --allow"
         )
     else:
         own = {"architecture": OURS, "head_class": name_of(type(head)),
@@ -288,11 +294,14 @@ def _jumprelu(folder: Path, config: dict[str, Any]) -> LinearSAE:
 def _gated(folder: Path, config: dict[str, Any]) -> LinearSAE:
     m = (config["d_sae"],)
     found, centred = _dense(folder, config, {"b_gate": m, "b_mag": m, "r_mag": m})
-    return _sae(found, "b_gate", BehindGate(found["r_mag"], found["b_mag"]), centred)
+    rule = BehindGate(gains(folder / WEIGHTS, found["r_mag"]), found["b_mag"])
+    return _sae(found, "b_gate", rule, centred)
 
 
 def _topk(folder: Path, config: dict[str, Any]) -> LinearSAE:
-    k = config.get("k", 0)
+    k = config.get("k")
+    if k is None:
+        raise unfit(folder / CONFIG, "k is missing, the number of latents that a token keeps")
     if not (type(k) is int and 1 <= k <= config["d_sae"]):
         raise unfit(folder / CONFIG, f"k={k!r:.40} must be from 1 to d_sae={config['d_sae']}")
     found, centred = _dense(folder, config, {"b_enc": (config["d_sae"],)})

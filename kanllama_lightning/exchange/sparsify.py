@@ -25,7 +25,12 @@ from kanllama_lightning.types import InputError
 NAME = "sparsify"
 CONFIG, WEIGHTS, ORIGIN = "cfg.json", "sae.safetensors", "origin.json"
 """Its own two files; and where ours says what they have no word for."""
+WITHOUT = "delete it, and say with --lm.name and --lm.hook_point what it says"
 FILES = (CONFIG, WEIGHTS, ORIGIN)
+
+READS = {"mlp_out": "blocks.{i}.mlp.hook_in", "resid_post": "blocks.{i}.hook_resid_pre"}
+"""What the module of a hook point gets, which is what a transcoder of it reads; what attention gets
+is no place that one reads here."""
 
 
 class SparsifyConfig(TypedDict):
@@ -37,6 +42,8 @@ class SparsifyConfig(TypedDict):
     num_latents: NotRequired[Count]
     transcode: NotRequired[bool]
     skip_connection: NotRequired[bool]
+    signed: NotRequired[bool]
+    """Of its first versions."""
 
 
 def write(head: SAEHead, origin: Origin, folder: Path) -> str:
@@ -99,6 +106,11 @@ def read(folder: Path) -> tuple[SAEHead, Origin]:
         raise unfit(path, "skip_connection=true is of a transcoder only")
     if config.get("activation", "topk") != "topk":
         raise InputError(f"{path}: activation='groupmax': there is no head for it; topk is read")
+    if config.get("signed"):
+        raise InputError(
+            f"{path}: signed=true: it keeps the latents of the largest size, negative ones too; "
+            "there is no head for it, latents are positive here"
+        )
     shape = shapes_of(weights).get("encoder.weight", ())
     if len(shape) != 2:
         raise unfit(weights, "encoder.weight is missing, or no matrix")
@@ -123,11 +135,11 @@ def read(folder: Path) -> tuple[SAEHead, Origin]:
         transcoder=transcoder,
         W_skip=found["W_skip"].T if skip else None,
     )
-    said = from_said(read_json(folder / ORIGIN) if there(folder / ORIGIN) else None)
+    said = from_said(read_json(folder / ORIGIN, remedy=WITHOUT) if there(folder / ORIGIN) else None)
     said = said._replace(hook_point=said.hook_point or _named(folder))
-    if transcoder and said.input_point is None and said.site is not None:
-        # of a module it reads what that gets
-        said = said._replace(input_point=f"blocks.{said.site.layer}.mlp.hook_in")
+    at = said.site
+    if transcoder and said.input_point is None and at is not None and at.kind in READS:
+        said = said._replace(input_point=READS[at.kind].format(i=at.layer))
     return sae.head(), said
 
 

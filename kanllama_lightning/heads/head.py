@@ -1,5 +1,6 @@
 """The contract of a head, and how a head is saved: complete, readable, without pickles."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -40,6 +41,8 @@ FLOATS = ("F32", "F16", "BF16", "F64")
 """Number formats, in safetensors' words, that become a head's own on loading."""
 LARGEST = 1e8
 """Largest size of the numbers of a head: their products stay far from what a number can be."""
+MOST_LOG = math.log(LARGEST)
+"""Largest logarithm of a gain, which is such a number itself."""
 AGAIN = "copy the folder anew from its run"
 UNIT = "x_variance"
 """The tensor that heads lack which were saved before the loss had one unit."""
@@ -135,6 +138,12 @@ class SAEHead(Trained, ABC):
     @property
     def least(self) -> Mapping[str, float]:
         """The smallest numbers that tensors of a saved head may hold, by their names."""
+        return {}
+
+    @property
+    def most(self) -> Mapping[str, float]:
+        """The largest numbers that tensors of a saved head may hold, where `LARGEST` is too large
+        for them."""
         return {}
 
     @property
@@ -510,6 +519,9 @@ def _load_weights(path: Path, head: SAEHead) -> None:
         largest = value[value.isfinite()].abs().amax() if value.isfinite().any() else 0.0
         if not largest <= LARGEST:
             raise _unfit(path, f"{name} holds {float(largest):.3g}; {LARGEST:g} is the most")
+        most = head.most.get(name, LARGEST)
+        if value[value.isfinite()].gt(most).any():
+            raise _unfit(path, f"{name} holds {float(value.max()):.3g}; {most:.3g} is the most")
         least = head.least.get(name)
         if least is not None and (value < least).any():
             raise _unfit(path, f"{name} holds {float(value.min()):.3g}; {least:g} is the least")

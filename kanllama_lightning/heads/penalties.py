@@ -18,6 +18,7 @@ from kanllama_lightning.functional.shard import SHARD
 from kanllama_lightning.functional.sparse import Pattern, SparseCodes, Sums, sparse_decode
 from kanllama_lightning.heads.controller import SparsityController
 from kanllama_lightning.heads.decoders import Decoder, FreeDirections, UnitDirections
+from kanllama_lightning.heads.head import MOST_LOG
 from kanllama_lightning.heads.sae import unexplained
 from kanllama_lightning.heads.selections import LossBatch, Selected, Selection
 from kanllama_lightning.types import (
@@ -428,6 +429,7 @@ class Gate(Penalised):
     """
 
     in_units: ClassVar[tuple[str, ...]] = ("b_mag",)
+    most: ClassVar[Mapping[str, float]] = MappingProxyType({"r_mag": MOST_LOG})
 
     def __init__(
         self, d_sae: int, target_l0: int, coefficient: float, sparsity_ramp: float

@@ -117,6 +117,11 @@ class SAE(SAEHead, shipped=False):
         found = {f"{part}.{name}": least for part, own in parts for name, least in own.items()}
         return found | ({"input_scale": 1 / LARGEST} if self.transcoder else {})
 
+    @property
+    def most(self) -> Mapping[str, float]:
+        """The largest numbers that tensors of a saved head may hold, by their names."""
+        return {f"selection.{name}": most for name, most in self.selection.most.items()}
+
     def read(self, x: Float[Tensor, "tok _"]) -> Float[Tensor, "tok d_model"]:
         """What the encoder gets of raw rows, in the head's units."""
         if self.transcoder:

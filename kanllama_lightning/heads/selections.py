@@ -73,6 +73,9 @@ class Selection(nn.Module, ABC):
     least: ClassVar[Mapping[str, float]] = MappingProxyType({})
     """The smallest numbers that tensors of a saved head may hold."""
 
+    most: ClassVar[Mapping[str, float]] = MappingProxyType({})
+    """The largest numbers that tensors of a saved head may hold, where `LARGEST` is too large."""
+
     @abstractmethod
     def forward(
         self,

@@ -10,15 +10,21 @@ from typing import NamedTuple
 
 import httpx2
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 
+from kanllama_lightning.console.entry import DISK, error_number
 from kanllama_lightning.errors import InputError
+from kanllama_lightning.runs.folder import make_folder
 from kanllama_lightning.storage.small_files import there
 
 log = logging.getLogger(__name__)
 
 SCHEME = "hub://"
-ADDRESS = re.compile(r"hub://([\w.-]+/[\w.-]+)((?:/[\w.=+-]+)*?)/?(?:@([\w./-]+))?")
+ADDRESS = re.compile(r"hub://([\w.-]+/[\w.-]+)((?:/[\w.=+-]+)*?)/?(?:@([\w./-]+))?", re.ASCII)
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+NO_HUB = (ValueError, KeyError, TypeError, AttributeError)
+"""What the hub's library raises where something answers that is no hub: a page to log in, say."""
 TAKEN = ("*.json", "*.safetensors", "*.csv", "*.yaml", "*.yml", "ae.pt")
 """Files that are taken: tensors, tables and settings, and no code."""
 HEADS = ("head.json", "cfg.json", "ae.pt")
@@ -44,14 +50,30 @@ class Address(NamedTuple):
         return name + (f"@{self.revision.replace('/', '--')}" if self.revision else "")
 
 
+def misnamed(repository: str) -> str:
+    """Why the hub has no repository of this name, OWNER/NAME; "" if it may have one."""
+    if repository.count("/") != 1:
+        return "it is not an owner and a name" if "/" in repository else "it has no owner"
+    if REPOSITORY.fullmatch(repository) is None:
+        return "letters a to z, digits, '-', '_' and '.' may be in it"
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as e:
+        return " ".join(str(e).split())[:200].rstrip(".")
+    return ""
+
+
 def parsed(name: str, argument: str) -> Address:
     """The address meant; raises InputError where it is none."""
     found = ADDRESS.fullmatch(name)
     folder = found[2].strip("/") if found else ""
-    if found is None or ".." in name.split("/"):
+    parts = re.split("[/@]", name.removeprefix(SCHEME))
+    why = misnamed(found[1]) if found is not None else ""
+    if found is None or why or any(part in (".", "..") for part in parts):
         raise InputError(
-            f"{argument}={name!r}: no address on the hub; give hub://OWNER/NAME, with the folder "
-            "of one SAE and with a revision where that is needed: hub://OWNER/NAME/FOLDER@REVISION"
+            f"{argument}={name!r:.200}: no address on the hub{why and f' ({why})'}; give "
+            "hub://OWNER/NAME, with the folder of one SAE and with a revision where that is "
+            "needed: hub://OWNER/NAME/FOLDER@REVISION"
         )
     return Address(found[1], folder, found[3])
 
@@ -99,6 +121,7 @@ def _fetched(address: Address, target: Path, name: str, argument: str) -> Path:
     total = sum(sizes[file] for file in wanted)
     if total >= LARGE:
         log.info("fetching %.1f GiB of %s", total / (1 << 30), name)
+    make_folder(target, "folder", "--runs_dir FOLDER")
     with _explained(name, argument):
         snapshot_download(
             address.repository, revision=info.sha, local_dir=target, allow_patterns=wanted
@@ -148,5 +171,7 @@ def _explained(name: str, argument: str) -> Iterator[None]:
                 "private, or its terms were not accepted; log in once with `hf auth login`"
             ) from e
         raise InputError(f"{argument}={name!r}: the hub answers {code}: {said}") from e
-    except (LocalEntryNotFoundError, OSError, httpx2.HTTPError) as e:
+    except (LocalEntryNotFoundError, OSError, httpx2.HTTPError, *NO_HUB) as e:
+        if error_number(e) in DISK:
+            raise  # of the place that it is fetched to
         raise _Unreachable(" ".join(str(e).split())[:200]) from e

@@ -85,7 +85,19 @@ def first_folder(root: Path, name: str) -> Path:
 
 def described(head: SAEHead) -> str:
     """Kind and size of a head."""
-    return f"{type(head).__name__} of {head.d_sae:,} latents on {head.d_model:,} coordinates"
+    return f"{head.title} of {head.d_sae:,} latents on {head.d_model:,} coordinates"
+
+
+def to_fit(first: SAEHead, head: SAEHead) -> str:
+    """What lets a run start from a head, `first`, that the one it trains does not fit."""
+    if first.d_model != head.d_model:
+        return "give a head of this LM and hook point"
+    if first.transcoder != head.transcoder:
+        return f"{'give' if first.transcoder else 'leave out'} --lm.input_point"
+    skip = getattr(first, "skip", False)
+    if skip != getattr(head, "skip", False):
+        return f"give --model.head.skip {str(skip).lower()}"
+    return f"give --model.head {type(first).__name__} --model.head.d_sae {first.d_sae}"
 
 
 class RowsAhead(NamedTuple):
@@ -325,9 +337,8 @@ class SAEModule(L.LightningModule):
             if not head.fits(first):
                 raise InputError(
                     f"model.init_from={self.init_from!r}: {folder} holds a {described(first)}; "
-                    f"this run trains a {described(head)}, which has other weights: give "
-                    f"--model.head {type(first).__name__} --model.head.d_sae {first.d_sae}, or "
-                    "leave --model.init_from out"
+                    f"this run trains a {described(head)}, which has other weights: "
+                    f"{to_fit(first, head)}, or leave --model.init_from out"
                 )
             there = (about.get("lm"), about.get("hook_point"))
             if there != (self.lm.name, self.lm.hook.name):

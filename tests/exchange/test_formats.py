@@ -1,6 +1,7 @@
 """Heads in other projects' folders and back: the same latents in the same units, or one line."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,16 @@ def test_curved_heads_go_to_saelens_whole(name: str, tmp_path: Path) -> None:
     for kind in (sparsify, dictionary_learning):
         with pytest.raises(InputError, match=r"no format of linear SAEs.*saelens_plugin"):
             kind.write(head, ORIGIN, tmp_path / "other")
+
+
+def test_a_head_of_somebody_s_own_is_refused_before_it_is_written(tmp_path: Path) -> None:
+    class Own(heads.KANEncoder):
+        """The plug-in imports nothing that a file names."""
+
+    head = Own(d_model=D, d_sae=M, target_l0=K)
+    with pytest.raises(InputError, match="which the plug-in does not import"):
+        saelens.write(head, ORIGIN, tmp_path / "sae")
+    assert not (tmp_path / "sae").exists()
 
 
 def test_what_a_naive_export_gets_wrong_is_found() -> None:
@@ -222,6 +233,7 @@ def test_a_linear_sae_is_what_its_formula_says(rule: Any, centred: bool, norms: 
         ({"d_sae": 7}, r"has the shape"),
         ({"d_in": 10**12}, r"has the shape"),
         ({"k": 0, "architecture": "topk"}, "k=0 must be from 1 to d_sae"),
+        ({"architecture": "topk"}, "k is missing"),
         ({"architecture": "kanllama"}, "head_class or head_args is missing"),
         (
             {"architecture": "kanllama", "head_class": "os.system", "head_args": {}},
@@ -278,7 +290,111 @@ def test_no_pickle_is_opened(tmp_path: Path) -> None:
         read_foreign(out)
 
 
+ODD: dict[str, tuple[Callable[[], torch.Tensor], str]] = {
+    "no numbers": (lambda: torch.empty(D, device="meta"), "has a shape and no numbers of that"),
+    "nested": (
+        lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        "has a shape and no numbers of that",
+    ),
+    "fp8": (lambda: torch.zeros(D).to(torch.float8_e4m3fn), "holds float8_e4m3fn, not numbers of"),
+    "complex": (lambda: torch.zeros(D, dtype=torch.complex64), "holds complex64, not numbers of"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("name", ODD)
+def test_tensors_that_are_none_are_refused(name: str, tmp_path: Path) -> None:
+    dictionary_learning.write(trained("TopK"), ORIGIN, tmp_path)
+    held = torch.load(tmp_path / "ae.pt", weights_only=True)
+    make, said = ODD[name]
+    odd = make()
+    torch.save(held | {"b_dec": odd}, tmp_path / "ae.pt")
+    with pytest.raises(InputError, match=said):
+        read_foreign(tmp_path)
+    if odd.is_meta:
+        torch.save(held | {"k": torch.empty((), device="meta")}, tmp_path / "ae.pt")
+        with pytest.raises(InputError, match=said):
+            read_foreign(tmp_path)
+
+
+def test_a_file_that_is_none_is_said_to_be_none_once(tmp_path: Path) -> None:
+    dictionary_learning.write(trained("TopK"), ORIGIN, tmp_path)
+    (tmp_path / "ae.pt").write_bytes(b"")
+    with pytest.raises(InputError, match="bare pickle") as caught:
+        read_foreign(tmp_path)
+    assert str(caught.value).count("copy the folder anew") == 1
+
+
+def test_a_gain_beyond_what_a_number_can_be_is_refused(tmp_path: Path) -> None:
+    """exp(r_mag) of a saved head too: latents would be infinite."""
+    head = trained("Gated")
+    with torch.no_grad():
+        head.selection.r_mag[3] = 200.0  # type: ignore[union-attr, index]
+    for kind in (saelens, dictionary_learning):
+        kind.write(head, ORIGIN, tmp_path / kind.NAME)
+        with pytest.raises(InputError, match=r"r_mag holds 200; 18\.4 is the most"):
+            read_foreign(tmp_path / kind.NAME)
+    head.save(tmp_path / "head")
+    with pytest.raises(InputError, match=r"selection\.r_mag holds 200; 18\.4 is the most"):
+        SAEHead.load(tmp_path / "head")
+
+
+def test_signed_latents_of_sparsify_are_refused(tmp_path: Path) -> None:
+    sparsify.write(trained("TopK"), ORIGIN, tmp_path)
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    (tmp_path / "cfg.json").write_text(json.dumps(config | {"signed": False}))
+    read_foreign(tmp_path)
+    (tmp_path / "cfg.json").write_text(json.dumps(config | {"signed": True}))
+    with pytest.raises(InputError, match="signed=true.*latents are positive here"):
+        read_foreign(tmp_path)
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
+    (tmp_path / "origin.json").write_text("")
+    with pytest.raises(
+        InputError, match=r"delete it, and say with --lm\.name and --lm\.hook_point"
+    ):
+        read_foreign(tmp_path)
+
+
 # ---------------------------------------------------------------------------------------- commands
+
+
+def test_an_export_that_fails_leaves_what_was_there(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever it fails by; and it never takes the place of what it was made of."""
+
+    def export(out: Path | str, *more: str, of: Path = run_folder) -> int:
+        args = ["export", str(of), "--to=saelens", f"--out={out}", "--tokens=64"]
+        return evaluate([*args, "--lm.untrained=true", *more])
+
+    new = tmp_path / "a" / "b"
+    assert export(new, "--text=/nowhere") == 2
+    assert not (tmp_path / "a").exists()
+    saelens.write(trained("TopK"), ORIGIN, tmp_path / "old")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()}
+    assert export(tmp_path / "old", "--text=/nowhere") == 2
+    assert {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()} == before
+    assert export(tmp_path / "old", of=tmp_path / "old") == 2
+    assert "is what is exported; give another folder" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()} == before
+    (tmp_path / "lost").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "round").symlink_to(tmp_path / "round")
+    (tmp_path / "odd" / "cfg.json").mkdir(parents=True)
+    for name, said in (
+        ("lost", "cannot be made (File exists"),
+        ("round", "cannot be made (File exists"),
+        ("odd", "holds cfg.json already"),
+    ):
+        assert export(tmp_path / name) == 2
+        assert said in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "odd").iterdir()] == ["cfg.json"]
+    # of one that was killed, and a name that is markup to who prints it
+    (tmp_path / "[/x]" / ".part").mkdir(parents=True)
+    assert export(tmp_path / "[/x]") == 0
+    assert {p.name for p in (tmp_path / "[/x]").iterdir()} == {
+        "cfg.json",
+        "sae_weights.safetensors",
+    }
 
 
 def test_export_and_report_of_a_run(

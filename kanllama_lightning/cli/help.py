@@ -17,8 +17,8 @@ Trains sparse autoencoders, linear or KAN, on the activations of a frozen Llama.
 
 Each has its own help: `python train.py fit --help`. To begin with:
 
-  python train.py fit --config configs/kan.yaml --config configs/embedded.yaml     # a laptop
-  python train.py fit --config configs/kan.yaml                                    # Llama 3.2 1B
+  python train.py fit --config kan embedded     # a laptop
+  python train.py fit --config kan              # Llama 3.2 1B
 """
 EVALUATE = """\
 Measures finished runs: what a head keeps of the language model, what its latents stand for.

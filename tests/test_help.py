@@ -99,6 +99,8 @@ def test_every_option_says_what_it_is():
         (["fit", "--model.head.init_args.k=3"], "Latents per token are --model.head.target_l0"),
         (["plan", "--data.ctxlen", "3"], "Did you mean --data.ctx_len? See `python train.py plan"),
         (["fit", "--trainer.max_stepz", "3"], "Did you mean --trainer.max_steps?"),
+        (["fit", "--config", "kan", "--embedded"], "Did you mean --config embedded?"),
+        (["fit", "--batch-topk"], "Did you mean --config batch_topk?"),
         (["ft"], "error: ft: no such command; there are fit, validate, plan"),
     ],
 )

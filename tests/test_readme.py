@@ -45,7 +45,7 @@ def commands(page: str, text: str) -> list[Command]:
     found = []
     for block in re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
         for line in block.splitlines():
-            if line.startswith("# "):  # what the lines below have in common
+            if not line or line.startswith("# "):  # what the lines below have in common
                 continue
             command, _, remark = re.sub(r"\s+#\s", "\n", line, count=1).partition("\n")
             needs = re.match(r"needs ([^:;]+)", remark)
@@ -190,7 +190,7 @@ def test_ci_calls_the_readmes_commands() -> None:
 
 def test_the_finder_finds() -> None:
     """On made-up text, so that the tests above can fail."""
-    block = "```sh\n# x\nmake demo  # needs a GPU, a login: x\ncd x && A=1 hf  # needs time\nls\n"
+    block = "```sh\n# x\n\nmake demo  # needs a GPU, a login: x\ncd x && A=1 hf  # needs time\nls\n"
     found = commands(
         "p", block + "```\n`python train.py\nfit` or `make x` or `python evaluate.py ...`"
     )

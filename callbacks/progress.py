@@ -22,7 +22,8 @@ class Progress(L.Callback):
     """A bar with loss, L0, EV, dead share, tokens/s and time left; lines without a terminal.
 
     Behind them, where the time of a step goes (`StepClock`); of heads side by side EV and L0. A
-    validation that takes longer than seconds shows how far it is.
+    validation that takes longer than seconds shows how far it is. Figures are those of the last
+    logged step (`trainer.log_every_n_steps`); a line leaves out what the one before has said.
 
     Args:
         lines: How many lines a whole run prints into a file or pipe.
@@ -33,6 +34,7 @@ class Progress(L.Callback):
         self._bar: Any = None
         self._validation: Phase | None = None
         self._began = (0.0, 0)
+        self._said = ""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Open the bar."""
@@ -67,11 +69,14 @@ class Progress(L.Callback):
             seconds = time.perf_counter() - self._began[0]
             rate = (step - self._began[1]) / max(seconds, 1e-9)
             left = (trainer.max_steps - step) / max(rate, 1e-9)
+            figures = self._figures(trainer, pl_module)
+            new = "" if figures == self._said else f"{figures}  "
+            self._said = figures
             log.info(
-                "step %d/%d  %s  %.0f tok/s  %s left",
+                "step %d/%d  %s%.0f tok/s  %s left",
                 step,
                 trainer.max_steps,
-                self._figures(trainer, pl_module),
+                new,
                 rate * pl_module.schedule.batch,
                 duration(left),
             )

@@ -1,6 +1,7 @@
 """The end of a run on one page: `summary.json` and a table."""
 
 import math
+import shlex
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -108,6 +109,7 @@ class Summary(L.Callback):
         if isinstance(trainer.logger, WandbLogger):
             watch = watch_command(trainer.logger.experiment)
             said += f"; `{watch}` shows its course" if watch else ""
+        said += f"; `python evaluate.py report {shlex.quote(str(root))}` writes its record"
         console.print(said, soft_wrap=True, highlight=False)
 
     @staticmethod

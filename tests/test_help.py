@@ -12,7 +12,7 @@ from kanllama_lightning import comparison, heads
 from kanllama_lightning.cli import catalogue, evaluate_options, train_command
 from kanllama_lightning.cli.evaluate_command import REPORTS, add_arguments
 from kanllama_lightning.cli.fit import KanllamaCLI
-from kanllama_lightning.cli.main import evaluate, train
+from kanllama_lightning.cli.main import evaluate, kanllama, train
 from kanllama_lightning.storage.named import arguments_of
 
 
@@ -99,6 +99,8 @@ def test_every_option_says_what_it_is():
         (["fit", "--model.head.init_args.k=3"], "Latents per token are --model.head.target_l0"),
         (["plan", "--data.ctxlen", "3"], "Did you mean --data.ctx_len? See `python train.py plan"),
         (["fit", "--trainer.max_stepz", "3"], "Did you mean --trainer.max_steps?"),
+        (["fit", "--config", "kan", "--embedded"], "Did you mean --config embedded?"),
+        (["fit", "--batch-topk"], "Did you mean --config batch_topk?"),
         (["ft"], "error: ft: no such command; there are fit, validate, plan"),
     ],
 )
@@ -166,3 +168,17 @@ def test_commands_say_what_they_do(capsys):
     assert train(["--version"]) == 0
     assert capsys.readouterr().out.startswith("kanllama-lightning 0.")
     assert train([]) == 2
+
+
+def test_the_installed_command_speaks_of_itself(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["kanllama", "--help"])
+    assert kanllama() == 0
+    said = capsys.readouterr().out
+    assert said.startswith("usage: kanllama COMMAND")
+    assert "kanllama fit --config kan embedded" in said
+    assert "kanllama report last" in said
+    monkeypatch.setattr(sys, "argv", ["kanllama", "reprot", "last"])
+    assert kanllama() == 2
+    error = capsys.readouterr().err
+    assert "reprot: no such command; there are fit, validate" in error
+    assert "Did you mean report? See `kanllama --help`" in error

@@ -73,9 +73,12 @@ def test_what_is_published_is_the_head_its_record_and_a_card(
     assert {"sparse-autoencoder", "saelens", "kanllama-lightning"} <= set(about["tags"])
     assert "## How good it is" in text
     assert "hub://me/my-sae" in text
+    assert "| FVU when training ended | 0." in text
+    assert "{'class'" not in text
     known = {}
     if record:
         known = json.loads((run_folder / "eval" / "summary.json").read_text())
+        assert "in nats per token" in text
         for key in ("sparsity/{}/l0", "losses/{}/ce_recon"):
             figure = known[key.format(next(iter(known["sets"])))]
             assert (f"{figure:.2f}" if "l0" in key else f"{figure:.4f}") in text

@@ -68,6 +68,33 @@ def test_a_validation_batch_counts_when_all_callbacks_are_through(
     assert len(counted) == 3, "the next validation begins anew"
 
 
+class Training(IdleTrainer):
+    """A trainer of four steps, which logs every second one."""
+
+    is_global_zero = True
+    max_steps = 4
+    log_every_n_steps = 2
+    global_step = 0
+
+
+def test_a_line_leaves_out_figures_that_were_said(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, progress = Training(), Progress()
+    schedule = SimpleNamespace(batch=64)
+    module = SimpleNamespace(schedule=schedule, heads=lambda: {"": None})
+    monkeypatch.setattr(Training, "callback_metrics", {"train/loss": 0.5}, raising=False)
+    with caplog.at_level("INFO"):
+        for step in (1, 2, 3, 4):
+            trainer.global_step = step
+            if step == 4:
+                trainer.callback_metrics["train/loss"] = 0.25
+            progress.on_train_batch_end(trainer, module, None, None, step)
+    said = ["loss" in record.message for record in caplog.records]
+    assert said == [True, False, False, True]
+    assert caplog.records[1].message.startswith("step 2/4  ")
+
+
 def test_the_logit_lens_counts_blocks(
     make_lm: Callable[..., FrozenLM],
     tokens: TokenBatch,

@@ -45,6 +45,8 @@ def commands(page: str, text: str) -> list[Command]:
     found = []
     for block in re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
         for line in block.splitlines():
+            if not line or line.startswith("# "):  # what the lines below have in common
+                continue
             command, _, remark = re.sub(r"\s+#\s", "\n", line, count=1).partition("\n")
             needs = re.match(r"needs ([^:;]+)", remark)
             marks = set(needs[1].strip().split(", ")) if needs else set()
@@ -188,8 +190,10 @@ def test_ci_calls_the_readmes_commands() -> None:
 
 def test_the_finder_finds() -> None:
     """On made-up text, so that the tests above can fail."""
-    block = "```sh\nmake demo  # needs a GPU, a login: all\ncd x && A=1 hf  # needs time\nls\n```\n"
-    found = commands("p", block + "`python train.py\nfit` or `make x` or `python evaluate.py ...`")
+    block = "```sh\n# x\n\nmake demo  # needs a GPU, a login: x\ncd x && A=1 hf  # needs time\nls\n"
+    found = commands(
+        "p", block + "```\n`python train.py\nfit` or `make x` or `python evaluate.py ...`"
+    )
     assert found == [
         Command("p", "make demo", {"a GPU", "a login"}),
         Command("p", "cd x", {"time"}),

@@ -9,12 +9,13 @@ from types import SimpleNamespace
 
 import plotly.graph_objects as go
 import pytest
+from wandb.integration.weave.weave import init_weave_if_imported
 
 from docs import make_workspace
 from kanllama_lightning.cli import main
 from kanllama_lightning.reports.send import titled
 from kanllama_lightning.runs.sections import SECTIONS, by_section, charted, titled_section
-from kanllama_lightning.runs.wandb_logger import check_mode, watch_command
+from kanllama_lightning.runs.wandb_logger import RunLogger, check_mode, watch_command
 from kanllama_lightning.types import InputError
 from tests.conftest import Fit, only_run, terminate_at
 from tests.wandb_file import history, opened
@@ -79,6 +80,19 @@ def test_modes_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "on")
     with pytest.raises(InputError, match="WANDB_MODE"):
         check_mode()
+
+
+def test_wandb_does_not_advertise_beside_the_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A record loads `openai`, where W&B would say three lines of another product."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DISABLE_WEAVE", "")  # so that it is as before afterwards
+    monkeypatch.delenv("WANDB_DISABLE_WEAVE")
+    monkeypatch.setitem(sys.modules, "openai", sys)
+    RunLogger(save_dir=str(tmp_path), name="x")
+    init_weave_if_imported(None, "x")
+    assert "weave" not in capsys.readouterr().err.lower()
 
 
 @pytest.mark.parametrize(

@@ -149,12 +149,13 @@ def origin_of(subject: SavedHead) -> Origin:
 
 
 def _in_words(text: Any) -> str:
-    """A text as its config says it: a corpus as one would call it, not as a dict."""
-    if not isinstance(text, dict) or "class_path" not in text:
+    """A text as its config, or a saved head, says it: a corpus as one would call it, no dict."""
+    if not isinstance(text, dict) or not {"class_path", "class"} & text.keys():
         return str(text)
-    given = text.get("init_args") or {}
+    named = {name: value for name, value in text.items() if name not in ("class", "init_args")}
+    given = text.get("init_args") or {} if "class_path" in text else named
     said = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
-    return f"{str(text['class_path']).rpartition('.')[2]}({said})"
+    return f"{str(text.get('class_path') or text['class']).rpartition('.')[2]}({said})"
 
 
 def _input_point(subject: SavedHead) -> str | None:
@@ -204,4 +205,4 @@ def activations(
     model.load_(device)
     at_once = how.batch_seqs or rows_at_once(model, rows.ids.shape[1], device)
     found = with_extremes(first_activations(model, rows, at_once, tokens)[:tokens].cpu())
-    return found, f"{len(found):,} tokens of {name!r}, a tenth of them made extreme"
+    return found, f"{len(found):,} tokens of {name!r}, a tenth made extreme, which shifts L0"

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 
 from kanllama_lightning.cli import synonyms
-from kanllama_lightning.cli.catalogue import Option, fit_groups, head_options, heads
+from kanllama_lightning.cli.catalogue import ROOT, Option, fit_groups, head_options, heads
 
 WIDTH = 100
 TRAIN = """\
@@ -17,8 +17,8 @@ Trains sparse autoencoders, linear or KAN, on the activations of a frozen Llama.
 
 Each has its own help: `python train.py fit --help`. To begin with:
 
-  python train.py fit --config configs/kan.yaml --config configs/embedded.yaml     # a laptop
-  python train.py fit --config configs/kan.yaml                                    # Llama 3.2 1B
+  python train.py fit --config kan embedded     # a laptop
+  python train.py fit --config kan              # Llama 3.2 1B
 """
 EVALUATE = """\
 Measures finished runs: what a head keeps of the language model, what its latents stand for.
@@ -103,6 +103,9 @@ def no_such_option(
     """What to say of an option that there is not."""
     near = synonyms.meant(name, known, elsewhere)
     hint = f" Did you mean --{near}?" if near else ""
+    config = name.replace("-", "_")
+    if command.startswith("python train.py") and (ROOT / "configs" / f"{config}.yaml").is_file():
+        hint = f" Did you mean --config {config}?"
     if near == "model.head.target_l0" and name.endswith("k"):
         hint = f" Latents per token are --{near}, for every head."
     return f"--{name}: no such option.{hint} See `{command} --help`"

@@ -105,7 +105,18 @@ def kanllama() -> int:
     if sys.argv[1:2] == ["--version"]:
         print(_version())  # noqa: T201
         return 0
-    print(f"kanllama COMMAND\n\n{help.TRAIN}\n{help.EVALUATE}")  # noqa: T201
+    if sys.argv[1:] and not sys.argv[1].startswith("-"):
+        commands = (*TRAIN, *EVALUATE)
+        _refuse(sys.argv[1:], f"{sys.argv[1]}: no such command; there are {', '.join(commands)}."
+                f"{_near(sys.argv[1], commands)} See `kanllama --help`")  # fmt: skip
+        return 2
+    about = f"{help.TRAIN}\n{help.EVALUATE}"
+    for program in ("python train.py", "python evaluate.py"):
+        about = about.replace(program, "kanllama")
+    print(  # noqa: T201
+        f"usage: kanllama COMMAND [--option VALUE ...]\n\n{about}\n"
+        "Where a message says `python train.py` or `python evaluate.py`, type `kanllama`."
+    )
     return 0 if sys.argv[1:2] in (["--help"], ["-h"]) else 2
 
 

@@ -29,6 +29,7 @@ from kanllama_lightning.exchange.model_card import NAME, CardFacts, card, plain
 from kanllama_lightning.exchange.origin import Origin
 from kanllama_lightning.heads.head import CARD as HEAD_CARD
 from kanllama_lightning.heads.head import WEIGHTS
+from kanllama_lightning.lm.frozen import EMBEDDED
 from kanllama_lightning.measures import cells
 from kanllama_lightning.reports.report import Report
 from kanllama_lightning.reports.saved_head import SavedHead, read_subject
@@ -66,6 +67,11 @@ FOLDERS = re.compile(
     r"""(?:(?<!\w)file:/+|(?<![^\s,;=:'"(\[])~?/)(?:[^\s/'",;]+/)+(?=[^\s/'",;])"""
 )
 """Folders of this machine in front of a name, wherever they stand in a text."""
+UNITS = (
+    "CE: the LM's next-token cross-entropy in nats per token. Delta CE: what it rises by with the "
+    "reconstruction in the activation's place. FVU: share of the variance left unexplained. L0: "
+    "latents per token. All measured as at inference."
+)
 
 
 def run_publish(given: Namespace, figures: Callable[[SavedHead, dict[str, Any]], Rows]) -> None:
@@ -246,13 +252,15 @@ def _facts(
         ("latents", f"{head.d_sae:,}"),
         ("width of the activations", f"{head.d_model:,}"),
         ("parameters", f"{head.n_parameters():,}"),
-        ("LM", plain(_discreet(origin.lm or ""))),
+        ("LM", _lm(_discreet(origin.lm or ""))),
         ("hook point", plain(origin.hook_point or "")),
         ("read at", plain(origin.input_point or "")),
         ("context", f"{origin.ctx_len:,} tokens" if origin.ctx_len else ""),
         ("first token of a row", plain(str(origin.bos)) if origin.bos is not None else ""),
         ("trained on", plain(_discreet(origin.text or ""))),
         ("tokens", f"{provenance['tokens']:,}" if provenance.get("tokens") else ""),
+        ("L0 when training ended", _number(subject.summary.get("val/l0"), ".2f")),
+        ("FVU when training ended", _number(subject.summary.get("val/fvu"), ".4f")),
         ("SHA-256 of head.json and head.safetensors", f"`{sha256}`"),
     ]
     try:
@@ -263,7 +271,7 @@ def _facts(
         summary = subject.folder / EVAL / SUMMARY
         raise InputError(f"{summary}: a figure is no number ({e}); {MADE_ANEW}") from e
     columns = [*columns[:1], *map(plain, columns[1:])]  # names of texts, whatever they are called
-    notes = [cells.footnote([c for row in table for c in row[1:]])] if table else []
+    notes = [UNITS, cells.footnote([c for row in table for c in row[1:]])] if table else []
     commands = [shlex.join(["python", "train.py", "fit", "--config", CONFIG])]
     commands += ["python evaluate.py report RUN"] if known else []
     return CardFacts(
@@ -284,6 +292,16 @@ def _facts(
         version=version("kanllama-lightning"),
         commit=provenance.get("commit"),
     )
+
+
+def _lm(name: str) -> str:
+    return plain(name) + (
+        " (a small Llama that comes with the package)" if name == EMBEDDED else ""
+    )
+
+
+def _number(value: Any, form: str) -> str:
+    return format(value, form) if isinstance(value, float | int) else ""
 
 
 def _sent(folder: Path, repository: str, private: bool) -> str:

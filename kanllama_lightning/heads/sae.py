@@ -83,9 +83,9 @@ class SAE(SAEHead, shipped=False):
     ) -> None:
         super().__init__(d_model, d_sae, seed)
         if not 1 <= target_l0 <= self.d_sae:
+            remedy = "; lower it or widen the dictionary" if target_l0 > 1 else ""
             raise InputError(
-                f"head.target_l0={target_l0}: must be from 1 to d_sae={self.d_sae}; lower it or "
-                "widen the dictionary"
+                f"head.target_l0={target_l0}: must be from 1 to d_sae={self.d_sae}{remedy}"
             )
         if not alpha_aux >= 0:
             raise InputError(f"head.alpha_aux={alpha_aux}: must be 0 or more (default 1/32)")

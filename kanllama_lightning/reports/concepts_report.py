@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from kanllama_lightning.console.phase import Phase
 from kanllama_lightning.embedded import FACTS
 from kanllama_lightning.functional.sparse import SparseCodes
 from kanllama_lightning.heads import SAEHead
@@ -90,18 +91,22 @@ class ConceptsReport(Report):
         """Judge the head and the controls; write, draw."""
         read = read_stories(run.lm, self.stories, self.seed, run.head.norm_limit)
         choose, test = read.halves()
-        found = {"head": _recover(run.head, choose, test)}
-        if not len(found["head"].fact):
-            raise InputError(
-                f"Concepts.stories={self.stories}: no fact holds on {LEAST} tokens of both halves; "
-                "give more stories, such as 600"
-            )
-        if self.controls:
-            raw = [run.head.target(half.x) for half in (choose, test)]
-            both = [torch.cat([x, -x], 1).cpu() for x in raw]
-            found["raw coordinates"] = recover(both[0], choose.facts, both[1], test.facts)
-            for name, head in self._controls(run, found["head"], choose).items():
-                found[name] = _recover(head, choose, test)
+        with Phase("matching facts", 1 + 2 * self.controls, "subjects") as phase:
+            found = {"head": _recover(run.head, choose, test)}
+            if not len(found["head"].fact):
+                raise InputError(
+                    f"Concepts.stories={self.stories}: no fact holds on {LEAST} tokens of both "
+                    "halves; give more stories, such as 600"
+                )
+            phase.add()
+            if self.controls:
+                raw = [run.head.target(half.x) for half in (choose, test)]
+                both = [torch.cat([x, -x], 1).cpu() for x in raw]
+                found["raw coordinates"] = recover(both[0], choose.facts, both[1], test.facts)
+                phase.add()
+                for name, head in self._controls(run, found["head"], choose).items():
+                    found[name] = _recover(head, choose, test)
+                    phase.add()
         table = pd.DataFrame([row for name, r in found.items() for row in _rows(name, r)])
         run.write_table("concepts.csv", table)
         figures: dict[str, float] = {}

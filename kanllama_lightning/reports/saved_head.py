@@ -11,8 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from kanllama_lightning.data.token_data import TokenData
 from kanllama_lightning.exchange.formats import format_of
+from kanllama_lightning.exchange.origin import site
 from kanllama_lightning.heads.head import CARD, FORMAT, WEIGHTS, SAEHead, read_card
 from kanllama_lightning.lm.frozen import FrozenLM
+from kanllama_lightning.lm.hook_points import parse_input_point
 from kanllama_lightning.runs.folder import (
     CHECKPOINTS,
     CONFIG,
@@ -174,6 +176,15 @@ def _imported(folder: Path) -> SavedHead:
     return SavedHead(folder, head, card, {}, {}, digest.hexdigest(), imported=True)
 
 
+def _place(args: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Which LM, and where in it, however its hook point is spelled."""
+    hook, read = args.get("hook_point"), args.get("input_point")
+    at = site(hook)
+    if at is not None:
+        hook, read = at.name, None if read is None else parse_input_point(read, at).name
+    return args.get("name"), hook, read, args.get("revision"), args.get("bos")
+
+
 def shared_lm(subjects: list[SavedHead], given: Mapping[str, Any], dtype: str) -> FrozenLM:
     """The LM all of them were trained on.
 
@@ -194,7 +205,7 @@ def shared_lm(subjects: list[SavedHead], given: Mapping[str, Any], dtype: str) -
                 raise InputError(
                     f"--lm.{key}: {str(subject.folder)!r} does not say which; give --lm.{key}"
                 )
-            if any(args.get(k) != first.get(k) for k in (key, "input_point", "revision", "bos")):
+            if key == "hook_point" and _place(args) != _place(first):
                 raise InputError(
                     f"RUN={str(subject.folder)!r}: trained on {args}, but "
                     f"{str(subjects[0].folder)!r} on {first}; evaluate them one after the other"

@@ -64,6 +64,7 @@ class RunLogger(WandbLogger):
         tags: list[str] | None = None,
         group: str | None = None,
     ) -> None:
+        os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")  # traces and advertises for itself
         mode = check_mode()
         if mode is None:
             mode = "online" if _logged_in() else "offline"

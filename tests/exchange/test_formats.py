@@ -25,7 +25,7 @@ from kanllama_lightning.exchange.linear_sae import (
 from kanllama_lightning.exchange.origin import Origin, site
 from kanllama_lightning.heads import SAEHead
 from kanllama_lightning.heads.sae import SAE
-from kanllama_lightning.reports.saved_head import read_subject
+from kanllama_lightning.reports.saved_head import read_subject, shared_lm
 from kanllama_lightning.types import InputError
 
 D, M, K = 16, 48, 4
@@ -411,6 +411,14 @@ def test_export_and_report_of_a_run(
     subject = read_subject(out)
     assert subject.imported
     assert subject.lm_args()["hook_point"] == "blocks.1.hook_mlp_out"
+    # the same place in another spelling, so that they may be compared
+    run = read_subject(run_folder)
+    assert run.lm_args()["hook_point"] == "model.layers.1.mlp"
+    lm = shared_lm([run, subject], {"untrained": True}, "float32")
+    assert lm.hook.name == "blocks.1.hook_mlp_out"
+    elsewhere = subject._replace(config={"lm": run.lm_args() | {"hook_point": "model.layers.0"}})
+    with pytest.raises(InputError, match="evaluate them one after the other"):
+        shared_lm([run, elsewhere], {"untrained": True}, "float32")
     assert isinstance(subject.head, SAE)
     assert same(head, subject.head).holds
     # a head without its run: made activations

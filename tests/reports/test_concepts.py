@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
+from kanllama_lightning.console.phase import Phase
 from kanllama_lightning.heads import JumpReLU, SAEHead, TopK
 from kanllama_lightning.lm.frozen import FrozenLM
 from kanllama_lightning.measures.concept_matching import read_stories
@@ -40,11 +41,14 @@ def make_run(lm: FrozenLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> A
     return make
 
 
-def test_report(make_run: Any) -> None:
+def test_report(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     run, report = make_run(target_l0=4), ConceptsReport(stories=20)
+    done: list[tuple[int, int]] = []
+    monkeypatch.setattr(Phase, "close", lambda phase: done.append((phase.done, phase.total)))
     report.begin(run)
     before = torch.random.get_rng_state()
     figures = report.finish(run)
+    assert done == [(3, 3)]
     assert torch.equal(torch.random.get_rng_state(), before)
     beside = {"svg", LIBRARY}
     assert {p.name for p in run.out.iterdir()} == {*ConceptsReport.files, *beside}

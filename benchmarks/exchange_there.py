@@ -268,13 +268,15 @@ def same(
     for key in ("ce_clean", "ce_recon"):
         if key in their_losses:
             apart = (our_losses[key].double() - their_losses[key].double()).abs()
-            # an activation at its threshold fires in one of two runs of the LM, rounded otherwise
-            far = float((apart > 5e-4).double().mean())
-            fits &= far <= 0.005 and float(apart.mean()) <= 1e-4
+            # an activation at its threshold fires in one of two runs of the LM, rounded otherwise,
+            # and changes what comes after it in its row
+            row = our_losses["row"]
+            far, rows = row[apart > 5e-4].unique().numel(), row.unique().numel()
+            fits &= far <= 0.1 * rows and float(apart.mean()) <= 1e-4
             mean = float(our_losses[key].double().mean())
             said.append(
                 f"{key} {mean:.6f} here, {float(apart.mean()):.1e} apart at a token, "
-                f"{float(apart.max()):.1e} at most, {far:.2%} of them over 5e-4"
+                f"{float(apart.max()):.1e} at most, in {far} of {rows} rows over 5e-4"
             )
     if "ce_loss_with_sae" in theirs:
         said.append(

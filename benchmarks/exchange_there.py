@@ -127,6 +127,8 @@ def of_saelens(sae: Any) -> Loaded:
     if not sae.cfg.metadata.hook_name_out:
         return Loaded(sae.encode, sae.decode)
     d = sae.cfg.d_in
+    if hasattr(sae, "head"):  # by our plug-in
+        return Loaded(lambda x: sae.encode(x[:, :d]), sae.decode, lambda x: sae.beside(x[:, :d]))
     return Loaded(
         lambda x: sae.encode(x[:, :d]),
         sae.decode,

@@ -283,15 +283,29 @@ def test_sparsify_s_own_read_what_their_module_gets(tmp_path: Path) -> None:
 
 def test_what_no_format_holds_is_refused(tmp_path: Path) -> None:
     for name, to, said in (
-        ("KANEncoder", saelens, "transcoders with linear encoders alone"),
-        ("Gated", saelens, "`--to sparsify` holds a TopK"),
-        ("TopK", saelens, "`--to sparsify` holds a TopK"),
         ("TopK", dictionary_learning, "transcoder"),
         ("BatchTopK", sparsify, "sparsify keeps the k largest"),
     ):
         with pytest.raises(InputError, match=said):
             to.write(trained(made(name), 1), ORIGIN, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["KANEncoder", "Gated", "TopK"])
+@pytest.mark.parametrize("skip", [False, True])
+def test_what_saelens_has_no_transcoder_for_is_written_whole(
+    name: str, skip: bool, tmp_path: Path
+) -> None:
+    """For the plug-in; `benchmarks/exchange_parity.py` loads such folders in SAELens itself."""
+    head = trained(made(name, skip=skip), 5).eval()
+    assert saelens.write(head, ORIGIN, tmp_path / "out") == "kanllama"
+    metadata = json.loads((tmp_path / "out" / "cfg.json").read_text())["metadata"]
+    assert metadata["hook_name"] == "blocks.1.mlp.hook_in"
+    assert metadata["hook_name_out"] == "blocks.1.hook_mlp_out"
+    again, origin = saelens.read(tmp_path / "out")
+    x = pairs(500, seed=4)
+    assert torch.equal(again.eval()(x).x_hat, head(x).x_hat)
+    assert origin.input_point == ORIGIN.input_point
 
 
 def test_a_foreign_one_of_two_widths_is_refused(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """SAELens' folders: `cfg.json` and `sae_weights.safetensors`, what `SAE.load_from_disk` reads.
 
 Linear heads become `standard`, `gated`, `topk` or `jumprelu` SAEs, which load there without us.
-Other heads are written whole for the plug-in (`saelens_plugin.py`), under the architecture of ours.
+Transcoders of them that keep what is above 0 or a threshold become its transcoders. Other heads are
+written whole for the plug-in (`saelens_plugin.py`), under the architecture of ours.
 """
 
 from collections.abc import Callable
@@ -44,6 +45,8 @@ VERSION = "6.54.12"
 """That of SAELens whose format this is."""
 OURS = "kanllama"
 """The architecture under which the plug-in is registered."""
+TRANSCODED: dict[type, str] = {Positive: "", AboveThreshold: "jumprelu_"}
+"""Rules that SAELens' own transcoders have, and how the names of these begin."""
 LEAST = 1e-10
 """What SAELens adds to a firing frequency before it takes the logarithm."""
 
@@ -91,8 +94,8 @@ def write(head: SAEHead, origin: Origin, folder: Path) -> str:
         "reshape_activations": "none",
         "metadata": _metadata(origin),
     }
-    if is_linear(head):
-        sae = linear_form(head)
+    sae = linear_form(head) if is_linear(head) else None
+    if sae is not None and (not sae.transcoder or type(sae.rule) in TRANSCODED):
         own, vectors = _of_rule(sae.rule)
         if not isinstance(sae.rule, BehindGate):
             vectors |= {"b_enc": sae.b_enc}
@@ -100,15 +103,12 @@ def write(head: SAEHead, origin: Origin, folder: Path) -> str:
             vectors |= {"b_gate": sae.b_enc}
         own |= {"apply_b_dec_to_input": sae.centred}
         if sae.transcoder:
-            own |= _of_transcoder(head, sae)
+            skip = "" if sae.W_skip is None else "skip_"
+            kind = f"{TRANSCODED[type(sae.rule)]}{skip}transcoder"
+            own |= {"architecture": kind, "d_out": sae.d_model}
         if sae.W_skip is not None:
             vectors |= {"W_skip": sae.W_skip.T}
         tensors = {"W_enc": sae.W_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec} | vectors
-    elif head.transcoder:
-        raise InputError(
-            f"{type(head).__name__}: SAELens has transcoders with linear encoders alone, and its "
-            "SAEs read and write one place; keep the folder of the head, `evaluate.py` reads it"
-        )
     elif modules := head.modules_named():
         raise InputError(
             f"{type(head).__name__}: is made of classes of {', '.join(modules)}, which the plug-in "
@@ -139,17 +139,6 @@ def _of_rule(rule: Rule) -> tuple[dict[str, Any], dict[str, Tensor]]:
             return found, {}
         case BehindGate(r_mag, b_mag):
             return {"architecture": "gated"}, {"r_mag": r_mag, "b_mag": b_mag}
-
-
-def _of_transcoder(head: SAEHead, sae: LinearSAE) -> dict[str, Any]:
-    kinds: dict[type, str] = {Positive: "", AboveThreshold: "jumprelu_"}
-    if type(sae.rule) not in kinds:
-        raise InputError(
-            f"{type(head).__name__}: SAELens' transcoders keep what is above 0 or a threshold, and "
-            "this one does not; `--to sparsify` holds a TopK"
-        )
-    skip = "skip_" if sae.W_skip is not None else ""
-    return {"architecture": f"{kinds[type(sae.rule)]}{skip}transcoder", "d_out": sae.d_model}
 
 
 def _metadata(origin: Origin) -> dict[str, Any]:

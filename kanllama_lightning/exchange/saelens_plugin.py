@@ -1,11 +1,11 @@
 """Heads of ours in SAELens: `import kanllama_lightning.exchange.saelens_plugin` registers them.
 
 `SAE.load_from_disk(FOLDER)` then loads what `evaluate.py export RUN --to saelens` wrote of a head
-with curves, and `save_model` writes it again. Needs SAELens, and of this package the heads alone:
-no Lightning, no datasets. The head computes in fp32 with the very code it was trained with, so that
-latents and reconstructions are those of its own record, bit for bit; where SAELens is asked for
-another number format, inputs and outputs have that one (SAELens also rounds the weights to it, as
-it reads them).
+with curves, or of a transcoder that SAELens has no class for, and `save_model` writes it again.
+Needs SAELens, and of this package the heads alone: no Lightning, no datasets. The head computes in
+fp32 with the very code it was trained with, so that latents and reconstructions are those of its
+own record, bit for bit; where SAELens is asked for another number format, inputs and outputs have
+that one (SAELens also rounds the weights to it, as it reads them).
 """
 
 from collections.abc import Callable
@@ -19,6 +19,7 @@ from sae_lens.registry import SAE_CLASS_REGISTRY
 from sae_lens.saes.sae import SAEConfig
 from torch import Tensor
 
+from kanllama_lightning.exchange.agreement import base
 from kanllama_lightning.exchange.saelens import OURS
 from kanllama_lightning.heads.decoders import LatentCurves, UnitDirections
 from kanllama_lightning.heads.head import SAEHead
@@ -95,6 +96,20 @@ class KANLlamaSAE(SAE[KANLlamaSAEConfig]):
         )
         return made
 
+    def beside(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+        """What a transcoder's skip adds to what its latents write; zeros without one."""
+        rows = x.reshape(-1, self.cfg.d_in).float()
+        made = base(self.head, rows).expand(len(rows), -1)
+        return made.reshape(x.shape).to(self.dtype)
+
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+        """Reconstruction; of a transcoder what it writes, the skip included."""
+        if self.head.transcoder:
+            made: Tensor = self.hook_sae_output(self.decode(self.encode(x)) + self.beside(x))
+        else:
+            made = super().forward(x)
+        return made
+
     def process_sae_in(self, sae_in: Tensor) -> Tensor:
         """The activations as they are: the head takes off itself what it takes off."""
         made: Tensor = self.hook_sae_input(sae_in.to(self.dtype))
@@ -122,7 +137,8 @@ class KANLlamaSAE(SAE[KANLlamaSAEConfig]):
             AttributeError: It has none.
         """
         encoder: Any = self.head.encoder
-        return (encoder.W_enc * self.head.scale).detach()
+        scale = self.head.input_scale if self.head.transcoder else self.head.scale
+        return (encoder.W_enc * scale).detach()
 
     @property
     def b_dec(self) -> Float[Tensor, " d_in"]:

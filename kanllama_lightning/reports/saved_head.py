@@ -10,10 +10,11 @@ from jsonargparse import ArgumentError, ArgumentParser
 from transformers import PreTrainedTokenizerBase
 
 from kanllama_lightning.data.token_data import TokenData
+from kanllama_lightning.embedded import MODEL_DIR
 from kanllama_lightning.exchange.formats import format_of
 from kanllama_lightning.exchange.origin import site
 from kanllama_lightning.heads.head import CARD, FORMAT, WEIGHTS, SAEHead, read_card
-from kanllama_lightning.lm.frozen import FrozenLM
+from kanllama_lightning.lm.frozen import EMBEDDED, FrozenLM
 from kanllama_lightning.lm.hook_points import parse_input_point
 from kanllama_lightning.runs.folder import (
     CHECKPOINTS,
@@ -176,13 +177,25 @@ def _imported(folder: Path) -> SavedHead:
     return SavedHead(folder, head, card, {}, {}, digest.hexdigest(), imported=True)
 
 
-def _place(args: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Which LM, and where in it, however its hook point is spelled."""
-    hook, read = args.get("hook_point"), args.get("input_point")
+def _place(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Which LM, and where in it, however it is spelled."""
+    hook, read, name = args.get("hook_point"), args.get("input_point"), args.get("name")
     at = site(hook)
     if at is not None:
         hook, read = at.name, None if read is None else parse_input_point(read, at).name
-    return args.get("name"), hook, read, args.get("revision"), args.get("bos")
+    folder = MODEL_DIR if name == EMBEDDED else Path(str(name))
+    return {
+        "name": str(folder.resolve()) if folder.is_dir() else name,
+        "hook_point": hook,
+        "input_point": read,
+        **{key: args.get(key) for key in ("revision", "bos")},
+    }
+
+
+def _elsewhere(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """What both say, and differently."""
+    a, b = _place(one), _place(other)
+    return [key for key in a if None not in (a[key], b[key]) and a[key] != b[key]]
 
 
 def shared_lm(subjects: list[SavedHead], given: Mapping[str, Any], dtype: str) -> FrozenLM:
@@ -205,12 +218,17 @@ def shared_lm(subjects: list[SavedHead], given: Mapping[str, Any], dtype: str) -
                 raise InputError(
                     f"--lm.{key}: {str(subject.folder)!r} does not say which; give --lm.{key}"
                 )
-            if key == "hook_point" and _place(args) != _place(first):
-                raise InputError(
-                    f"RUN={str(subject.folder)!r}: trained on {args}, but "
-                    f"{str(subjects[0].folder)!r} on {first}; evaluate them one after the other"
-                )
-    lm = FrozenLM(**first, dtype=dtype)  # type: ignore[arg-type]
+        apart = _elsewhere(first, args)
+        if apart:
+            said, wanted = (
+                " and ".join(f"lm.{key}={one.get(key)!r}" for key in apart) for one in (args, first)
+            )
+            raise InputError(
+                f"RUN={str(subject.folder)!r}: trained on {said}, but "
+                f"{str(subjects[0].folder)!r} on {wanted}; evaluate them one after the other"
+            )
+    unsaid = {k: v for args in every for k, v in args.items() if first.get(k) is None}
+    lm = FrozenLM(**first | unsaid, dtype=dtype)  # type: ignore[arg-type]
     for subject in subjects:
         if subject.head.d_model != lm.d_model:
             raise InputError(

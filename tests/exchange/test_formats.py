@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from kanllama_lightning import heads
 from kanllama_lightning.cli.evaluate_command import main as evaluate
+from kanllama_lightning.embedded import MODEL_DIR
 from kanllama_lightning.exchange import dictionary_learning, saelens, sparsify
 from kanllama_lightning.exchange.agreement import Agreement, agreement, made_rows
 from kanllama_lightning.exchange.formats import FORMATS, format_of, read_foreign
@@ -23,8 +24,9 @@ from kanllama_lightning.exchange.linear_sae import (
     linear_form,
 )
 from kanllama_lightning.exchange.origin import Origin, site
-from kanllama_lightning.heads import SAEHead
+from kanllama_lightning.heads import SAEHead, TopK
 from kanllama_lightning.heads.sae import SAE
+from kanllama_lightning.lm.frozen import EMBEDDED
 from kanllama_lightning.reports.saved_head import read_subject, shared_lm
 from kanllama_lightning.types import InputError
 
@@ -416,8 +418,20 @@ def test_export_and_report_of_a_run(
     assert run.lm_args()["hook_point"] == "model.layers.1.mlp"
     lm = shared_lm([run, subject], {"untrained": True}, "float32")
     assert lm.hook.name == "blocks.1.hook_mlp_out"
+    # and the same LM, by its name or its folder; what only one of them says is taken from it
+    by_name, by_folder = (
+        subject._replace(config={"lm": {"name": name, "hook_point": hook, "revision": revision}})
+        for name, hook, revision in (
+            (EMBEDDED, "blocks.1.hook_mlp_out", None),
+            (str(MODEL_DIR), "model.layers.1.mlp", "main"),
+        )
+    )
+    wide = [
+        s._replace(head=TopK(d_model=128, d_sae=256, target_l0=4)) for s in (by_name, by_folder)
+    ]
+    assert shared_lm(wide, {}, "float32").revision == "main"
     elsewhere = subject._replace(config={"lm": run.lm_args() | {"hook_point": "model.layers.0"}})
-    with pytest.raises(InputError, match="evaluate them one after the other"):
+    with pytest.raises(InputError, match=r"hook_point='model.layers.0', but .*one after the other"):
         shared_lm([run, elsewhere], {"untrained": True}, "float32")
     assert isinstance(subject.head, SAE)
     assert same(head, subject.head).holds

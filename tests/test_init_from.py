@@ -100,6 +100,7 @@ def test_fine_tuning_begins_with_an_sae_of_another_tool(
     ("given", "said"),
     [
         ({"model__init_from": "nowhere"}, ("model.init_from=",)),
+        ({"model__init_from": "tests"}, ("model.init_from='tests': ",)),
         (
             {"model__head__d_sae": "48"},
             ("holds a BatchTopK of 32 latents", "--model.head.d_sae 32"),

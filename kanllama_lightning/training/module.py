@@ -327,13 +327,16 @@ class SAEModule(L.LightningModule):
         root = Path(self.init_from)
         for name, head in self.heads().items():
             folder = first_folder(root, name)
-            if format_of(folder) is not None:
-                first, origin = read_foreign(folder)
-                about = origin.provenance()
-                self._imported.add(name)
-            else:
-                first = SAEHead.load(folder, allow=head.modules_named())
-                about = read_card(folder).get("provenance", {})
+            try:
+                if format_of(folder) is not None:
+                    first, origin = read_foreign(folder)
+                    about = origin.provenance()
+                    self._imported.add(name)
+                else:
+                    first = SAEHead.load(folder, allow=head.modules_named())
+                    about = read_card(folder).get("provenance", {})
+            except InputError as e:
+                raise InputError(f"model.init_from={self.init_from!r}: {e}") from e
             if not head.fits(first):
                 raise InputError(
                     f"model.init_from={self.init_from!r}: {folder} holds a {described(first)}; "

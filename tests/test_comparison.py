@@ -305,7 +305,10 @@ def test_rounding_of_the_lm_is_none_of_that(tmp_path: Path) -> None:
             {"train_data": {"train": "news", "ctx_len": 128}},
             'Different training data: {"train": "stories"} (topk); {"train": "news"} (kan).',
         ),
-        ({"train_data": None}, "unknown (kan)"),
+        (
+            {"train_data": None},
+            'Different training data: {"train": "stories"} (topk); unknown (kan).',
+        ),
         ({"train_tokens": 50_000}, "Different token budget: 100,000 (topk); 50,000 (kan)."),
         ({"d_sae": 128}, "Different width d_sae: 64 (topk); 128 (kan)."),
         ({"parameters": 2300}, "more than 10% apart"),

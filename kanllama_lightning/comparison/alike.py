@@ -49,6 +49,7 @@ def _flags(runs: Sequence[Evaluated]) -> list[str]:
     data = [run.summary.get("train_data") for run in runs]
     keys = dict.fromkeys(key for d in data if isinstance(d, dict) for key in d)
     differ = [k for k in keys if len({as_json(d.get(k)) for d in data if isinstance(d, dict)}) > 1]
+    differ = differ or ["train"]  # of others it is not known
 
     def trained_on(run: Evaluated) -> Any:
         own = run.summary.get("train_data")

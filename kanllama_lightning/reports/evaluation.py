@@ -16,6 +16,7 @@ from torch import Tensor
 from kanllama_lightning.data.packing import Rows
 from kanllama_lightning.functional.moments import norms
 from kanllama_lightning.functional.sinks import sink_limit, within
+from kanllama_lightning.heads.sae import SAE
 from kanllama_lightning.lm.frozen import FrozenLM
 from kanllama_lightning.lm.preflight import check_forward
 from kanllama_lightning.pages.plots import check_png
@@ -150,8 +151,8 @@ def report(
 def start_imported(subject: SavedHead, lm: FrozenLM, rows: Rows, seqs: int) -> None:
     """Give a head of another project what one of ours has from its training text.
 
-    That is the mean activation, which mean ablation splices in, and the norm from which on a token
-    is a sink.
+    That is the mean activation, which mean ablation splices in, the norm from which on a token is a
+    sink, and how many latents it has per token where its folder does not say.
 
     Args:
         subject: The head, on the LM's device.
@@ -160,7 +161,11 @@ def start_imported(subject: SavedHead, lm: FrozenLM, rows: Rows, seqs: int) -> N
         seqs: Rows that the LM runs at once.
     """
     head = subject.head
-    x = head.target(first_activations(lm, rows, seqs, START_TOKENS))
+    given = first_activations(lm, rows, seqs, START_TOKENS)
+    if subject.target_l0 is None and isinstance(head, SAE):
+        # what controls of equal sparsity are made by
+        head.target_l0 = max(1, round(float(head(given).codes.l0().double().mean())))
+    x = head.target(given)
     sizes = norms(x)
     limit = sink_limit(sizes)
     head.norm_limit.copy_(limit)
@@ -351,7 +356,7 @@ def _about(
         "device": device.type,
         "d_model": head.d_model,
         "d_sae": head.d_sae,
-        "target_l0": getattr(head, "target_l0", None),
+        "target_l0": subject.target_l0,
         "seed": head.seed,
         "parameters": head.n_parameters(),
         "scale": float(head.scale),

@@ -13,6 +13,7 @@ from kanllama_lightning.data.token_data import TokenData
 from kanllama_lightning.embedded import MODEL_DIR
 from kanllama_lightning.exchange.formats import format_of
 from kanllama_lightning.exchange.origin import site
+from kanllama_lightning.heads import TopK
 from kanllama_lightning.heads.head import CARD, FORMAT, WEIGHTS, SAEHead, read_card
 from kanllama_lightning.lm.frozen import EMBEDDED, FrozenLM
 from kanllama_lightning.lm.hook_points import parse_input_point
@@ -52,6 +53,13 @@ class SavedHead(NamedTuple):
     """Modules whose classes its files may name."""
     imported: bool = False
     """Whether it comes from another project, and so without statistics of its text."""
+
+    @property
+    def target_l0(self) -> int | None:
+        """Latents per token that it was trained for; None where that is not known."""
+        unsaid = self.imported and self.card["provenance"]["l0"] is None
+        found: int | None = getattr(self.head, "target_l0", None)
+        return None if unsaid and not isinstance(self.head, TopK) else found
 
     def lm_args(self) -> dict[str, Any]:
         """What the LM it was trained on is built with."""
@@ -172,7 +180,7 @@ def _imported(folder: Path) -> SavedHead:
         "format": FORMAT,
         "head": name_of(type(head)),
         "init_args": head.init_args(),
-        "provenance": origin.provenance() | {"imported": kind.NAME},
+        "provenance": origin.provenance() | {"imported": kind.NAME, "l0": origin.l0},
     }
     return SavedHead(folder, head, card, {}, {}, digest.hexdigest(), imported=True)
 

@@ -27,7 +27,8 @@ from kanllama_lightning.exchange.origin import Origin, site
 from kanllama_lightning.heads import SAEHead, TopK
 from kanllama_lightning.heads.sae import SAE
 from kanllama_lightning.lm.frozen import EMBEDDED
-from kanllama_lightning.reports.saved_head import read_subject, shared_lm
+from kanllama_lightning.reports import evaluation
+from kanllama_lightning.reports.saved_head import SavedHead, read_subject, shared_lm
 from kanllama_lightning.types import InputError
 
 D, M, K = 16, 48, 4
@@ -465,6 +466,34 @@ def test_an_imported_head_has_the_record_of_one_of_ours(
     means = [k for k in theirs if k.endswith("/ce_mean")]
     # the mean is that of the text, not zeros
     assert abs(theirs[means[0]] - theirs[means[0].replace("mean", "zero")]) > 1e-6
+
+
+@pytest.mark.parametrize("said", [None, 9.0])
+def test_an_imported_head_s_sparsity_is_said_or_measured(
+    said: float | None,
+    run_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By which the controls of equal sparsity are made; the record names no target unless told."""
+    sae, targets = tmp_path / "sae", []
+    saelens.write(SAEHead.load(run_folder / "head"), ORIGIN._replace(l0=said), sae)
+    start = evaluation.start_imported
+
+    def noted(subject: SavedHead, *others: Any) -> None:
+        start(subject, *others)
+        targets.append(subject.head.target_l0)
+
+    monkeypatch.setattr(evaluation, "start_imported", noted)
+    lm = read_subject(run_folder).config["lm"]["name"]
+    assert evaluate(["report", str(sae), "--reports", "sparsity", f"--text={text_file}",
+                     "--documents=20", "--ctx_len=32", "--lm.untrained=true", f"--lm.name={lm}",
+                     "--lm.hook_point=model.layers.1.mlp", "--wandb=false"]) == 0  # fmt: skip
+    record = json.loads(next((sae / "eval").rglob("summary.json")).read_text())
+    (l0,) = (value for key, value in record.items() if key.endswith("/l0"))
+    assert record["target_l0"] == said
+    assert targets == [round(l0) if said is None else 9]
 
 
 def test_refused_in_one_line(

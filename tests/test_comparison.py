@@ -26,6 +26,7 @@ from kanllama_lightning.comparison import (
     table,
     write,
 )
+from kanllama_lightning.comparison.charts import _lines
 from kanllama_lightning.pages.plots import LIBRARY
 from kanllama_lightning.types import InputError
 
@@ -210,6 +211,32 @@ def test_unequal_sparsity_is_corrected_along_a_measured_slope(tmp_path: Path) ->
     far = kan(tmp_path / "far", level=0.15, l0=9.2, seed=2, target_l0=9)
     found = {(r["a"], r["b"]) for r in differences(load([*folders, far]))}
     assert ("other", "far") not in found, "15 % apart is too far for a correction"
+
+
+def test_heads_of_unknown_training_are_no_points_of_one_curve(tmp_path: Path) -> None:
+    """Two imported SAEs of one class: neither gives the other a slope, nor is its seed."""
+    unknown = {"train_tokens": None, "train_data": None}
+    folders = [record(tmp_path / "ours", level=0.2)]
+    folders += [kan(tmp_path / "theirs", level=0.2, l0=8.0, **unknown)]
+    folders += [kan(tmp_path / "peer", level=0.1, l0=8.4, **unknown)]
+    runs = load(folders)
+    assert {(r["a"], r["b"]) for r in differences(runs)} == {("ours", "theirs")}
+    assert not any("they are not counted as seeds" in said for said in conflicts(runs))
+    assert len(comparison.seeds(runs)) == 3
+    assert {name: len(groups) for name, groups in _lines(runs, table(runs)).items()} == {
+        "BatchTopK": 1, "KAN": 1, "KAN, peer": 1
+    }  # fmt: skip
+
+
+def test_a_head_at_two_sparsities_is_not_moved_onto_itself(tmp_path: Path) -> None:
+    """The slope between the two would make their difference 0."""
+    near, ahead, far = (tmp_path / name for name in ("near", "ahead", "far"))
+    folders = [kan(near, level=0.2, l0=8.0), kan(ahead, level=0.1, l0=8.4, target_l0=9)]
+    assert differences(load(folders)) == []
+    folders.append(kan(far, level=0.05, l0=10.0, target_l0=10))
+    rows = [r for r in differences(load(folders)) if (r["a"], r["b"]) == ("near", "ahead")]
+    assert all(row["matching"].endswith("slope to 10.00") for row in rows)
+    assert all(row["difference"] > 0 for row in rows)
 
 
 def test_seeds_are_grouped(seeded: list[Path]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from kanllama_lightning.comparison.loading import Evaluated
+from kanllama_lightning.comparison.loading import Evaluated, family_of
 from kanllama_lightning.comparison.tables import seeds, table
 from kanllama_lightning.measures import cells
 from kanllama_lightning.measures.cells import SHARE
@@ -32,17 +32,21 @@ def figures(runs: Sequence[Evaluated]) -> list[go.Figure]:
 
 
 def _lines(runs: Sequence[Evaluated], rows: Sequence[Row]) -> dict[str, list[list[Row]]]:
-    """Per head class (and width, where it has several): its groups of seeds, by L0."""
+    """Per head class (and width and training, where it has several): its groups of seeds, by L0."""
     widths: dict[Any, set[Any]] = {}
     for row in rows:
         widths.setdefault(row["head"], set()).add(row["d_sae"])
     by_label = {row["run"]: row for row in rows}
     lines: dict[str, list[list[Row]]] = {}
+    families: dict[str, str] = {}
     for group in seeds(runs):
         own = [by_label[run.label] for run in group.runs if run.label in by_label]
         if own:
             head, width = own[0]["head"], own[0]["d_sae"]
             name = f"{head}, {width:,} latents" if len(widths[head]) > 1 else f"{head}"
+            family = family_of(group.runs[0])
+            if families.setdefault(name, family) != family:
+                name = families.setdefault(family, f"{name}, {group.runs[0].label}")
             lines.setdefault(name, []).append(own)
     return lines
 

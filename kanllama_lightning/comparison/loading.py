@@ -239,8 +239,12 @@ FAMILY = ("class_path", "d_sae", "parameters", "train_tokens", "train_data")
 
 
 def family_of(run: Evaluated) -> str:
-    """What runs share that differ in their seed and their L0 target alone."""
-    return as_json([run.summary.get(key) for key in FAMILY])
+    """What runs share that differ in their seed and their L0 target alone.
+
+    Of what is not known nothing is shared: such a run is a family of its own.
+    """
+    found = [run.summary.get(key) for key in FAMILY]
+    return as_json([*found, run.label] if None in found else found)
 
 
 def kind_of(run: Evaluated) -> str:

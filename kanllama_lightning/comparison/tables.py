@@ -267,10 +267,12 @@ def _to_one_l0(
         return None
     for i, (own, other) in enumerate([(a, b), (b, a)]):
         way = other.l0() - own.l0()
+        labels = {run.label for run in other.runs}
         near = [
             group
             for group in groups
-            if family_of(group.runs[0]) == family_of(own.runs[0])
+            if labels.isdisjoint(run.label for run in group.runs)  # else it is moved onto itself
+            and family_of(group.runs[0]) == family_of(own.runs[0])
             and abs(group.l0() - own.l0()) >= abs(way)
             and {drawn[run.label].text for run in group.runs} == {d.text for d in parts[i]}
         ]

@@ -40,7 +40,7 @@ TopK                  16384 0/0    0/0    120/177     0.41/0.48     15.1/17.3
 WideBatchTopK         16384 0/0    0/0    147/204     0.74/0.74     21.8/24.0
 BatchTopK             65536 0/0    0/0    150/207     1.35/1.35     32.4/34.7
 Gated                 65536 0/0    0/0    767/822     3.57/3.6      141.5/143.6
-KANEncoder            65536 0/0    0/0    235/304     2.41/2.41     63.4/66.2
+KANEncoder            65536 0/0    0/0    243/312     2.41/2.41     62.1/65.0
 TopK                  65536 0/0    0/0    129/186     1.35/1.35     29.2/31.4
 """
 # head, latents, host waits and blocking copies in a step that does not log, launches (the LM's

@@ -151,7 +151,7 @@ def gains(path: Path, logarithms: Tensor) -> Tensor:
         InputError: One does.
     """
     largest = float(logarithms.amax())
-    if largest > MOST_LOG:
+    if not largest <= MOST_LOG:
         raise unfit(
             path, f"r_mag holds {largest:.3g}; {MOST_LOG:.3g} is the most: a gain of {LARGEST:g}"
         )

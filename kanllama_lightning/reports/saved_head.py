@@ -33,6 +33,8 @@ from kanllama_lightning.types import InputError
 log = logging.getLogger(__name__)
 
 LM_KEYS = ("name", "hook_point", "input_point", "revision", "untrained", "bos")
+MEANT = ("input_point", "revision", "bos")
+"""Of these a head of ours that says nothing means None; one of another project does not say."""
 
 
 class SavedHead(NamedTuple):
@@ -187,23 +189,20 @@ def _imported(folder: Path) -> SavedHead:
 
 def _place(args: Mapping[str, Any]) -> dict[str, Any]:
     """Which LM, and where in it, however it is spelled."""
-    hook, read, name = args.get("hook_point"), args.get("input_point"), args.get("name")
-    at = site(hook)
+    found = {key: value for key, value in args.items() if key != "untrained"}
+    at = site(found.get("hook_point"))
     if at is not None:
-        hook, read = at.name, None if read is None else parse_input_point(read, at).name
-    folder = MODEL_DIR if name == EMBEDDED else Path(str(name))
-    return {
-        "name": str(folder.resolve()) if folder.is_dir() else name,
-        "hook_point": hook,
-        "input_point": read,
-        **{key: args.get(key) for key in ("revision", "bos")},
-    }
+        found["hook_point"], read = at.name, found.get("input_point")
+        if read is not None:
+            found["input_point"] = parse_input_point(read, at).name
+    folder = MODEL_DIR if found.get("name") == EMBEDDED else Path(str(found.get("name")))
+    return found | ({"name": str(folder.resolve())} if folder.is_dir() else {})
 
 
 def _elsewhere(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """What both say, and differently."""
     a, b = _place(one), _place(other)
-    return [key for key in a if None not in (a[key], b[key]) and a[key] != b[key]]
+    return [key for key in a if key in b and a[key] != b[key]]
 
 
 def shared_lm(subjects: list[SavedHead], given: Mapping[str, Any], dtype: str) -> FrozenLM:
@@ -218,7 +217,8 @@ def shared_lm(subjects: list[SavedHead], given: Mapping[str, Any], dtype: str) -
         InputError: They say different things, nothing, or their width is not the LM's.
     """
     given = {key: value for key, value in given.items() if value is not None}
-    every = [subject.lm_args() | given for subject in subjects]
+    meant: dict[str, Any] = dict.fromkeys(MEANT)
+    every = [(s.lm_args() if s.imported else meant | s.lm_args()) | given for s in subjects]
     first = every[0]
     for subject, args in zip(subjects, every, strict=True):
         for key in ("name", "hook_point"):
@@ -235,8 +235,8 @@ def shared_lm(subjects: list[SavedHead], given: Mapping[str, Any], dtype: str) -
                 f"RUN={str(subject.folder)!r}: trained on {said}, but "
                 f"{str(subjects[0].folder)!r} on {wanted}; evaluate them one after the other"
             )
-    unsaid = {k: v for args in every for k, v in args.items() if first.get(k) is None}
-    lm = FrozenLM(**first | unsaid, dtype=dtype)  # type: ignore[arg-type]
+    said_by_any = {key: value for args in every for key, value in args.items()}
+    lm = FrozenLM(**said_by_any | first, dtype=dtype)  # type: ignore[arg-type]
     for subject in subjects:
         if subject.head.d_model != lm.d_model:
             raise InputError(

@@ -421,16 +421,20 @@ def test_export_and_report_of_a_run(
     assert lm.hook.name == "blocks.1.hook_mlp_out"
     # and the same LM, by its name or its folder; what only one of them says is taken from it
     by_name, by_folder = (
-        subject._replace(config={"lm": {"name": name, "hook_point": hook, "revision": revision}})
-        for name, hook, revision in (
-            (EMBEDDED, "blocks.1.hook_mlp_out", None),
-            (str(MODEL_DIR), "model.layers.1.mlp", "main"),
+        subject._replace(config={"lm": {"name": name, "hook_point": hook, **more}})
+        for name, hook, more in (
+            (EMBEDDED, "blocks.1.hook_mlp_out", {}),
+            (str(MODEL_DIR), "model.layers.1.mlp", {"revision": "main"}),
         )
     )
     wide = [
         s._replace(head=TopK(d_model=128, d_sae=256, target_l0=4)) for s in (by_name, by_folder)
     ]
     assert shared_lm(wide, {}, "float32").revision == "main"
+    # of ours, none is an answer too: the tokenizer's own BOS is another than the one that is named
+    ours = [run._replace(config={"lm": run.lm_args() | {"bos": bos}}) for bos in (None, "<bos>")]
+    with pytest.raises(InputError, match="lm.bos='<bos>', but .*on lm.bos=None"):
+        shared_lm(ours, {}, "float32")
     elsewhere = subject._replace(config={"lm": run.lm_args() | {"hook_point": "model.layers.0"}})
     with pytest.raises(InputError, match=r"hook_point='model.layers.0', but .*one after the other"):
         shared_lm([run, elsewhere], {"untrained": True}, "float32")

@@ -253,6 +253,22 @@ def test_spliced_loss_is_numpys_however_the_set_is_cut(seed, at):
     )
 
 
+def test_an_ablation_of_a_part_counts_by_what_it_adds_there():
+    """Zero ablation adds 3 nats wherever it is run; the untouched loss differs between parts."""
+    metric = SplicedLossMetric(50)
+    for clean, run in ((1.0, True), (5.0, False)):
+        ce = {"clean": torch.full((8,), clean), "recon": torch.full((8,), clean + 0.5)}
+        kl = {"recon": torch.full((8,), 0.25)}
+        if run:
+            ce |= {"zero": ce["clean"] + 3, "mean": ce["clean"] + 2}
+            kl |= {"zero": torch.full((8,), 2.0), "mean": torch.full((8,), 1.0)}
+        metric.update(ce, kl, torch.arange(8))
+    found = metric.compute()
+    want = {"ce_clean": 3, "ce_zero": 6, "ce_mean": 5, "kl_zero": 2, "kl_mean": 1}
+    want |= {"delta_ce": 0.5, "delta_ce_share": 0.25, "kl_score": 1 - 0.25 / 2}
+    assert {key: found[key] for key in want} == pytest.approx(want)
+
+
 def test_one_document_has_no_interval():
     ce, kl, _ = per_token(0, 12)
     metric = SplicedLossMetric(50)

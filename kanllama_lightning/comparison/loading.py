@@ -29,6 +29,8 @@ SUMS = ("n_tokens", "n_targets", "l0", "e2", "x2", *LOSSES)
 Sum = Annotated[float, Within(0)]
 COLUMNS = {"set": str, "document": int} | dict.fromkeys(SUMS, float)
 COLUMNS |= dict.fromkeys(("n_tokens", "n_targets", "l0", "e2", "x2"), Sum)
+ABLATED = {"n_ablated": Sum, "ce_clean_ablated": float}
+"""Columns of records since ablations may be of a part of the text; before, they were of all."""
 
 
 class TokenSet(TypedDict):
@@ -177,9 +179,12 @@ def _load(label: str, folder: Path, record: Path) -> Evaluated:
         where = table.relative_to(folder)
         raise InputError(f"RUN={str(folder)!r}: has no {where} (losses); {remedy}")
     anew = f"delete it and {remedy}"
-    rows = read_csv(table, COLUMNS, anew)
+    rows = read_csv(table, COLUMNS, anew, optional=ABLATED)
     _unchanged(table, record / "done" / "losses.json", anew)
     documents = pd.DataFrame(rows, columns=None if rows else list(COLUMNS))
+    for name, before in zip(ABLATED, ("n_targets", "ce_clean"), strict=True):
+        if name not in documents:
+            documents[name] = documents[before]
     main = next(iter(summary["sets"]))
     if main not in set(documents["set"]):
         raise InputError(f"{table}: has no documents of the set {main!r}; {remedy}")

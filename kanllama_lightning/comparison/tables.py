@@ -20,7 +20,7 @@ from kanllama_lightning.comparison.loading import (
     text_of,
 )
 from kanllama_lightning.functional.bootstrap import centre, contrast, middle, ratios
-from kanllama_lightning.measures.metrics import score
+from kanllama_lightning.measures.metrics import pooled, score
 
 PAIR = (
     *("level", "a", "b", "l0_a", "l0_b", "matching", "seeds_a", "seeds_b", "quantity"),
@@ -75,7 +75,9 @@ def table(runs: Sequence[Evaluated]) -> list[dict[str, Any]]:
 def _row(run: Evaluated, name: str, drawn: Drawn) -> dict[str, Any]:
     own = run.of(name)
     tokens, targets = own["n_tokens"].sum(), own["n_targets"].sum()
-    means = {k: ratio(own[k].sum(), targets) for k in LOSSES}
+    losses = {k: float(own[k].sum()) for k in LOSSES}
+    ablated, clean = own["n_ablated"].sum(), own["ce_clean_ablated"].sum()
+    means = pooled(losses, int(targets), int(ablated), float(clean))
     row: dict[str, Any] = {"set": name, "run": run.label, "folder": str(run.folder)}
     known = ("head", "d_sae", "parameters", "target_l0", "seed")
     row |= {key: run.summary.get(key) for key in known}

@@ -139,6 +139,9 @@ class ReconstructionMetric(_Sums):
 class SplicedLossMetric(_Sums):
     """Next-token losses of the LM with its activations replaced, against the untouched LM.
 
+    An ablation may be run on a part of the positions (all of them in the same part): what it adds
+    to the untouched loss there is added to the untouched loss of all.
+
     Args:
         vocab_size: Token ids that the LM knows: a uniform guess costs ln of that.
         runs: What was run beside `clean`; of `zero` and `mean` none is needed (see `score`).
@@ -148,12 +151,18 @@ class SplicedLossMetric(_Sums):
     GROUPS = 4096
     """Documents are put into so many groups by their number; intervals resample the groups."""
     n: Tensor
+    n_ablated: Tensor
+    ce_clean: Tensor
+    clean_ablated: Tensor
     documents: Tensor
 
     def __init__(self, vocab_size: int, runs: Sequence[str] = RUNS[1:]) -> None:
         super().__init__()
         self.vocab_size = vocab_size
         self._sum_state("n", integer=True)
+        # of the positions that were ablated: how many, and the untouched LM's loss there
+        self._sum_state("n_ablated", integer=True)
+        self._sum_state("clean_ablated")
         # of every group of documents: positions, and what the reconstruction adds to their loss
         self._sum_state("documents", (self.GROUPS, 2))
         self._sum_state("ce_clean")
@@ -175,6 +184,9 @@ class SplicedLossMetric(_Sums):
             doc: Document that each position is of.
         """
         self.n += len(doc)
+        if any(name in ce for name in ABLATIONS):
+            self.n_ablated += len(doc)
+            self.clean_ablated += ce["clean"].double().sum()
         for name, value in _sums(ce, kl).items():
             state: Tensor = getattr(self, name)
             state += value
@@ -191,7 +203,8 @@ class SplicedLossMetric(_Sums):
         if not n:
             return {}
         known = [k for k in self._defaults if k.startswith(("ce_", "kl_"))]
-        found = score({k: float(getattr(self, k)) / n for k in known}, n)
+        sums = {k: float(getattr(self, k)) for k in known}
+        found = score(pooled(sums, n, int(self.n_ablated), float(self.clean_ablated)), n)
         found["ce_uniform"] = math.log(self.vocab_size)
         counts, added = self.documents[self.documents[:, 0] > 0].cpu().unbind(1)
         found["delta_ce_low"], found["delta_ce_high"] = interval(added, counts)
@@ -210,6 +223,38 @@ def mean_losses(
     """Mean losses of n positions by name (`ce_<run>`, `kl_<run>`), nats; NaN of none."""
     n = len(ce["clean"])
     return {k: float(v) / n if n else math.nan for k, v in _sums(ce, kl).items()}
+
+
+ABLATIONS = ("zero", "mean")
+"""Runs whose losses need no head; a part of the positions is enough for them."""
+
+
+def pooled(
+    sums: Mapping[str, float], n: int, n_ablated: int, clean_ablated: float
+) -> dict[str, float]:
+    """Mean losses, nats per token, of sums where the ablations are of a part of the positions.
+
+    An ablation's loss is the untouched one of all positions and what the ablation adds to it on
+    its own part; NaN without such a part.
+
+    Args:
+        sums: Summed losses, `ce_<run>` and `kl_<run>`.
+        n: Positions that `clean` and `recon` are summed over.
+        n_ablated: Positions that `zero` and `mean` are summed over.
+        clean_ablated: The untouched LM's summed loss at those.
+    """
+    means = {}
+    for key, value in sums.items():
+        kind, run = key.split("_")
+        if run not in ABLATIONS:
+            means[key] = value / n if n else math.nan
+        elif not n_ablated:
+            means[key] = math.nan
+        elif kind == "kl" or n_ablated == n:
+            means[key] = value / n_ablated
+        else:
+            means[key] = sums["ce_clean"] / n + (value - clean_ablated) / n_ablated
+    return means
 
 
 LEAST_COST = 0.01

@@ -5,11 +5,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kanllama_lightning.measures.metrics import ABLATIONS
 from kanllama_lightning.reports.report import Seen
 
 RUNS = ("clean", "recon", "zero", "mean")
 LOSSES = (*(f"ce_{run}" for run in RUNS), *(f"kl_{run}" for run in RUNS[1:]))
-SUMS = ("n_tokens", "n_targets", "l0", "e2", *LOSSES)
+ABLATED = ("n_ablated", "ce_clean_ablated")
+"""Of a document's positions those that the ablations were run on, and the untouched loss there."""
+SUMS = ("n_tokens", "n_targets", "l0", "e2", *LOSSES, *ABLATED)
 
 
 class Documents:
@@ -42,7 +45,11 @@ class Documents:
         self._x.index_add_(0, own, x.cpu())
         self._x2.index_add_(0, own, x.square().sum(1).cpu())
         own = self._places(batch.tokens.doc[losses.where])
-        self._add("n_targets", own, torch.ones(len(own), dtype=torch.float64))
+        ones = torch.ones(len(own), dtype=torch.float64)
+        self._add("n_targets", own, ones)
+        if any(name in losses.ce for name in ABLATIONS):
+            self._add("n_ablated", own, ones)
+            self._add("ce_clean_ablated", own, losses.ce["clean"].double())
         for prefix, values in (("ce", losses.ce), ("kl", losses.kl)):
             for name, value in values.items():
                 self._add(f"{prefix}_{name}", own, value.double())
@@ -55,7 +62,7 @@ class Documents:
         x2 = self._x2 - 2 * self._x @ mean + n * mean.square().sum()
         table.insert(0, "document", list(self._numbers))
         table.insert(5, "x2", x2.clamp_min(0).numpy())
-        for name in ("n_tokens", "n_targets", "l0"):
+        for name in ("n_tokens", "n_targets", "l0", "n_ablated"):
             table[name] = table[name].astype("int64")
         return table
 

@@ -14,11 +14,21 @@ from kanllama_lightning.heads.head import SAEHead
 from kanllama_lightning.lm.frozen import FrozenLM
 from kanllama_lightning.lm.splice import put, spliced_losses
 from kanllama_lightning.measures import cells, metrics
-from kanllama_lightning.measures.metrics import NOT_MEANINGFUL, NOT_MEANINGFUL_WHY
+from kanllama_lightning.measures.metrics import (
+    ABLATIONS,
+    NOT_MEANINGFUL,
+    NOT_MEANINGFUL_WHY,
+)
 from kanllama_lightning.pages.plots import PALETTE, styled
-from kanllama_lightning.plan.costs import SPLICED, Work
-from kanllama_lightning.reports.documents import LOSSES, RUNS, Documents
-from kanllama_lightning.reports.report import EvalRun, Figures, Report, Seen
+from kanllama_lightning.plan.costs import Work
+from kanllama_lightning.reports.documents import ABLATED, LOSSES, RUNS, Documents
+from kanllama_lightning.reports.report import (
+    ABLATED_TOKENS,
+    EvalRun,
+    Figures,
+    Report,
+    Seen,
+)
 
 SCORES = ("delta_ce", "delta_ce_share", "ce_score", "ce_uniform")
 """Columns of `losses.csv` behind the losses."""
@@ -39,7 +49,8 @@ class LossesReport(Report):
     `losses.csv` has a row per batch and set, with a last row `all` that is pooled over the set;
     `documents.csv` the sums of every document, from which the intervals (bootstrap over documents)
     are made, here and in `compare`. All in nats per token. Positions that are BOS, EOS, PAD or
-    sinks keep their own activation in every run.
+    sinks keep their own activation in every run. Of a large set the ablations, which only set the
+    scale, are run on every n-th batch: `n_ablated` counts their positions.
 
     On the first batch of each set the error term is checked: reconstruction and error together
     must give the original's logits (`error_term_max_diff`); `ce_error_only` is the loss with the
@@ -62,8 +73,10 @@ class LossesReport(Report):
         self._checks: dict[str, float] = {}
 
     def work(self, lm: FrozenLM, heads: Sequence[SAEHead], tokens: int, ctx_len: int) -> Work:
-        """Three runs and one of each head, on from the hook point, of every token."""
-        seen = (SPLICED + len(heads)) * min(tokens, self.tokens or tokens)
+        """A run and one of each head, on from the hook point, of every token; ablations of some."""
+        own = min(tokens, self.tokens or tokens)
+        share = 1 / max(1, tokens // ABLATED_TOKENS)
+        seen = (1 + len(ABLATIONS) * share + len(heads)) * own
         return Work(on=seen, logits=seen)
 
     def begin(self, run: EvalRun) -> None:
@@ -131,9 +144,13 @@ class LossesReport(Report):
         targets = torch.tensor(table["n_targets"].to_numpy(), dtype=torch.float64)
         clean = torch.tensor(table["ce_clean"].to_numpy())
         found: dict[str, float] = {}
+        ablated, there = (torch.tensor(table[k].to_numpy()).double() for k in ABLATED)
         for run in RUNS[1:]:
             loss = torch.tensor(table[f"ce_{run}"].to_numpy())
-            low, high = interval(loss - clean, targets, self.resamples)
+            if run in ABLATIONS:
+                low, high = interval(loss - there, ablated, self.resamples)
+            else:
+                low, high = interval(loss - clean, targets, self.resamples)
             found |= {f"delta_{run}_low": low, f"delta_{run}_high": high}
         found = {k.replace("delta_recon", "delta_ce"): v for k, v in found.items()}
         kl = torch.tensor(table["kl_recon"].to_numpy())

@@ -18,7 +18,7 @@ from kanllama_lightning.lm.frozen import FrozenLM
 from kanllama_lightning.lm.preflight import preflight
 from kanllama_lightning.lm.splice import ablated, losses_by_head
 from kanllama_lightning.measures.head_batch import run_head
-from kanllama_lightning.reports.report import EvalRun, Report, Seen
+from kanllama_lightning.reports.report import ABLATED_TOKENS, EvalRun, Report, Seen
 from kanllama_lightning.reports.token_sets import batches
 from kanllama_lightning.runs.folder import SUMMARY, make_folder
 from kanllama_lightning.storage.small_files import read_json, there, write_json
@@ -239,7 +239,8 @@ def sample(sets: Mapping[str, Any]) -> str:
 
 @torch.no_grad()
 def _stream(jobs: Sequence[Job], lm: FrozenLM, sets: Mapping[str, Rows], batch_seqs: int) -> None:
-    """The pass: one prefix per batch, and for the losses one continuation per head and three."""
+    """The pass: one prefix per batch, and for the losses a continuation of it, one per head, and
+    in every n-th batch two for the ablations."""
     runs = list({id(job.run): job.run for job in jobs}.values())
     reference = runs[0].head
     total = sum(-(-len(rows.ids) // batch_seqs) for rows in sets.values())
@@ -247,6 +248,7 @@ def _stream(jobs: Sequence[Job], lm: FrozenLM, sets: Mapping[str, Rows], batch_s
         first = True
         for name, rows in sets.items():
             looked = dict.fromkeys(range(len(jobs)), 0)
+            every = max(1, rows.ids.numel() // ABLATED_TOKENS)
             for index, tokens in enumerate(batches(rows, batch_seqs)):
                 tokens = tokens.to(lm.device)
                 if first:
@@ -264,7 +266,7 @@ def _stream(jobs: Sequence[Job], lm: FrozenLM, sets: Mapping[str, Rows], batch_s
                 some = next(iter(views.values()))
                 losing = [id(jobs[i].run) for i in wanting if jobs[i].report.splices]
                 x_hats = {key: views[key].out.x_hat for key in losing}
-                ablations = ablated(some.x, reference.x_mean)
+                ablations = {} if index % every else ablated(some.x, reference.x_mean)
                 losses = losses_by_head(lm, some, x_hats, ablations) if x_hats else {}
                 for i in wanting:
                     job = jobs[i]

@@ -30,6 +30,8 @@ INDEX = "index.html"
 """The page that a record is read from."""
 DRAWINGS = "svg"
 """Folder, within a record, of the figures as drawings."""
+ABLATED_TOKENS = 1 << 14
+"""Of a set of twice as many tokens or more, about so many are ablated: every n-th batch."""
 
 
 class Seen(NamedTuple):
@@ -39,8 +41,8 @@ class Seen(NamedTuple):
     number: int
     """Number of the batch within its set."""
     losses: SplicedLosses | None
-    """Next-token losses of every counted position: `clean`, `zero`, `mean`, and `recon` (this
-    head's). None if no report of the pass has `splices`."""
+    """Next-token losses of every counted position: `clean`, `recon` (this head's) and, in the
+    batches that are ablated, `zero` and `mean`. None if no report of the pass has `splices`."""
 
 
 class EvalRun:

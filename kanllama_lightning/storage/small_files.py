@@ -267,7 +267,11 @@ def read_yaml(path: Path, schema: Any = dict[str, Any], remedy: str = ANEW) -> A
 
 
 def read_csv(
-    path: Path, columns: Mapping[str, Any], remedy: str = ANEW, whole: bool = True
+    path: Path,
+    columns: Mapping[str, Any],
+    remedy: str = ANEW,
+    whole: bool = True,
+    optional: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """The rows of a CSV file with a header, their cells by the types of their columns.
 
@@ -277,6 +281,7 @@ def read_csv(
             or not, or one of these or None, which an empty cell is. Cells of other columns stay as
             they are.
         remedy: What to do about a damaged one.
+        optional: Columns that it may have, likewise.
         whole: Whether a last line cut short is damage, or what a killed writer leaves and is left
             out.
 
@@ -289,6 +294,7 @@ def read_csv(
         if not text:
             return []
     rows: list[dict[str, Any]] = []
+    schemas = dict(columns) | dict(optional or {})
     try:
         lines = csv.reader(io.StringIO(text, newline=""), strict=True)
         header = next(lines, [])
@@ -297,13 +303,14 @@ def read_csv(
             raise Wrong(
                 f"has no column {missing[0]!r}" if missing else "names a column more than once"
             )
+        known = [(name, schema) for name, schema in schemas.items() if name in header]
         for n, line in enumerate(lines, start=2):
             if not line:
                 continue
             if len(line) != len(header):
                 raise Wrong(f"row {n} has {len(line)} cells, the header {len(header)}")
             row: dict[str, Any] = dict(zip(header, line, strict=True))
-            for name, schema in columns.items():
+            for name, schema in known:
                 row[name] = _cell(row[name], schema, f"row {n}, {name}")
             rows.append(row)
     except (csv.Error, Wrong) as e:

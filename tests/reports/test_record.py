@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from kanllama_lightning.cli.evaluate_command import main
+from kanllama_lightning.comparison.loading import load
+from kanllama_lightning.comparison.tables import table as compared
 from kanllama_lightning.functional.losses import next_token_targets
 from kanllama_lightning.heads import BatchTopK, SAEHead
 from kanllama_lightning.lm.frozen import FrozenLM
@@ -166,6 +168,38 @@ def test_tables_agree_with_the_summary(recorded):
     assert found["losses/heldout/error_term_max_diff"] < 1e-3
     for page in ("l0.html", "losses.html", "reconstruction.html"):
         assert "<html" in (run / "eval" / page).read_text()
+
+
+def test_of_a_large_set_a_part_is_ablated_and_the_rest_is_as_before(known, monkeypatch):
+    whole = figures(known)
+    tokens = pd.read_csv(known / "eval" / "losses.csv")["n_targets"].iloc[-1]
+    for module in (record, losses):
+        monkeypatch.setattr(module, "ABLATED_TOKENS", int(tokens) // 3)
+    report(known, "--reports", *PASS, "--again", "true")
+    part = figures(known)
+    table = pd.read_csv(known / "eval" / "losses.csv")
+    batches = table[table["batch"] != "all"]
+    own = batches["ce_zero"].notna()
+    assert 1 <= own.sum() <= len(batches) / 3 + 1 < len(batches)
+    assert (batches["ce_mean"].notna() == own).all()
+    assert batches["kl_recon"].notna().all()
+    n = batches["n_targets"]
+    for run in ("zero", "mean"):
+        added = np.average((batches[f"ce_{run}"] - batches["ce_clean"])[own], weights=n[own])
+        want = np.average(batches["ce_clean"], weights=n) + added
+        assert part[f"losses/heldout/ce_{run}"] == pytest.approx(want)
+        low, high = (part[f"losses/heldout/delta_{run}_{end}"] for end in ("low", "high"))
+        assert low < added < high
+    of_ablations = ("zero", "mean", "share", "score")
+    for key, value in whole.items():
+        if key.startswith("losses/") and not any(word in key for word in of_ablations):
+            assert part[key] == pytest.approx(value), key
+    documents = pd.read_csv(known / "eval" / "documents.csv")
+    assert documents["n_ablated"].sum() == n[own].sum()
+    other = shutil.copytree(known, known.with_name("other"))
+    row = compared(load([known, other]))[0]
+    assert row["ce_score"] == pytest.approx(part["losses/heldout/ce_score"])
+    assert row["delta_ce_share"] == pytest.approx(part["losses/heldout/delta_ce_share"])
 
 
 def test_heads_on_one_model_share_all_but_their_own_continuation(runs, monkeypatch):

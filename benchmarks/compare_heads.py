@@ -16,8 +16,11 @@ rate is taken for all. A head whose L0 misses the target by more than a percent 
 more at a larger one, for the slope along which differences are corrected. The table is made on the
 reporting text by the machinery of `evaluate.py compare`: paired intervals over documents and seeds.
 
-Study: `stories` (a folder named by --model with stories260K in Hugging Face format, and text named
-by --text; neither is part of the project). Its settings can be changed when it is begun.
+Studies: `stories` compares kinds of heads, `decoders` what latents write at equal parameters,
+`replication` one spline per latent with its control (arXiv 2605.17493), `decay` three heads whose
+learning rate falls from its peak on, and `planes` narrower KAN layers. All are of a folder named by
+--model with stories260K in Hugging Face format, and of text named by --text; neither is part of the
+project. Their settings can be changed when they are begun.
 """
 
 import argparse
@@ -59,8 +62,6 @@ COLLAPSED = 2.0
 """Times the FVU of the first seed: a learning rate at which another seed is worse is not taken."""
 STEEPER = 1.25
 """The L0 target of that run, as a multiple."""
-RIVALS = ("batch_topk", "wide_batch_topk", "mlp")
-"""Heads that every head is compared with."""
 FLOP_ROWS = 8
 """Rows of the reporting text that operations are counted on."""
 CELL, STUDY, TEXT = "cell.json", "study.json", "text"
@@ -76,7 +77,10 @@ class Study(NamedTuple):
     seeds: tuple[int, ...]
     """The learning rate is chosen at the first."""
     heads: tuple[str, ...]
-    """Names of configs; `name@width` for another number of latents than the study's."""
+    """Names of configs; `name@width` for another number of latents than the study's, and
+    `name:setting=value` for other settings of the head, several with commas."""
+    rivals: tuple[str, ...]
+    """Heads that every head is compared with."""
     model: str
     hook_point: str
     text: str
@@ -101,6 +105,7 @@ STUDIES = {
             "only_kan",
             "jump_relu",
         ),
+        rivals=("batch_topk", "wide_batch_topk", "mlp"),
         model="../shared/data/stories260K-hf",
         hook_point="model.layers.2",
         text="../shared/data/tinystories_sample.jsonl",
@@ -108,6 +113,48 @@ STUDIES = {
         also=(),
     )
 }
+STUDIES["decoders"] = STUDIES["stories"]._replace(
+    heads=(
+        "bent_dictionary",
+        "batch_topk@798",  # as large as bent_dictionary with 512 latents at width 64
+        "bent_dictionary:shape=hinges",
+        "bent_dictionary:shape=powers",
+        "batch_topk",
+        "curved_dictionary",
+        "batch_topk@2544",
+    ),
+    rivals=("batch_topk", "batch_topk@798", "bent_dictionary"),
+)
+STUDIES["replication"] = STUDIES["stories"]._replace(
+    heads=("spline_latent", "spline_latent:monotone=false", "gain_latent", "batch_topk"),
+    rivals=("batch_topk", "gain_latent"),
+)
+STUDIES["decay"] = STUDIES["stories"]._replace(
+    heads=("batch_topk", "wide_batch_topk", "kan"),
+    rivals=("batch_topk", "wide_batch_topk"),
+    also=("model.decay=1",),
+)
+STUDIES["planes"] = STUDIES["stories"]._replace(
+    heads=("kan", "kan:kan_args.spline_order=1", "kan:kan_args.grid_size=3", "mlp"),
+    rivals=("kan", "mlp"),
+)
+
+
+class Named(NamedTuple):
+    """What the name of a head says."""
+
+    config: str
+    width: str
+    """Empty for the study's."""
+    settings: tuple[str, ...]
+    """Each NAME=VALUE."""
+
+
+def named(head: str) -> Named:
+    """The parts of a name."""
+    kind, _, settings = head.partition(":")
+    config, _, width = kind.partition("@")
+    return Named(config, width, tuple(settings.split(",")) if settings else ())
 
 
 class Cell(NamedTuple):
@@ -263,8 +310,8 @@ def _known(values: Mapping[float, float | None]) -> list[float]:
 
 def arguments(study: Study, cell: Cell, out: Path) -> list[str]:
     """The command line of a cell."""
-    head, _, width = cell.head.partition("@")
-    configs = [f"configs/{head}.yaml", "configs/embedded.yaml", "benchmarks/compare_heads.yaml"]
+    config, width, settings = named(cell.head)
+    configs = [f"configs/{config}.yaml", "configs/embedded.yaml", "benchmarks/compare_heads.yaml"]
     values = {
         "lm.name": study.model,
         "lm.hook_point": study.hook_point,
@@ -278,8 +325,9 @@ def arguments(study: Study, cell: Cell, out: Path) -> list[str]:
         "run": out / cell.name,
     }
     args = [part for config in configs for part in ("--config", str(ROOT / config))]
+    own = [f"model.head.{setting}" for setting in settings]
     return ["fit", *args, *(f"--{name}={value}" for name, value in values.items())] + [
-        f"--{setting}" for setting in study.also
+        f"--{setting}" for setting in (*own, *study.also)
     ]
 
 
@@ -507,6 +555,7 @@ def tables(comparison: Comparison) -> Tables:
     """
     from kanllama_lightning import comparison as compare
     from kanllama_lightning.console.quiet import quiet
+    from kanllama_lightning.reports.bits_report import BitsReport
     from kanllama_lightning.reports.evaluation import EvalSettings, report
     from kanllama_lightning.reports.losses_report import LossesReport
     from kanllama_lightning.reports.sparsity_report import SparsityReport
@@ -528,7 +577,8 @@ def tables(comparison: Comparison) -> Tables:
         raise InputError(f"--out {out}: holds {len(every)} finished heads; train some first")
     folders = [out / cell.name for cell in every]
     how = EvalSettings(text=[str(out / TEXT / "report.jsonl")], wandb=False)
-    records = [run.out for run in report(folders, [LossesReport(), SparsityReport()], how)]
+    reports = [LossesReport(), SparsityReport(), BitsReport(), LatentsReport()]
+    records = [run.out for run in report(folders, reports, how)]
     read = compare.load(folders, [c.name for c in every], records)
     runs = dict(zip(every, read, strict=True))
     seeds = {
@@ -554,11 +604,17 @@ def tables(comparison: Comparison) -> Tables:
                 "parameters": own["parameters"],
                 "seeds": len(cells),
                 "l0": mean["l0"],
+                "bits_per_token": statistics.fmean(
+                    single[cell.name]["bits_per_token"] for cell in cells
+                ),
                 **{f"fvu{end}": mean[f"fvu{end}"] for end in ("", "_low", "_high")},
                 **{f"delta_ce{end}": mean[f"delta_ce{end}"] for end in ("", "_low", "_high")},
                 "delta_ce_share": mean["delta_ce_share"],
                 "dead_frac": mean["dead_frac"],
                 "dead_tokens": own["dead_tokens"],
+                "max_cosine": statistics.fmean(
+                    single[cell.name]["max_cosine_mean"] for cell in cells
+                ),
                 "flops_per_token": statistics.fmean(
                     operations(out / cell.name, x) for cell in cells
                 ),
@@ -575,7 +631,8 @@ def tables(comparison: Comparison) -> Tables:
     for row in compare.differences(list(runs.values()), groups=list(seeds.values())):
         (head, k), (other, other_k) = named[row["a"]], named[row["b"]]
         if k == other_k and k in s.l0:
-            pairs += [_against(row, x, y) for x, y in ((head, other), (other, head)) if y in RIVALS]
+            both = ((head, other), (other, head))
+            pairs += [_against(row, x, y) for x, y in both if y in s.rivals]
     return Tables(rows, pairs, {"epoch_tokens": epoch, **_about(runs[every[0]])})
 
 
@@ -632,11 +689,13 @@ def write_tables(comparison: Comparison) -> None:
         f"{', '.join(map(str, s.seeds))}. Figures are of {about['n_targets']:,} predicted tokens "
         f"of {about['documents']:,} documents that took no part in training and in the choice of "
         "learning rates. Brackets: 95 % interval over documents and seeds. Share: delta CE in "
-        "units of what mean ablation costs. Dead: fired on none of N tokens. kFLOP: products of "
-        "a forward pass on real activations.\n"
+        "units of what mean ablation costs. Bits: of a token's code (docs/methods.md, C). Dead: "
+        "fired on none of N tokens. Cosine: the largest of a latent's direction with another's, "
+        "mean of those alive. kFLOP: products of a forward pass on real activations.\n"
     )
-    header = ["L0 target", "head", "lr", "L0", "FVU", "delta CE, nats", "share", "dead (N)"]
-    header += ["latents", "parameters", "kFLOP/token", "tokens/s", "passes", "seeds", "commit"]
+    header = ["L0 target", "head", "lr", "L0", "bits", "FVU", "delta CE, nats", "share"]
+    header += ["dead (N)", "cosine", "latents", "parameters", "kFLOP/token", "tokens/s"]
+    header += ["passes", "seeds", "commit"]
     _say(grid(header, [_line(row) for row in found.heads]) + "\n")
     missing = [head for head in s.heads if head not in {row["head"] for row in found.heads}]
     notes = [f"{head}: {note}" for head in s.heads if (note := edge(comparison, head))]
@@ -664,10 +723,12 @@ def _line(row: Mapping[str, Any]) -> list[str]:
         row["head"],
         f"{row['lr']:g}{'' if row['lr_bracketed'] else ' (edge)'}",
         f"{row['l0']:.2f}",
+        f"{row['bits_per_token']:.1f}",
         ranged("fvu"),
         ranged("delta_ce"),
         "-" if row["delta_ce_share"] is None else f"{row['delta_ce_share']:.1%}",
         f"{row['dead_frac']:.1%} ({row['dead_tokens']:,.0f})",
+        f"{row['max_cosine']:.3f}",
         f"{row['latents']:,}",
         f"{row['parameters']:,}",
         f"{row['flops_per_token'] / 1000:.1f}",
@@ -705,7 +766,8 @@ def begin(given: argparse.Namespace, out: Path) -> Study:
         InputError: It was begun with other settings, or is not there, or cannot be.
     """
     asked = {key: getattr(given, key) for key in ("tokens", "d_sae", "l0", "seeds", "heads")}
-    asked |= {key: getattr(given, key) for key in ("model", "hook_point", "text", "also")}
+    more = ("rivals", "model", "hook_point", "text", "also")
+    asked |= {key: getattr(given, key) for key in more}
     changed = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in asked.items()
@@ -729,9 +791,15 @@ def begin(given: argparse.Namespace, out: Path) -> Study:
     study = STUDIES[given.study]._replace(**changed)
     study = study._replace(text_sha256=digest(study.text))
     for head in study.heads:
-        name, mark, width = head.partition("@")
-        if not (ROOT / f"configs/{name}.yaml").is_file() or bool(mark) != width.isdigit():
+        name, width, settings = named(head)
+        if not (ROOT / f"configs/{name}.yaml").is_file() or ("@" in head) != width.isdigit():
             raise InputError(f"--heads {head}: there is no configs/{name}.yaml, or no such width")
+        if (":" in head) != bool(settings) or not all("=" in one for one in settings):
+            raise InputError(f"--heads {head}: behind the colon stands no NAME=VALUE of the head")
+    if strangers := [rival for rival in study.rivals if rival not in study.heads]:
+        if given.rivals is not None:
+            raise InputError(f"--rivals {' '.join(strangers)}: not among the heads of the study")
+        study = study._replace(rivals=tuple(r for r in study.rivals if r in study.heads))
     if not Path(study.model).is_dir():
         raise InputError(f"--model {study.model}: no such folder; give that of the LM")
     for key in ("tokens", "d_sae", "l0"):
@@ -793,7 +861,8 @@ def main(args: Sequence[str] | None = None) -> int:
     add("--d_sae", type=int, help="latents of the heads")
     add("--l0", type=int, nargs="+", help="targets; learning rates are chosen at the first")
     add("--seeds", type=int, nargs="+", help="learning rates are chosen at the first")
-    add("--heads", nargs="+", help="names of configs, or NAME@LATENTS")
+    add("--heads", nargs="+", help="names of configs, NAME@LATENTS, NAME:SETTING=VALUE,...")
+    add("--rivals", nargs="+", help="those of the heads that all are compared with")
     add("--also", nargs="+", help="further settings of train.py for every cell, NAME=VALUE")
     given = parser.parse_args(args)
     out = given.out.resolve() / given.study

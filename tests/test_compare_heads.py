@@ -3,9 +3,11 @@
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from benchmarks import compare_heads
 from benchmarks.compare_heads import (
@@ -14,12 +16,15 @@ from benchmarks.compare_heads import (
     STUDIES,
     Cell,
     Comparison,
+    Study,
     arguments,
     main,
+    named,
     split_text,
 )
+from kanllama_lightning import heads
 from kanllama_lightning.corpus import resolve
-from kanllama_lightning.heads import BatchTopK, CurvedDictionary, SAEHead
+from kanllama_lightning.heads import BatchTopK, BentDictionary, CurvedDictionary, SAEHead
 
 ROOT = Path(__file__).resolve().parents[1]
 STORIES = STUDIES["stories"]
@@ -52,9 +57,40 @@ def comparison(tmp_path: Path) -> Comparison:
     return Comparison(STORIES, tmp_path)
 
 
-def test_every_head_of_the_study_has_a_config() -> None:
-    for head in STORIES.heads:
-        assert (ROOT / f"configs/{head.partition('@')[0]}.yaml").is_file()
+@pytest.mark.parametrize("study", STUDIES.values(), ids=STUDIES)
+def test_every_head_of_a_study_can_be_made(study: Study) -> None:
+    for head in study.heads:
+        kind = named(head)
+        config = yaml.safe_load((ROOT / f"configs/{kind.config}.yaml").read_text())
+        class_path = config["model"]["head"]["class_path"]
+        nested: dict[str, Any] = {}
+        for setting in kind.settings:
+            *path, last = setting.partition("=")[0].split(".")
+            inside = nested
+            for name in path:
+                inside = inside.setdefault(name, {})
+            inside[last] = yaml.safe_load(setting.partition("=")[2])
+        getattr(heads, class_path)(
+            d_model=64, d_sae=int(kind.width or study.d_sae), target_l0=8, **nested
+        )
+    assert set(study.rivals) <= set(study.heads)
+
+
+def test_a_bend_has_a_rival_of_its_size() -> None:
+    """Within a latent's worth of parameters."""
+    bend = BentDictionary(d_model=64, d_sae=512, target_l0=8)
+    flat = BatchTopK(d_model=64, d_sae=798, target_l0=8)
+    sizes = [sum(p.numel() for p in head.parameters()) for head in (bend, flat)]
+    assert abs(sizes[0] - sizes[1]) < 2 * 64
+
+
+def test_settings_and_width_are_part_of_a_name(tmp_path: Path) -> None:
+    cell = Cell("kan@96:kan_args.spline_order=1,d_hidden=8", 8, 6e-3, 0)
+    args = arguments(STORIES, cell, tmp_path)
+    assert f"{ROOT}/configs/kan.yaml" in args
+    assert "--model.head.d_sae=96" in args
+    assert args[-2:] == ["--model.head.kan_args.spline_order=1", "--model.head.d_hidden=8"]
+    assert cell.name not in {Cell("kan@96", 8, 6e-3, 0).name, Cell("kan", 8, 6e-3, 0).name}
 
 
 def test_first_the_rates_then_the_seeds(comparison: Comparison) -> None:
@@ -184,6 +220,11 @@ def test_mistakes_are_one_line(
     assert "no such file" in refused(capsys, "train", "stories", "--text", str(tmp_path / "no"))
     assert "configs/nan.yaml" in refused(
         capsys, "train", "stories", *there, "--heads", "kan", "nan"
+    )
+    for wrong in ("kan:", "kan:order", "kan@", "kan@x:a=1"):
+        assert f"--heads {wrong}" in refused(capsys, "train", "stories", *there, "--heads", wrong)
+    assert "--rivals mlp" in refused(
+        capsys, "train", "stories", *there, "--heads", "kan", "topk", "--rivals", "mlp"
     )
     assert "at least 1" in refused(capsys, "train", "stories", *there, "--tokens", "0")
     monkeypatch.setattr(compare_heads, "commit", lambda: "abc-dirty")

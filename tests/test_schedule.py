@@ -3,8 +3,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kanllama_lightning.training.schedule import Schedule
+from kanllama_lightning.types import InputError
 
-BUDGETS = st.builds(Schedule, st.integers(1, 10**9), st.integers(1, 10_000))
+BUDGETS = st.builds(Schedule, st.integers(1, 10**9), st.integers(1, 10_000), decay=st.just(0.2))
 
 
 def factors(schedule):
@@ -20,6 +21,17 @@ def test_by_hand():
     assert factors(schedule)[-1] == pytest.approx(0.05)
     assert schedule.lr_factor(100) == 0
     assert schedule.lr_factor(120) == 0  # beyond the end: never negative
+
+
+def test_how_long_it_falls_is_a_share_of_the_run():
+    linear, constant = Schedule(1000, 10, decay=1), Schedule(1000, 10, decay=0)
+    assert factors(linear)[5:] == pytest.approx([1 - step / 100 for step in range(5, 100)])
+    assert factors(linear)[:5] == factors(constant)[:5] == factors(Schedule(1000, 10))[:5]
+    assert set(factors(constant)[5:]) == {1}
+    assert factors(Schedule(1000, 10, decay=0.2)) == factors(Schedule(1000, 10))
+    for wrong in (-0.1, 1.1, float("nan")):
+        with pytest.raises(InputError, match=f"model.decay={wrong}"):
+            Schedule.of(1000, 10, wrong)
 
 
 def test_a_large_run_has_the_absolute_lengths():
@@ -61,7 +73,7 @@ def test_bounds_of_all_lengths(schedule):
     assert 65_536 <= schedule.start_tokens <= 1_000_000
 
 
-@given(st.builds(Schedule, st.integers(1, 3000), st.integers(1, 7)))
+@given(st.builds(Schedule, st.integers(1, 3000), st.integers(1, 7), decay=st.just(0.2)))
 def test_the_rate_rises_holds_and_falls(schedule):
     rates = factors(schedule)
     assert all(0 < rate <= 1 for rate in rates)

@@ -34,6 +34,7 @@ from kanllama_lightning.console.terminal import terminal
 from kanllama_lightning.measures import cells
 from kanllama_lightning.prompts.try_page import trial_page
 from kanllama_lightning.prompts.try_text import show, try_text
+from kanllama_lightning.reports.bits_report import BitsReport
 from kanllama_lightning.reports.capability_report import CapabilityReport
 from kanllama_lightning.reports.concepts_report import ConceptsReport
 from kanllama_lightning.reports.dashboard_report import DashboardReport
@@ -58,6 +59,7 @@ ORDER: tuple[type[Report], ...] = (
     CapabilityReport,
     ConceptsReport,
     SparsityReport,
+    BitsReport,
     LossesReport,
     ReconstructionReport,
     InterpretabilityReport,  # what comes after takes its explanations in
@@ -75,6 +77,7 @@ Form = str | Callable[[Mapping[str, Any]], str]
 """How a figure is written: a format, or what makes text of all figures that it belongs to."""
 OVERVIEW: tuple[tuple[str, str, Form], ...] = (
     ("L0", "sparsity/{set}/l0", "{:.2f}"),
+    ("bits per token of the code", "bits/{set}/bits_per_token", "{:.1f}"),
     ("FVU", "reconstruction/{set}/fvu", "{:.4f}"),
     ("CE, original", "losses/{set}/ce_clean", "{:.4f}"),
     ("CE, reconstruction", "losses/{set}/ce_recon", "{:.4f}"),

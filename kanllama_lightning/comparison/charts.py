@@ -23,6 +23,9 @@ def figures(runs: Sequence[Evaluated]) -> list[go.Figure]:
     lines = _lines(runs, rows)
     drawn = [
         _scatter(lines, "l0", "delta_ce", "Loss against sparsity", "delta CE (nats per token)"),
+        _scatter(
+            lines, "bits_per_token", "delta_ce", "Loss against bits", "delta CE (nats per token)"
+        ),
         _scatter(lines, "l0", "fvu", "Reconstruction against sparsity", "FVU"),
         _bars(lines, rows),
         _scatter(lines, "l0", "recovered_frac", "Concepts against sparsity", "concepts recovered"),
@@ -98,13 +101,17 @@ def _scatter(
         )
     if not shown:
         return None
-    x_title = {"l0": "L0 (latents per token)", "parameters": "trained parameters"}[x]
+    x_title = {
+        "l0": "L0 (latents per token)",
+        "bits_per_token": "bits per token of the code",
+        "parameters": "trained parameters",
+    }[x]
     styled(figure, title, x_title, y_title)
     _logarithmic(figure.update_xaxes, [row[x] for row in shown])
     ends = [row.get(f"{y}{end}") for row in shown for end in ("", "_low", "_high")]
     _logarithmic(figure.update_yaxes, [v for v in ends if v is not None])
     figure.update_yaxes(exponentformat="none")
-    if x == "l0":
+    if x != "parameters":
         _apart(figure, [row[x] for row in shown])
     if y.endswith("_frac"):
         figure.update_yaxes(tickformat=".0%")
@@ -132,7 +139,7 @@ def _whiskers(rows: Sequence[Row], key: str) -> dict[str, Any] | None:
 
 
 def _apart(figure: go.Figure, values: Sequence[float]) -> None:
-    """An L0 axis that does not make much of runs at nearly the same L0."""
+    """An axis of L0 or bits that does not make much of runs at nearly the same L0."""
     low, high = min(values), max(values)
     if high < 1.2 * low:
         figure.update_xaxes(range=[0.9 * low, 1.1 * high])

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kanllama_lightning.exchange.agreement import base
 from kanllama_lightning.exchange.saelens import OURS
-from kanllama_lightning.heads.decoders import LatentCurves, UnitDirections
+from kanllama_lightning.heads.decoders import AdditiveCurves, UnitDirections
 from kanllama_lightning.heads.head import SAEHead
 from kanllama_lightning.storage.named import checked_args, named_class, only
 
@@ -148,7 +148,7 @@ class KANLlamaSAE(SAE[KANLlamaSAEConfig]):
 
     def _typical(self) -> Float[Tensor, " d_sae"]:
         decoder = getattr(self.head, "decoder", None)
-        if isinstance(decoder, LatentCurves):
+        if isinstance(decoder, AdditiveCurves):
             return decoder.reach
         return torch.ones(self.cfg.d_sae, device=self.head.scale.device)
 

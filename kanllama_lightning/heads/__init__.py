@@ -4,6 +4,7 @@ import importlib
 import pkgutil
 
 from kanllama_lightning.heads.batch_topk import BatchTopK
+from kanllama_lightning.heads.bent_dictionary import BentDictionary
 from kanllama_lightning.heads.controls import (
     FrozenDecoder,
     FrozenEncoder,
@@ -12,6 +13,7 @@ from kanllama_lightning.heads.controls import (
 )
 from kanllama_lightning.heads.curved_dictionary import CurvedDictionary
 from kanllama_lightning.heads.dense_kan import DenseKANReLU, DenseOnlyKAN
+from kanllama_lightning.heads.gain_latent import GainLatent
 from kanllama_lightning.heads.gated import Gated
 from kanllama_lightning.heads.head import SAEHead
 from kanllama_lightning.heads.jump_relu import JumpReLU
@@ -32,11 +34,13 @@ from kanllama_lightning.heads.topk import TopK
 __all__ = [
     "PCA",
     "BatchTopK",
+    "BentDictionary",
     "CurvedDictionary",
     "DenseKANReLU",
     "DenseOnlyKAN",
     "FrozenDecoder",
     "FrozenEncoder",
+    "GainLatent",
     "Gated",
     "JumpReLU",
     "KANDirect",

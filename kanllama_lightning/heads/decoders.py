@@ -18,7 +18,7 @@ from kanllama_lightning.functional.curves import (
     straightness,
 )
 from kanllama_lightning.functional.planes import lifted_planes
-from kanllama_lightning.functional.sparse import Pattern, fixed_sizes, rows_of, sparse_decode
+from kanllama_lightning.functional.sparse import Pattern, rows_of, sparse_decode
 from kanllama_lightning.functional.splines import greville, rows_at_once
 from kanllama_lightning.heads.kan_linear import KANLinear
 from kanllama_lightning.heads.reach import first_reach, follow_reach_
@@ -426,58 +426,44 @@ class CurvedDecoder(Decoder):
         return torch.stack(means).float(), torch.stack(spreads).float()
 
 
-class LatentCurves(CurvedDecoder):
-    """sum_j psi_j(z_j): a KAN layer from the latents to the activation, additive in them.
+class AdditiveCurves(CurvedDecoder):
+    """sum_j psi_j(z_j): what a latent writes depends on itself alone.
 
-    psi_j(z) = R_j (f_j(z / R_j) - f_j(0)), so that all curves go through 0. Every coordinate of f_j
-    is a SiLU and a cubic B-spline on [0, 1] with linear tails, R_j the reach of latent j, which
-    follows its activations for the first tenth of the budget (METHODS B3c, B5 iii). All curves
-    are lines at the start.
+    psi_j(z) = R_j sum_p plane_p(z / R_j) row_jp, with planes that are 0 at 0, so that all curves go
+    through it. R_j is the reach of latent j, which follows its activations for the first tenth of
+    the budget (METHODS B3c, B5 iii). All curves are lines at the start.
 
     Args:
-        d_sae: Number of latents.
-        d_model: Width of the activations.
-        grid_size: Cells between 0 and a latent's reach.
-        seed: That of the head.
+        directions: Those of the lines.
     """
 
     reach: Tensor
 
-    def __init__(self, d_sae: int, d_model: int, grid_size: int, seed: int) -> None:
-        directions = first_directions(d_sae, d_model, seed)
+    def __init__(self, directions: Float[Tensor, "d_sae d_model"]) -> None:
         super().__init__(directions)
-        self.seed, self.grid_size = seed, grid_size
-        self.psi: Float[nn.Parameter, "d_sae planes d_model"] = nn.Parameter(
-            torch.zeros(d_sae, 1 + grid_size + 3, d_model)
-        )
-        self.register_buffer("reach", torch.ones(d_sae))
-        self.set_lines_(directions)
+        self.register_buffer("reach", torch.ones(self.d_sae))
 
-    def first(self) -> Float[Tensor, "d_sae d_model"]:
-        """The directions of the lines."""
-        return first_directions(self.d_sae, self.d_model, self.seed).to(self.psi.detach())
+    @abstractmethod
+    def planes(
+        self, u: Float[Tensor, " n"], latents: Int[Tensor, " n"]
+    ) -> Float[Tensor, "n planes"]:
+        """Planes of latents at activations over their reach."""
 
-    @torch.no_grad()
+    @abstractmethod
+    def plane_rows(
+        self, latents: Int[Tensor, " n"] | None = None
+    ) -> Float[Tensor, "n planes d_model"]:
+        """What each plane of some latents writes, or of all."""
+
+    @abstractmethod
     def set_lines_(self, directions: Float[Tensor, "d_sae d_model"]) -> None:
         """Make every curve a line."""
-        line = greville(0, 1, self.grid_size).to(directions)
-        self.psi[:, 0] = 0
-        self.psi[:, 1:] = line[:, None] * directions[:, None, :]
 
     @torch.no_grad()
     def start_(self, values: Float[Tensor, " nnz"], latents: Int[Tensor, " nnz"]) -> None:
         """The first reach of every latent, and lines for curves."""
         self.reach.copy_(first_reach(values, latents, self.d_sae))
         self.set_lines_(self.first())
-
-    def kept(self, values: Float[Tensor, " nnz"], pattern: Pattern) -> Float[Tensor, "tok d_model"]:
-        """The sum of the kept latents' curves: sparse in planes as the code is in latents."""
-        reach = self.reach[pattern.latents]
-        planes = reach[:, None] * lifted_planes(values / reach, self.grid_size)
-        n = planes.shape[1]
-        flat = pattern.flat[:, None] * n + torch.arange(n, device=planes.device)
-        wide = Pattern(flat.reshape(-1), pattern.n_rows, pattern.n_latents * n)
-        return sparse_decode(planes.reshape(-1), wide, self.psi.flatten(0, 1))
 
     def dead(
         self,
@@ -490,8 +476,8 @@ class LatentCurves(CurvedDecoder):
         A dead latent's activations are small. The curve itself would show AuxK only its beginning,
         which no firing has shaped, and which may point anywhere.
         """
-        at_reach = lifted_planes(torch.ones_like(self.reach[which]), self.grid_size)
-        lines = torch.einsum("jp,jpd->jd", at_reach, self.psi[which])
+        at_reach = self.planes(torch.ones_like(self.reach[which]), which)
+        lines = torch.einsum("jp,jpd->jd", at_reach, self.plane_rows(which))
         return latents @ lines
 
     def tangent(
@@ -499,10 +485,12 @@ class LatentCurves(CurvedDecoder):
     ) -> Float[Tensor, "tok d_model"]:
         """psi_j'(z): the decoder is additive, so no other latent counts."""
         u = (latents[:, which] / self.reach[which]).double()
-        ahead, behind = (lifted_planes(u + step, self.grid_size) for step in (STEP, -STEP))
-        slopes = (ahead - behind) / (2 * STEP)
-        return slopes.to(self.psi.dtype) @ self.psi[which]
+        own = torch.full((len(u),), which, device=u.device)
+        ahead, behind = (self.planes(u + step, own) for step in (STEP, -STEP))
+        rows = self.plane_rows(torch.full((1,), which, device=u.device))[0]
+        return ((ahead - behind) / (2 * STEP)).to(rows.dtype) @ rows
 
+    @torch.no_grad()
     def learned_curves(self, codes: Callable[[], Codes], top: int) -> list[Curves]:
         """The latents.
 
@@ -514,9 +502,8 @@ class LatentCurves(CurvedDecoder):
             return []
         reach, n = self.reach, self.d_sae
         u = kept.values / reach[kept.latents]
-        moments = kept_covariances(u, lifted_planes(u, self.grid_size), kept.latents, n)
-        edges = edge_bends(self.psi.detach().permute(2, 1, 0), moments)
-        size, bend = pooled(*edges, dim=0)
+        moments = kept_covariances(u, self.planes(u, kept.latents), kept.latents, n)
+        size, bend = pooled(*edge_bends(self.plane_rows().permute(2, 1, 0), moments), dim=0)
         size *= reach
         fired = kept.fired()
         beyond = torch.bincount(kept.latents[u > 1], minlength=n)
@@ -552,6 +539,60 @@ class LatentCurves(CurvedDecoder):
         if ctx.progress < REACH_SHARE:
             kept = codes.sparse()
             follow_reach_(self.reach, kept.values.detach(), kept.latents, ctx.rate)
+
+
+class LatentCurves(AdditiveCurves):
+    """A KAN layer from the latents to the activation: psi_j(z) = R_j (f_j(z / R_j) - f_j(0)).
+
+    Every coordinate of f_j is a SiLU and a cubic B-spline on [0, 1] with linear tails.
+
+    Args:
+        d_sae: Number of latents.
+        d_model: Width of the activations.
+        grid_size: Cells between 0 and a latent's reach.
+        seed: That of the head.
+    """
+
+    def __init__(self, d_sae: int, d_model: int, grid_size: int, seed: int) -> None:
+        directions = first_directions(d_sae, d_model, seed)
+        super().__init__(directions)
+        self.seed, self.grid_size = seed, grid_size
+        self.psi: Float[nn.Parameter, "d_sae planes d_model"] = nn.Parameter(
+            torch.zeros(d_sae, 1 + grid_size + 3, d_model)
+        )
+        self.set_lines_(directions)
+
+    def first(self) -> Float[Tensor, "d_sae d_model"]:
+        """The directions of the lines."""
+        return first_directions(self.d_sae, self.d_model, self.seed).to(self.psi.detach())
+
+    @torch.no_grad()
+    def set_lines_(self, directions: Float[Tensor, "d_sae d_model"]) -> None:
+        """Make every curve a line."""
+        line = greville(0, 1, self.grid_size).to(directions)
+        self.psi[:, 0] = 0
+        self.psi[:, 1:] = line[:, None] * directions[:, None, :]
+
+    def planes(
+        self, u: Float[Tensor, " n"], latents: Int[Tensor, " n"]
+    ) -> Float[Tensor, "n planes"]:
+        """SiLU and bases, the same for all latents."""
+        return lifted_planes(u, self.grid_size)
+
+    def plane_rows(
+        self, latents: Int[Tensor, " n"] | None = None
+    ) -> Float[Tensor, "n planes d_model"]:
+        """Their weights."""
+        return self.psi if latents is None else self.psi[latents]
+
+    def kept(self, values: Float[Tensor, " nnz"], pattern: Pattern) -> Float[Tensor, "tok d_model"]:
+        """The sum of the kept latents' curves: sparse in planes as the code is in latents."""
+        reach = self.reach[pattern.latents]
+        planes = reach[:, None] * self.planes(values / reach, pattern.latents)
+        n = planes.shape[1]
+        flat = pattern.flat[:, None] * n + torch.arange(n, device=planes.device)
+        wide = Pattern(flat.reshape(-1), pattern.n_rows, pattern.n_latents * n)
+        return sparse_decode(planes.reshape(-1), wide, self.psi.flatten(0, 1))
 
 
 class MixingKAN(CurvedDecoder):
@@ -596,10 +637,16 @@ class MixingKAN(CurvedDecoder):
         which: Int[Tensor, " n_dead"],
         after: Tensor | None = None,
     ) -> Float[Tensor, "tok d_model"]:
-        """f - f(0) where all other latents are 0; as a dense product where counting is a wait."""
-        if not fixed_sizes(latents):
-            return self.some(latents, which)
-        return self._written((latents @ self.V[which]).float())
+        """Along lines, for every edge from its curve at 0 to that at the reach of its hidden unit.
+
+        The curves themselves would cost a second decoding, and all but their beginnings are out of
+        a dead latent's sight.
+        """
+        hidden = torch.relu((latents @ self.V[which]).float() + self.c_out) - self.c_out.relu()
+        ends = torch.stack([torch.zeros_like(self.reach), torch.ones_like(self.reach)])
+        at_0, at_reach = self.kan_out.features(ends)
+        lines = (self.kan_out.weight * (at_reach - at_0).float()).sum(1)
+        return (hidden / self.reach) @ lines.T
 
     def _written(self, summed: Float[Tensor, "tok hidden"]) -> Float[Tensor, "tok d_model"]:
         """f(z) - f(0) of z V."""

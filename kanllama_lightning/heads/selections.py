@@ -408,6 +408,47 @@ class Nested(Thresholded):
         return decoder.kept(codes.values, pattern).unflatten(0, (codes.n_rows, n))
 
 
+class LatentGains(Thresholded):
+    """z_j = ReLU(g_j p_j + o_j) for kept p_j > 0: a line per latent, with a hard zero.
+
+    Selection looks at p, so that gain and offset do not decide which latents are kept. At the start
+    they are 1 and 0.
+
+    Args:
+        k: Kept latents per token on average.
+        d_sae: Number of latents.
+    """
+
+    in_units: ClassVar[tuple[str, ...]] = (*Thresholded.in_units, "offset")
+    smallest: Tensor
+
+    def __init__(self, k: int, d_sae: int) -> None:
+        super().__init__(k)
+        self.gain = nn.Parameter(torch.ones(d_sae))
+        self.offset = nn.Parameter(torch.zeros(d_sae))
+        self.register_buffer("smallest", torch.zeros(()), persistent=False)
+
+    def activate(self, values: Float[Tensor, " nnz"], pattern: Pattern) -> Float[Tensor, " nnz"]:
+        """The lines at kept pre-activations."""
+        if self.training:
+            self.smallest.copy_(smallest_of(values.detach()))
+        gain, offset = pattern.of_latents((self.gain, self.offset))
+        z = (gain * values + offset).relu()
+        return torch.where(values > 0, z, 0.0) if fixed_sizes(z) else z
+
+    @torch.no_grad()
+    def observe_(
+        self,
+        out: SAEOutput,
+        ctx: StepContext,
+        scale: Float[Tensor, ""],
+        variance: Float[Tensor, ""],
+    ) -> None:
+        """Follow the smallest kept pre-activation."""
+        codes = out.codes.sparse()
+        self._track(self.smallest.reshape(1) if len(codes.values) else codes.values, ctx.rate)
+
+
 class LatentSplines(Thresholded):
     """z_j = R_j (S_j(p_j / R_j) - S_j(0)) for kept p_j > 0: a curve per latent, with a hard zero.
 

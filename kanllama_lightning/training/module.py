@@ -125,6 +125,8 @@ class SAEModule(L.LightningModule):
         sae_batch_tokens: Rows per step, over all processes.
         start_tokens: Activations that the start statistics are taken of (default: 65,536 or
             1 % of the budget, at most a million).
+        decay: Share of the run, at its end, over which the learning rate falls to 0; with 1 it
+            falls from its peak on.
         clip_ratio: A gradient longer than this many times its running mean is shortened to
             that; catches spikes whatever the scale of the loss.
         init_from: Run, or folder of a saved head or of another tool's SAE, whose weights the head
@@ -145,6 +147,7 @@ class SAEModule(L.LightningModule):
         tokens: int = 300_000_000,
         sae_batch_tokens: int = 4096,
         start_tokens: int | None = None,
+        decay: float = 0.2,
         clip_ratio: float = 5.0,
         init_from: str | None = None,
         seed: int = 0,
@@ -162,7 +165,7 @@ class SAEModule(L.LightningModule):
             )
         if start_tokens is not None and start_tokens < 1:
             raise InputError(f"model.start_tokens={start_tokens}: must be at least 1")
-        self.schedule = Schedule.of(tokens, sae_batch_tokens)
+        self.schedule = Schedule.of(tokens, sae_batch_tokens, decay)
         self.start_tokens = start_tokens or self.schedule.start_tokens
         self.seed, self.deal_latents = seed, deal_latents
         self.together = head if isinstance(head, SideBySide) else None

@@ -13,18 +13,22 @@ class Schedule(NamedTuple):
     """Rows to train on in all."""
     batch: int
     """Rows per step."""
+    decay: float = 0.2
+    """Share of the run, at its end, over which the learning rate falls to 0."""
 
     @classmethod
-    def of(cls, tokens: int, sae_batch_tokens: int) -> "Schedule":
+    def of(cls, tokens: int, sae_batch_tokens: int, decay: float = 0.2) -> "Schedule":
         """The schedule of what a user asks for.
 
         Raises:
-            InputError: A number is below 1.
+            InputError: A number is below 1, or `decay` is no share.
         """
         for name, value in (("tokens", tokens), ("sae_batch_tokens", sae_batch_tokens)):
             if value < 1:
                 raise InputError(f"model.{name}={value}: must be at least 1")
-        return cls(tokens, sae_batch_tokens)
+        if not 0 <= decay <= 1:
+            raise InputError(f"model.decay={decay}: must be from 0 to 1 (default 0.2)")
+        return cls(tokens, sae_batch_tokens, decay)
 
     @property
     def steps(self) -> int:
@@ -60,7 +64,9 @@ class Schedule(NamedTuple):
         return held + self.steps * self.batch
 
     def lr_factor(self, step: int) -> float:
-        """Multiplier of the learning rate: rise, hold, linear fall to 0 over the last 20 %."""
+        """Multiplier of the learning rate: rise, hold, linear fall to 0 over the last share."""
         rise = min(1.0, (step + 1) / (self.warmup_steps + 1))
-        fall = min(1.0, (self.steps - step) / max(1, self.steps / 5))
+        # by the inverse, which is exactly 5 for 0.2
+        falling = self.steps / (1 / self.decay) if self.decay else 0
+        fall = min(1.0, (self.steps - step) / max(1, falling))
         return max(0.0, min(rise, fall))

@@ -37,7 +37,15 @@ ORIGIN = Origin(
 )
 LINEAR = ("Standard", "Gated", "JumpReLU", "TopK", "BatchTopK", "Matryoshka", "WideBatchTopK",
           "FrozenDecoder", "FrozenEncoder", "SoftlyFrozenDecoder")  # fmt: skip
-CURVED = ("KANEncoder", "SplineLatent", "CurvedDictionary", "OnlyKAN", "MLPEncoder")
+CURVED = (
+    "KANEncoder",
+    "SplineLatent",
+    "GainLatent",
+    "CurvedDictionary",
+    "BentDictionary",
+    "OnlyKAN",
+    "MLPEncoder",
+)
 
 
 def trained(name: str) -> SAEHead:

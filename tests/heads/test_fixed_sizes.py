@@ -8,7 +8,9 @@ import torch
 from kanllama_lightning.functional import sparse
 from kanllama_lightning.heads import (
     BatchTopK,
+    BentDictionary,
     CurvedDictionary,
+    GainLatent,
     Gated,
     JumpReLU,
     KANDirect,
@@ -27,6 +29,8 @@ from kanllama_lightning.types import StepContext
 D, M, K, TOK = 8, 24, 3, 40
 SPARSE = [
     BatchTopK,
+    BentDictionary,
+    GainLatent,
     CurvedDictionary,
     KANDirect,
     KANEncoder,

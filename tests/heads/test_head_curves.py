@@ -7,6 +7,7 @@ from kanllama_lightning.functional.curves import line_residual
 from kanllama_lightning.functional.sparse import Pattern
 from kanllama_lightning.heads import (
     BatchTopK,
+    BentDictionary,
     KANDirect,
     KANEncoder,
     KANReLUDense,
@@ -27,10 +28,11 @@ KINDS = {
     SplineInput: ["input"],
     SplineLatent: ["latent"],
     OnlyKAN: ["edge", "latent", "input", "decoder latent"],
+    BentDictionary: ["decoder latent"],
     KANReLUDense: ["edge", "hidden unit", "input", "decoder edge"],
 }
-LINES_AT_FIRST = [KANDirect, SplineInput, SplineLatent, OnlyKAN]
-DECODERS = [OnlyKAN, KANReLUDense]
+LINES_AT_FIRST = [KANDirect, SplineInput, SplineLatent, OnlyKAN, BentDictionary]
+DECODERS = [OnlyKAN, BentDictionary, KANReLUDense]
 every_kan_head = pytest.mark.parametrize("kind", KINDS)
 every_decoder = pytest.mark.parametrize("kind", DECODERS)
 

@@ -22,9 +22,11 @@ from kanllama_lightning.functional.spline_activation import spline_activation
 from kanllama_lightning.heads import (
     PCA,
     BatchTopK,
+    BentDictionary,
     CurvedDictionary,
     FrozenDecoder,
     FrozenEncoder,
+    GainLatent,
     Gated,
     JumpReLU,
     KANDirect,
@@ -71,6 +73,8 @@ HEADS = [
     SplineHidden,
     SplineInput,
     SplineLatent,
+    GainLatent,
+    BentDictionary,
     CurvedDictionary,
     OnlyKAN,
     KANReLUDense,
@@ -82,7 +86,7 @@ FREE_NORMS = [Standard, JumpReLU]
 """Heads whose dictionary rows have any norm."""
 DIRECTIONS = [kind for kind in HEADS if isinstance(PARTS[kind].decoder, UnitDirections)]
 """Heads with a linear dictionary."""
-TWINS = [KANEncoder, MLPEncoder, SplineHidden, SplineInput]
+TWINS = [KANEncoder, MLPEncoder, SplineHidden, SplineInput, GainLatent, BentDictionary]
 """Heads that are BatchTopK at step 0, bit for bit."""
 NEAR_TWINS = [KANDirect, SplineLatent, CurvedDictionary, OnlyKAN]
 """Heads that are BatchTopK at step 0, to rounding."""
@@ -98,6 +102,8 @@ OF_EACH_KIND = [
     SoftlyFrozenDecoder,
     KANEncoder,
     SplineLatent,
+    GainLatent,
+    BentDictionary,
     OnlyKAN,
 ]
 """Every encoder, selection and decoder is in one of these; the others are for `make test-slow`."""
@@ -525,7 +531,8 @@ def naive_loss(head, x, flat, dead):
     return loss
 
 
-SIMPLE = [h for h in SELECTING if h in DIRECTIONS and h not in (SplineLatent, FrozenEncoder)]
+BENDING = (SplineLatent, GainLatent)
+SIMPLE = [h for h in SELECTING if h in DIRECTIONS and h not in (*BENDING, FrozenEncoder)]
 """z is the kept part of ReLU(p), x_hat = z W_dec + b_dec."""
 
 
@@ -818,7 +825,7 @@ def test_the_moving_average_is_bias_corrected(kind):
         out = head(rows(4))._replace(
             codes=codes._replace(values=values, rows=latents, latents=latents)
         )
-        if kind is SplineLatent:
+        if kind in BENDING:
             head.selection.smallest.fill_(smallest)
         head.observe_(out, NOTHING_DEAD._replace(progress=0.5))
         if smallest == seen[0]:

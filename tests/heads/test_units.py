@@ -12,11 +12,13 @@ import torch
 
 from kanllama_lightning.heads import (
     BatchTopK,
+    BentDictionary,
     CurvedDictionary,
     DenseKANReLU,
     DenseOnlyKAN,
     FrozenDecoder,
     FrozenEncoder,
+    GainLatent,
     Gated,
     JumpReLU,
     KANDirect,
@@ -49,6 +51,8 @@ SELECTING += [
     SplineHidden,
     SplineInput,
     SplineLatent,
+    GainLatent,
+    BentDictionary,
     CurvedDictionary,
     OnlyKAN,
     KANReLUDense,
@@ -65,6 +69,8 @@ OWN = {
     SplineHidden: {"V": -2},
     KANDirect: {"kan.weight": -1},
     OnlyKAN: {"kan.weight": -1},
+    GainLatent: {"gain": 0, "offset": 1},
+    BentDictionary: {"W_bend": -1, "bend": 0},
     KANReLUDense: {"kan_in.weight": -2, "V": -1, "reach": 0},
 }
 
@@ -197,7 +203,8 @@ def test_no_term_depends_on_the_units_of_the_activations(kind):
 
 # one of each way of reading, selecting and writing, two of them in a wide model; a frozen encoder
 # cannot revive, and of kan_relu_dense AuxK leaves half of the dead (its docstring)
-REVIVED = [TopK, KANEncoder, SplineLatent, CurvedDictionary, OnlyKAN, Gated, JumpReLU]
+REVIVED = [TopK, KANEncoder, SplineLatent, CurvedDictionary, BentDictionary, OnlyKAN, Gated]
+REVIVED += [JumpReLU]
 LATENTS, SILENT, BATCH = 512, 128, 512
 SCHEDULE = Schedule.of(1_000_000, BATCH)  # dead after 100,000 tokens
 

@@ -53,6 +53,7 @@ PARTS = {
         "controller",
         "decoders",
         "reach",
+        "bends",
         "kan_linear",
     )
 }

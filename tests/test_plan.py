@@ -386,7 +386,7 @@ def test_plans_every_config(
     assert cli.estimate.validations == cli.estimate.tokens // cli.estimate.batch // 500
     assert 0 < cli.estimate.seen_seconds < 1
     assert "the whole run" in said
-    alone = ("sparsity", "reconstruction")  # the pass is all they need
+    alone = ("sparsity", "bits", "reconstruction")  # the pass is all they need
     for kind in REPORTS:
         applies = kind.name != "interpretability" or not any(
             isinstance(head, DenseKAN) for head in heads.values()

@@ -557,6 +557,7 @@ def tables(comparison: Comparison) -> Tables:
     from kanllama_lightning.console.quiet import quiet
     from kanllama_lightning.reports.bits_report import BitsReport
     from kanllama_lightning.reports.evaluation import EvalSettings, report
+    from kanllama_lightning.reports.latents_report import LatentsReport
     from kanllama_lightning.reports.losses_report import LossesReport
     from kanllama_lightning.reports.sparsity_report import SparsityReport
 
@@ -613,7 +614,7 @@ def tables(comparison: Comparison) -> Tables:
                 "dead_frac": mean["dead_frac"],
                 "dead_tokens": own["dead_tokens"],
                 "max_cosine": statistics.fmean(
-                    single[cell.name]["max_cosine_mean"] for cell in cells
+                    single[cell.name]["lens_max_cosine_mean"] for cell in cells
                 ),
                 "flops_per_token": statistics.fmean(
                     operations(out / cell.name, x) for cell in cells

@@ -589,7 +589,8 @@ def main(args: Sequence[str] | None = None) -> int:
     kept = out / "about.json"
     if kept.is_file() and json.loads(kept.read_text()) != json.loads(json.dumps(about)):
         raise InputError(f"--out {out}: was begun with {kept.read_text()}; give another folder")
-    kept.write_text(json.dumps(about))
+    if not kept.is_file():
+        kept.write_text(json.dumps(about))
     cells = Cells(given.what, about, out, given.workers)
     try:
         print(({"ladder": ladder, "truth": truth}[given.what])(cells, seeds))  # noqa: T201

@@ -45,7 +45,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "dense_frac": ("dense", "{:.1%}".format),
     "lens_kurtosis_median": ("kurtosis, median", "{:.2f}".format),
     "lens_skewness_median": ("skewness, median", "{:.2f}".format),
-    "max_cosine_mean": ("largest cosine, mean", "{:.3f}".format),
+    "lens_max_cosine_mean": ("largest cosine, mean", "{:.3f}".format),
     "sae_kept_frac": ("answers kept", "{:.1%}".format),
     "recovered_frac": ("concepts recovered", "{:.1%}".format),
     "mean_f1": ("concepts, mean F1", "{:.3f}".format),
@@ -60,7 +60,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
 SHARES = ("delta_ce_share", "ce_score")
 """Columns that say nothing of some heads (`metrics.meaningful`)."""
 BESIDE = (
-    *("lens_kurtosis_median", "lens_skewness_median", "max_cosine_mean"),
+    *("lens_kurtosis_median", "lens_skewness_median", "lens_max_cosine_mean"),
     *("sae_kept_frac", "recovered_frac", "mean_f1"),
     *("train_tokens", "train_passes", "train_tokens_per_second", "train_commit"),
     *("ce_score", "ce_uniform"),

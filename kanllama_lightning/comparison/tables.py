@@ -93,7 +93,7 @@ def _row(run: Evaluated, name: str, drawn: Drawn) -> dict[str, Any]:
         "sparsity": ("dead_frac", "dense_frac"),
         "bits": ("bits_per_token",),
         "reconstruction": ("cosine", "bias"),
-        "latents": ("lens_kurtosis_median", "lens_skewness_median", "max_cosine_mean"),
+        "latents": ("lens_kurtosis_median", "lens_skewness_median", "lens_max_cosine_mean"),
         "capability": ("sae_kept_frac",),
         "concepts": ("recovered_frac", "mean_f1"),
     }.items():

@@ -221,10 +221,14 @@ def spend(x2: Float[Tensor, " n"], errors: Float[Tensor, "n steps"], k: int) -> 
 def encoder_head(kind: str, d_model: int, d_sae: int, k: int, seed: int) -> SAE:
     """A head by the name of its encoder."""
     shared: dict[str, Any] = {"d_model": d_model, "d_sae": d_sae, "target_l0": k, "seed": seed}
-    kinds = {"linear": heads.BatchTopK, "mlp": heads.MLPEncoder, "kan": heads.KANEncoder}
-    if kind == "wide":
-        return heads.WideBatchTopK(**shared)
-    return kinds.get(kind, heads.BatchTopK)(**shared)
+    kinds: dict[str, type[SAE]] = {
+        "linear": heads.BatchTopK,
+        "unrolled": heads.BatchTopK,  # until `fixed_head` gives it its encoder
+        "wide": heads.WideBatchTopK,
+        "mlp": heads.MLPEncoder,
+        "kan": heads.KANEncoder,
+    }
+    return kinds[kind](**shared)
 
 
 def fixed_head(kind: str, teacher: SAE, seed: int, start: Tensor) -> SAE:

@@ -6,7 +6,12 @@ from torch import Tensor, nn
 
 from kanllama_lightning.functional.planes import lifted_planes
 from kanllama_lightning.functional.sparse import Pattern, rows_of, sparse_decode
-from kanllama_lightning.heads.decoders import AdditiveCurves, first_directions
+from kanllama_lightning.heads.decoders import (
+    AdditiveCurves,
+    first_directions,
+    renormalise_rows_,
+    take_along_rows_,
+)
 from kanllama_lightning.heads.hidden_units import own_stream
 from kanllama_lightning.types import InputError
 
@@ -95,16 +100,12 @@ class Bends(AdditiveCurves):
         lines = latents @ rows_of(self.W_dec, which, after)
         return (lines + bent @ rows_of(self.W_bend, which, after)).float()
 
-    @torch.no_grad()
     def project_grad_(self) -> None:
         """Take from each row's gradient its part along the row."""
         for weight in (self.W_dec, self.W_bend):
-            if weight.grad is not None:
-                along = (weight.grad * weight).sum(1, keepdim=True)
-                weight.grad.addcmul_(along, weight, value=-1.0)
+            take_along_rows_(weight)
 
-    @torch.no_grad()
     def project_(self) -> None:
         """Renormalise the rows to 1."""
         for weight in (self.W_dec, self.W_bend):
-            weight.div_(weight.norm(dim=1, keepdim=True))
+            renormalise_rows_(weight)

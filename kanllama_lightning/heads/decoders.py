@@ -51,6 +51,27 @@ def first_directions(d_sae: int, d_model: int, seed: int) -> Float[Tensor, "d_sa
     return rows / rows.norm(dim=1, keepdim=True)
 
 
+@torch.no_grad()
+def take_along_rows_(weight: Tensor) -> None:
+    """Take from the gradient of each row, of norm 1, its part along the row; without one, nothing.
+
+    Args:
+        weight: The rows.
+    """
+    if weight.grad is None:
+        return
+    # in blocks of rows, so that their product stays in the cache, or small
+    size = rows_at_once(weight, weight.shape[1], BLOCK, GPU_BLOCK)
+    for grad, rows in zip(weight.grad.split(size), weight.split(size), strict=True):
+        grad.addcmul_((grad * rows).sum(1, keepdim=True), rows, value=-1.0)
+
+
+@torch.no_grad()
+def renormalise_rows_(weight: Tensor) -> None:
+    """Make the norm of each row 1."""
+    weight.div_(weight.norm(dim=1, keepdim=True))
+
+
 class Decoder(nn.Module, ABC):
     """Latents to reconstructions without b_dec, in the head's units; no latent, no contribution.
 
@@ -208,19 +229,14 @@ class UnitDirections(Decoder):
     @torch.no_grad()
     def project_grad_(self) -> None:
         """Take from each row's gradient its part along the row."""
-        if self.W_dec.grad is None or not self.keeps_rows:
-            return
-        # in blocks of rows, so that their product stays in the cache, or small
-        size = rows_at_once(self.W_dec, self.d_model, BLOCK, GPU_BLOCK)
-        for grad, rows in zip(self.W_dec.grad.split(size), self.W_dec.split(size), strict=True):
-            grad.addcmul_((grad * rows).sum(1, keepdim=True), rows, value=-1.0)
+        if self.keeps_rows:
+            take_along_rows_(self.W_dec)
 
     @torch.no_grad()
     def project_(self) -> None:
         """Renormalise the rows to 1."""
-        if not self.keeps_rows:
-            return
-        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
+        if self.keeps_rows:
+            renormalise_rows_(self.W_dec)
 
 
 class FreeDirections(UnitDirections):

@@ -408,32 +408,29 @@ class Nested(Thresholded):
         return decoder.kept(codes.values, pattern).unflatten(0, (codes.n_rows, n))
 
 
-class LatentGains(Thresholded):
-    """z_j = ReLU(g_j p_j + o_j) for kept p_j > 0: a line per latent, with a hard zero.
-
-    Selection looks at p, so that gain and offset do not decide which latents are kept. At the start
-    they are 1 and 0.
+class Reshaped(Thresholded):
+    """z_j a function of kept p_j > 0 for each latent, with a hard zero; selection looks at p.
 
     Args:
         k: Kept latents per token on average.
-        d_sae: Number of latents.
     """
 
-    in_units: ClassVar[tuple[str, ...]] = (*Thresholded.in_units, "offset")
     smallest: Tensor
 
-    def __init__(self, k: int, d_sae: int) -> None:
+    def __init__(self, k: int) -> None:
         super().__init__(k)
-        self.gain = nn.Parameter(torch.ones(d_sae))
-        self.offset = nn.Parameter(torch.zeros(d_sae))
         self.register_buffer("smallest", torch.zeros(()), persistent=False)
 
+    @abstractmethod
+    def curve(self, values: Float[Tensor, " n"], latents: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """z, 0 or more, of positive pre-activations `values` of `latents`."""
+
     def activate(self, values: Float[Tensor, " nnz"], pattern: Pattern) -> Float[Tensor, " nnz"]:
-        """The lines at kept pre-activations."""
+        """The functions at kept pre-activations."""
         if self.training:
             self.smallest.copy_(smallest_of(values.detach()))
-        gain, offset = pattern.of_latents((self.gain, self.offset))
-        z = (gain * values + offset).relu()
+        z = self.curve(values, pattern.latents)
+        # at 0 a function may round to what would count as a latent
         return torch.where(values > 0, z, 0.0) if fixed_sizes(z) else z
 
     @torch.no_grad()
@@ -449,7 +446,30 @@ class LatentGains(Thresholded):
         self._track(self.smallest.reshape(1) if len(codes.values) else codes.values, ctx.rate)
 
 
-class LatentSplines(Thresholded):
+class LatentGains(Reshaped):
+    """z_j = ReLU(g_j p_j + o_j) for kept p_j > 0: a line per latent.
+
+    Gain and offset do not decide which latents are kept. At the start they are 1 and 0.
+
+    Args:
+        k: Kept latents per token on average.
+        d_sae: Number of latents.
+    """
+
+    in_units: ClassVar[tuple[str, ...]] = (*Thresholded.in_units, "offset")
+
+    def __init__(self, k: int, d_sae: int) -> None:
+        super().__init__(k)
+        self.gain = nn.Parameter(torch.ones(d_sae))
+        self.offset = nn.Parameter(torch.zeros(d_sae))
+
+    def curve(self, values: Float[Tensor, " n"], latents: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """The lines of `latents` at `values`."""
+        gain, offset = (each.index_select(0, latents) for each in (self.gain, self.offset))
+        return (gain * values + offset).relu()
+
+
+class LatentSplines(Reshaped):
     """z_j = R_j (S_j(p_j / R_j) - S_j(0)) for kept p_j > 0: a curve per latent, with a hard zero.
 
     S_j is a cubic B-spline on a grid of [0, 1], continued linearly beyond R_j, the reach of latent
@@ -470,7 +490,6 @@ class LatentSplines(Thresholded):
     in_units: ClassVar[tuple[str, ...]] = (*Thresholded.in_units, "reach")
     reach: Tensor
     free: Tensor
-    smallest: Tensor
 
     def __init__(
         self,
@@ -496,7 +515,6 @@ class LatentSplines(Thresholded):
         self.spline = nn.Parameter(identity[:, None].repeat(1, d_sae))
         self.register_buffer("reach", torch.ones(d_sae))
         self.register_buffer("free", torch.zeros(()))  # 1 once the splines are trained
-        self.register_buffer("smallest", torch.zeros(()), persistent=False)
 
     @torch.no_grad()
     def start_reach_(self, sums: Sums) -> None:
@@ -511,16 +529,8 @@ class LatentSplines(Thresholded):
         rising = F.softplus(self.spline).cumsum(0)
         return torch.cat([torch.zeros_like(rising[:1]), rising])
 
-    def activate(self, values: Float[Tensor, " nnz"], pattern: Pattern) -> Float[Tensor, " nnz"]:
-        """The curves at kept pre-activations."""
-        if self.training:
-            self.smallest.copy_(smallest_of(values.detach()))
-        z = self.curve(values, pattern.latents)
-        # S_j(0) - S_j(0) may round to what would count as a latent
-        return torch.where(values > 0, z, 0.0) if fixed_sizes(z) else z
-
     def curve(self, values: Float[Tensor, " n"], latents: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-        """z of positive pre-activations `values` of `latents`."""
+        """The splines of `latents` at `values`."""
         coefficients = self.coefficients()
         at_zero = spline_bases(values.new_zeros(1, 1), 0, 1, self.grid_size).reshape(-1)
         lifted = coefficients - at_zero @ coefficients  # bases sum to 1: S - S(0)
@@ -579,9 +589,9 @@ class LatentSplines(Thresholded):
         variance: Float[Tensor, ""],
     ) -> None:
         """Follow the smallest kept pre-activation; and the reach, as long as the splines rest."""
-        codes = out.codes.sparse()
-        self._track(self.smallest.reshape(1) if len(codes.values) else codes.values, ctx.rate)
+        super().observe_(out, ctx, scale, variance)
         if ctx.progress < self.frozen_share:
+            codes = out.codes.sparse()
             follow_reach_(self.reach, codes.values, codes.latents, ctx.rate)
         else:
             self.free.fill_(1.0)

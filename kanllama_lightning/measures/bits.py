@@ -82,26 +82,11 @@ def bits_per_token(decode: Decode, sample: Sample, allowed: float = ALLOWED) -> 
         sample: On the head's device.
         allowed: Share of itself by which FVU may rise.
     """
-    exact = sample.x_hat - _decoded(decode, sample.codes)  # what is not of the latents: a skip
-    at = _at(decode, sample, exact, 0.0)
-    if not at.fvu > 0:  # nothing to lose, or nothing that varies
-        return at
-    low, high = FINEST, COARSEST
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        found = _at(decode, sample, exact, 2.0**middle)
-        fits = found.fvu <= at.fvu * (1 + allowed)
-        low, high = (middle, high) if fits else (low, middle)
-    return _at(decode, sample, exact, 2.0**low)
-
-
-def _at(decode: Decode, sample: Sample, rest: Float[Tensor, "tok d_model"], step: float) -> Bits:
-    """The code at a step; 0 is none, and takes infinitely many bits."""
     codes, x = sample.codes, sample.x.double()
-    on = codes.values != 0
+    rest = sample.x_hat - _decoded(decode, codes)  # what is not of the latents: a skip
+    on, n = codes.values != 0, max(1, codes.n_rows)
     values, latents = codes.values[on].double(), codes.latents[on]
     size = _root_mean_square(values, latents, codes.d_sae)[latents]
-    n = max(1, codes.n_rows)
     which = float(_entropy_of_shares(codes.fired().double() / n).sum())
     variance = (x - x.mean(0)).square().sum() if len(x) else x.sum()
 
@@ -110,17 +95,28 @@ def _at(decode: Decode, sample: Sample, rest: Float[Tensor, "tok d_model"], step
             return math.nan
         return float((x - x_hat.double()).square().sum() / variance)
 
+    def written(step: float) -> Bits:
+        steps = (values / (step * size)).round()
+        _, counts = steps.unique(return_counts=True)
+        share = counts.double() / max(1, len(values))
+        each = -float((share * share.log2()).sum())
+        coarse = (steps * step * size).to(codes.values.dtype)
+        rounded = codes._replace(values=coarse, rows=codes.rows[on], latents=latents)
+        found = fvu(_decoded(decode, rounded) + rest)
+        return Bits(which, each * len(values) / n, step, found, exact)
+
     exact = fvu(sample.x_hat)
-    if not step:
+    if not exact > 0:  # nothing may be lost, or nothing varies: no step is fine enough
         return Bits(which, math.inf, 0.0, exact, exact)
-    steps = (values / (step * size)).round()
-    _, counts = steps.unique(return_counts=True)
-    share = counts.double() / max(1, len(values))
-    each = -float((share * share.log2()).sum())
-    coarse = (steps * step * size).to(codes.values.dtype)
-    rounded = codes._replace(values=coarse, rows=codes.rows[on], latents=latents)
-    x_hat = _decoded(decode, rounded) + rest
-    return Bits(which, each * len(values) / n, step, fvu(x_hat), exact)
+    low, high, best = FINEST, COARSEST, None
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        found = written(2.0**middle)
+        if found.fvu <= exact * (1 + allowed):
+            low, best = middle, found
+        else:
+            high = middle
+    return best or written(2.0**low)
 
 
 def _decoded(decode: Decode, codes: SparseCodes) -> Float[Tensor, "tok d_model"]:

@@ -152,7 +152,6 @@ class SplicedLossMetric(_Sums):
     """Documents are put into so many groups by their number; intervals resample the groups."""
     n: Tensor
     n_ablated: Tensor
-    ce_clean: Tensor
     clean_ablated: Tensor
     documents: Tensor
 

@@ -2,7 +2,6 @@
 
 import torch
 
-from kanllama_lightning.functional.sparse import SparseCodes
 from kanllama_lightning.measures.bits import Sample, bits_per_token, joined
 from kanllama_lightning.reports.report import EvalRun, Figures, Report, Seen
 
@@ -30,9 +29,9 @@ class BitsReport(Report):
 
     def observe(self, run: EvalRun, seen: Seen) -> None:
         """Keep a batch's codes, and what they stand for."""
-        batch, codes = seen.batch, seen.batch.out.codes.sparse()
-        kept = (batch.x.cpu(), batch.out.x_hat.cpu())
-        self._samples[batch.set_name].append(Sample(_on_cpu(codes), *kept))
+        batch = seen.batch
+        sample = Sample(batch.out.codes.sparse(), batch.x, batch.out.x_hat)
+        self._samples[batch.set_name].append(_to(sample, torch.device("cpu")))
 
     def finish(self, run: EvalRun) -> Figures:
         """A row per set."""
@@ -49,12 +48,6 @@ class BitsReport(Report):
             figures |= {f"{name}/{key}": value for key, value in own.items()}
         run.write_table("bits.csv", rows)
         return figures
-
-
-def _on_cpu(codes: SparseCodes) -> SparseCodes:
-    return codes._replace(
-        values=codes.values.cpu(), rows=codes.rows.cpu(), latents=codes.latents.cpu()
-    )
 
 
 def _to(sample: Sample, device: torch.device) -> Sample:

@@ -22,13 +22,7 @@ from kanllama_lightning.measures.metrics import (
 from kanllama_lightning.pages.plots import PALETTE, styled
 from kanllama_lightning.plan.costs import Work
 from kanllama_lightning.reports.documents import ABLATED, LOSSES, RUNS, Documents
-from kanllama_lightning.reports.report import (
-    ABLATED_TOKENS,
-    EvalRun,
-    Figures,
-    Report,
-    Seen,
-)
+from kanllama_lightning.reports.report import EvalRun, Figures, Report, Seen, ablated_every
 
 SCORES = ("delta_ce", "delta_ce_share", "ce_score", "ce_uniform")
 """Columns of `losses.csv` behind the losses."""
@@ -75,8 +69,7 @@ class LossesReport(Report):
     def work(self, lm: FrozenLM, heads: Sequence[SAEHead], tokens: int, ctx_len: int) -> Work:
         """A run and one of each head, on from the hook point, of every token; ablations of some."""
         own = min(tokens, self.tokens or tokens)
-        share = 1 / max(1, tokens // ABLATED_TOKENS)
-        seen = (1 + len(ABLATIONS) * share + len(heads)) * own
+        seen = (1 + len(ABLATIONS) / ablated_every(tokens) + len(heads)) * own
         return Work(on=seen, logits=seen)
 
     def begin(self, run: EvalRun) -> None:

@@ -18,7 +18,7 @@ from kanllama_lightning.lm.frozen import FrozenLM
 from kanllama_lightning.lm.preflight import preflight
 from kanllama_lightning.lm.splice import ablated, losses_by_head
 from kanllama_lightning.measures.head_batch import run_head
-from kanllama_lightning.reports.report import ABLATED_TOKENS, EvalRun, Report, Seen
+from kanllama_lightning.reports.report import EvalRun, Report, Seen, ablated_every
 from kanllama_lightning.reports.token_sets import batches
 from kanllama_lightning.runs.folder import SUMMARY, make_folder
 from kanllama_lightning.storage.small_files import read_json, there, write_json
@@ -248,7 +248,7 @@ def _stream(jobs: Sequence[Job], lm: FrozenLM, sets: Mapping[str, Rows], batch_s
         first = True
         for name, rows in sets.items():
             looked = dict.fromkeys(range(len(jobs)), 0)
-            every = max(1, rows.ids.numel() // ABLATED_TOKENS)
+            every = ablated_every(rows.ids.numel())
             for index, tokens in enumerate(batches(rows, batch_seqs)):
                 tokens = tokens.to(lm.device)
                 if first:

@@ -31,7 +31,12 @@ INDEX = "index.html"
 DRAWINGS = "svg"
 """Folder, within a record, of the figures as drawings."""
 ABLATED_TOKENS = 1 << 14
-"""Of a set of twice as many tokens or more, about so many are ablated: every n-th batch."""
+"""Of a set of twice as many tokens or more, about so many are ablated."""
+
+
+def ablated_every(tokens: int) -> int:
+    """n where every n-th batch of a set of so many tokens is ablated, the first one included."""
+    return max(1, tokens // ABLATED_TOKENS)
 
 
 class Seen(NamedTuple):

@@ -22,6 +22,7 @@ from kanllama_lightning.heads import BatchTopK, SAEHead
 from kanllama_lightning.lm.frozen import FrozenLM
 from kanllama_lightning.reports import losses_report as losses
 from kanllama_lightning.reports import one_pass as record
+from kanllama_lightning.reports import report as reports
 from kanllama_lightning.reports.reconstruction_report import BINS, bands
 from kanllama_lightning.reports.saved_head import read_subject
 from kanllama_lightning.reports.token_sets import run_sets
@@ -173,8 +174,7 @@ def test_tables_agree_with_the_summary(recorded):
 def test_of_a_large_set_a_part_is_ablated_and_the_rest_is_as_before(known, monkeypatch):
     whole = figures(known)
     tokens = pd.read_csv(known / "eval" / "losses.csv")["n_targets"].iloc[-1]
-    for module in (record, losses):
-        monkeypatch.setattr(module, "ABLATED_TOKENS", int(tokens) // 3)
+    monkeypatch.setattr(reports, "ABLATED_TOKENS", int(tokens) // 3)
     report(known, "--reports", *PASS, "--again", "true")
     part = figures(known)
     table = pd.read_csv(known / "eval" / "losses.csv")

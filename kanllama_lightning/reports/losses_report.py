@@ -69,7 +69,7 @@ class LossesReport(Report):
     def work(self, lm: FrozenLM, heads: Sequence[SAEHead], tokens: int, ctx_len: int) -> Work:
         """A run and one of each head, on from the hook point, of every token; ablations of some."""
         own = min(tokens, self.tokens or tokens)
-        seen = (1 + len(ABLATIONS) / ablated_every(tokens) + len(heads)) * own
+        seen = (1 + len(ABLATIONS) / ablated_every(own) + len(heads)) * own
         return Work(on=seen, logits=seen)
 
     def begin(self, run: EvalRun) -> None:

@@ -248,7 +248,10 @@ def _stream(jobs: Sequence[Job], lm: FrozenLM, sets: Mapping[str, Rows], batch_s
         first = True
         for name, rows in sets.items():
             looked = dict.fromkeys(range(len(jobs)), 0)
-            every = ablated_every(rows.ids.numel())
+            limits = [job.report.tokens for job in jobs if job.report.splices]
+            most = None if None in limits else max((n for n in limits if n), default=0)
+            whole = rows.ids.numel()
+            every = ablated_every(whole if most is None else min(whole, most))
             for index, tokens in enumerate(batches(rows, batch_seqs)):
                 tokens = tokens.to(lm.device)
                 if first:

@@ -35,7 +35,11 @@ ABLATED_TOKENS = 1 << 14
 
 
 def ablated_every(tokens: int) -> int:
-    """n where every n-th batch of a set of so many tokens is ablated, the first one included."""
+    """n where every n-th batch is ablated, the first one included.
+
+    Args:
+        tokens: Of the set, as far as its losses are looked at.
+    """
     return max(1, tokens // ABLATED_TOKENS)
 
 

@@ -202,6 +202,19 @@ def test_of_a_large_set_a_part_is_ablated_and_the_rest_is_as_before(known, monke
     assert row["delta_ce_share"] == pytest.approx(part["losses/heldout/delta_ce_share"])
 
 
+def test_what_is_ablated_is_a_part_of_what_is_looked_at(known, monkeypatch):
+    """Not of the whole set, of which a limit may leave little."""
+    monkeypatch.setattr(reports, "ABLATED_TOKENS", 64)
+    few = ("--losses.tokens", 64, "--batch_seqs", 1)
+    report(known, "--reports", "losses", *few, "--again", "true")
+    (apart,) = (known / "eval").glob("losses-*")
+    table = pd.read_csv(apart / "losses.csv")
+    assert len(table) > 2
+    assert table["ce_zero"].notna().all()
+    documents = pd.read_csv(apart / "documents.csv")
+    assert (documents["n_ablated"] == documents["n_targets"]).all()
+
+
 def test_heads_on_one_model_share_all_but_their_own_continuation(runs, monkeypatch):
     calls = {"prefix": 0, "resume": 0}
     for name in calls:

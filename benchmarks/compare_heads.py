@@ -15,6 +15,7 @@ other seeds and sparsities, unless one of them ends at more than twice the FVU; 
 rate is taken for all. A head whose L0 misses the target by more than a percent is trained once
 more at a larger one, for the slope along which differences are corrected. The table is made on the
 reporting text by the machinery of `evaluate.py compare`: paired intervals over documents and seeds.
+Whether a difference is shown is decided by Holm's correction over the pairs of the study.
 
 Studies: `stories` compares kinds of heads, `decoders` what latents write at equal parameters,
 `replication` one spline per latent with its control (arXiv 2605.17493), `decay` three heads whose
@@ -60,6 +61,8 @@ OFF_TARGET = 0.01
 """Share by which L0 may miss its target before the slope is measured."""
 COLLAPSED = 2.0
 """Times the FVU of the first seed: a learning rate at which another seed is worse is not taken."""
+SHOWN = 0.05
+"""p, corrected, below which a difference is called shown."""
 STEEPER = 1.25
 """The L0 target of that run, as a multiple."""
 FLOP_ROWS = 8
@@ -634,7 +637,30 @@ def tables(comparison: Comparison) -> Tables:
         if k == other_k and k in s.l0:
             both = ((head, other), (other, head))
             pairs += [_against(row, x, y) for x, y in both if y in s.rivals]
+    correct(pairs)
     return Tables(rows, pairs, {"epoch_tokens": epoch, **_about(runs[every[0]])})
+
+
+def correct(pairs: Sequence[dict[str, Any]]) -> None:
+    """Put Holm's correction of p beside p: over all pairs of the study, one family per quantity.
+
+    A pair that is there both ways round counts once.
+    """
+    from kanllama_lightning.functional.bootstrap import holm
+
+    families: dict[str, dict[Any, float]] = {}
+    for row in pairs:
+        p = math.nan if row["p"] is None else row["p"]
+        families.setdefault(row["quantity"], {})[_pair(row)] = p
+    found = {q: dict(zip(own, holm([*own.values()]), strict=True)) for q, own in families.items()}
+    for row in pairs:
+        p = found[row["quantity"]][_pair(row)]
+        row["p_holm"] = None if math.isnan(p) else p
+
+
+def _pair(row: Mapping[str, Any]) -> tuple[int, frozenset[str]]:
+    """A pair at a sparsity, whichever way round."""
+    return row["target_l0"], frozenset((row["head"], row["rival"]))
 
 
 def _finished(comparison: Comparison, cell: Cell) -> bool:
@@ -666,6 +692,7 @@ def _against(row: Mapping[str, Any], head: str, rival: str) -> dict[str, Any]:
         "difference": None if value is None else sign * value,
         "low": low,
         "high": high,
+        "p": row["p"],
         "covers": row["covers"],
         "l0": row[f"l0_{own}"],
         "rival_l0": row[f"l0_{others}"],
@@ -708,6 +735,11 @@ def write_tables(comparison: Comparison) -> None:
     ]
     notes += [f"without a result: {', '.join(missing)}"] if missing else []
     _say("\n".join(f"- {note}" for note in notes) + "\n" if notes else "")
+    compared = len({_pair(row) for row in found.pairs})
+    _say(
+        f"Differences, with 95 % intervals of each by itself. Shown: p below 5 % by Holm's "
+        f"correction over the {compared} pairs of each quantity.\n"
+    )
     header = ["L0 target", "head", "minus", "FVU", "delta CE, nats", "KL, nats", "L0, L0", "L0 is"]
     _say(grid(header, _pair_lines(found.pairs)))
 
@@ -741,7 +773,7 @@ def _line(row: Mapping[str, Any]) -> list[str]:
 
 
 def _pair_lines(pairs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """A line per head and rival; an interval that holds 0 shows no difference."""
+    """A line per head and rival."""
     lines: dict[tuple[int, str, str], list[str]] = {}
     for row in pairs:
         key = (row["target_l0"], row["head"], row["rival"])
@@ -751,7 +783,8 @@ def _pair_lines(pairs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             continue
         share = f"{row['difference'] / row['rival_value']:+.1%}"
         ends = f"{row['low']:+.4f} to {row['high']:+.4f}"
-        shown = "" if row["low"] > 0 or row["high"] < 0 else ", no difference shown"
+        known = row["p_holm"] is not None and row["p_holm"] < SHOWN
+        shown = "" if known else ", no difference shown"
         line.append(f"{row['difference']:+.4f} ({ends}; {share}{shown})")
     for row in pairs:
         line = lines[row["target_l0"], row["head"], row["rival"]]

@@ -154,6 +154,23 @@ def test_the_slope_is_measured_where_l0_misses_its_target(comparison: Comparison
     assert found == [Cell("kan", 10, RATES[1], 0)]
 
 
+def test_pairs_are_corrected_for_how_many_there_are() -> None:
+    """Each once, whichever way round; quantities apart."""
+
+    def row(head: str, rival: str, k: int, p: float | None, quantity: str = "fvu") -> Any:
+        own = {"target_l0": k, "head": head, "rival": rival, "quantity": quantity, "p": p}
+        ends = {"difference": -0.1, "low": -0.2, "high": -0.01, "rival_value": 1.0}
+        return own | ends | {"l0": 8, "rival_l0": 8, "matching": "matched"}
+
+    rows = [row("a", "b", 8, 0.02), row("b", "a", 8, 0.02), row("a", "b", 16, 0.03)]
+    rows += [row("a", "c", 8, 0.001), row("a", "b", 8, 0.04, "delta_ce"), row("b", "c", 8, None)]
+    compare_heads.correct(rows)
+    assert [r["p_holm"] for r in rows[:5]] == pytest.approx([0.06, 0.06, 0.06, 0.004, 0.04])
+    assert rows[5]["p_holm"] is None
+    said = [line[3] for line in compare_heads._pair_lines(rows)]
+    assert [s.endswith("no difference shown)") for s in said] == [True, True, True, False, True]
+
+
 def test_parts_of_the_text_share_no_document(tmp_path: Path, text_file: Path) -> None:
     twice = tmp_path / "twice.jsonl"
     twice.write_text(text_file.read_text() * 2)
@@ -273,3 +290,4 @@ def test_a_study_of_two_heads_from_text_to_tables(
     assert float(there["difference"]) == pytest.approx(float(mlp["fvu"]) - float(linear["fvu"]))
     assert float(there["low"]) == pytest.approx(-float(back["high"]))
     assert there["covers"] == "documents and seeds"
+    assert there["p"] == there["p_holm"] == back["p"], "one pair, there both ways round"

@@ -24,7 +24,7 @@ from kanllama_lightning.measures.metrics import pooled, score
 
 PAIR = (
     *("level", "a", "b", "l0_a", "l0_b", "matching", "seeds_a", "seeds_b", "quantity"),
-    *("value_a", "value_b", "difference", "low", "high", "covers", "verdict"),
+    *("value_a", "value_b", "difference", "low", "high", "p", "covers", "verdict"),
 )
 """Columns of `differences.csv`."""
 MATCHED = 0.02
@@ -328,9 +328,9 @@ def _difference(a: str, b: str, parts: Sequence[Sequence[Drawn]], i: int) -> dic
     row: dict[str, Any] = {"value_a": float(whole_a.mean()), "value_b": float(whole_b.mean())}
     covers = "documents and seeds" if len(whole_a) + len(whole_b) > 2 else "documents"
     if len({d.text for part in parts for d in part}) > 1:
-        blank = dict.fromkeys(("difference", "low", "high"))
+        blank = dict.fromkeys(("difference", "low", "high", "p"))
         return row | blank | {"covers": None, "verdict": "not comparable: different documents"}
-    value, low, high = contrast(whole_a, draws_a, whole_b, draws_b)
+    value, low, high, p = contrast(whole_a, draws_a, whole_b, draws_b)
     if math.isnan(low) or math.isnan(high):
         verdict = "no interval"
     elif high < 0:
@@ -343,6 +343,7 @@ def _difference(a: str, b: str, parts: Sequence[Sequence[Drawn]], i: int) -> dic
         "difference": value,
         "low": low,
         "high": high,
+        "p": None if math.isnan(p) else p,
         "covers": covers,
         "verdict": verdict,
     }

@@ -6,7 +6,9 @@ over the same draws, which takes out what is hard about a document for both. Inp
 document; everything is computed in fp64 on the CPU and repeats exactly for a seed.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -16,6 +18,17 @@ RESAMPLES = 2000
 LEVEL = 0.95
 BLOCK = 2**21
 """Counts held at once (16 MiB as fp64)."""
+
+
+class Contrast(NamedTuple):
+    """A difference of two groups of runs."""
+
+    value: float
+    low: float
+    high: float
+    """Ends of its 95 % interval."""
+    p: float
+    """Twice the share of draws on the other side of zero, at most 1: two-sided, not corrected."""
 
 
 def interval(
@@ -42,7 +55,7 @@ def difference(
     den_b: Float[Tensor, " doc"],
     resamples: int = RESAMPLES,
     seed: int = 0,
-) -> tuple[float, float, float]:
+) -> Contrast:
     """Ratio of a minus ratio of b, and its percentile interval over the same resampled documents.
 
     Args:
@@ -65,7 +78,7 @@ def group_difference(
     den_b: Float[Tensor, "doc runs_b"],
     resamples: int = RESAMPLES,
     seed: int = 0,
-) -> tuple[float, float, float]:
+) -> Contrast:
     """Mean ratio of the runs of a minus that of b, and its interval; see `contrast`.
 
     Args:
@@ -90,8 +103,8 @@ def contrast(
     whole_b: Float[Tensor, " runs_b"],
     draws_b: Float[Tensor, "resamples runs_b"],
     seed: int = 0,
-) -> tuple[float, float, float]:
-    """Mean of the runs of a minus that of b, and its interval.
+) -> Contrast:
+    """Mean of the runs of a minus that of b, its interval, and how seldom chance gives as much.
 
     The interval covers the documents (one draw of them serves all runs) and, where a group has
     several runs, the seeds they differ in: what another training run would give. Three seeds drawn
@@ -114,7 +127,8 @@ def contrast(
         squares = [(w - w.mean()).square().sum() for w in (whole_a, whole_b)]
         error = ((squares[0] + squares[1]) / free * (1 / n_a + 1 / n_b)).sqrt()
         draws = draws + error * _student(len(draws), free, seed + 1)
-    return float(whole_a.mean() - whole_b.mean()), *middle(draws)
+    value = float(whole_a.mean() - whole_b.mean())
+    return Contrast(value, *middle(draws), two_sided(draws))
 
 
 def centre(
@@ -165,6 +179,37 @@ def middle(draws: Float[Tensor, " resamples"]) -> tuple[float, float]:
     tail = (1 - LEVEL) / 2
     low, high = draws.nanquantile(torch.tensor([tail, 1 - tail], dtype=draws.dtype)).tolist()
     return low, high
+
+
+def two_sided(draws: Float[Tensor, " resamples"]) -> float:
+    """p of a difference whose draws these are, of zero; NaN without a draw that is a number.
+
+    Twice the smaller tail with one draw added to it, so that n draws say no less than 2 / (n + 1)
+    (Davison and Hinkley 1997, Bootstrap Methods and their Application, section 4.2).
+    """
+    known = draws[~draws.isnan()]
+    if not len(known):
+        return math.nan
+    tail = min(int((known <= 0).sum()), int((known >= 0).sum()))
+    return min(1.0, 2 * (tail + 1) / (len(known) + 1))
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """p of each of many comparisons, corrected for all of them (Holm 1979).
+
+    The chance that any of those below a level is below it by accident is at most the level. NaN
+    counts as a comparison and stays NaN.
+
+    Args:
+        p: Of each comparison by itself.
+    """
+    order = sorted(range(len(p)), key=lambda i: math.inf if math.isnan(p[i]) else p[i])
+    corrected, least = [math.nan] * len(p), 0.0
+    for done, i in enumerate(order):
+        if not math.isnan(p[i]):
+            least = max(least, min(1.0, (len(p) - done) * p[i]))
+            corrected[i] = least
+    return corrected
 
 
 def _counts(n_doc: int, resamples: int, seed: int) -> Iterator[Float[Tensor, "block doc"]]:

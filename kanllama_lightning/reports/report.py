@@ -30,7 +30,7 @@ INDEX = "index.html"
 """The page that a record is read from."""
 DRAWINGS = "svg"
 """Folder, within a record, of the figures as drawings."""
-ABLATED_TOKENS = 1 << 14
+ABLATED_TOKENS = 1 << 13
 """Of a set of twice as many tokens or more, about so many are ablated."""
 
 

@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from kanllama_lightning.functional import bootstrap
-from kanllama_lightning.functional.bootstrap import contrast, difference, group_difference, interval
+from kanllama_lightning.functional.bootstrap import (
+    contrast,
+    difference,
+    group_difference,
+    holm,
+    interval,
+    two_sided,
+)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -43,12 +50,12 @@ def test_differences_equal_numpy_over_the_same_documents() -> None:
     ends = np.quantile(draws[:, 0] - draws[:, 1], [0.025, 0.975])
     found = difference(a, size, b, size * 2, 300, 5)
     assert found[0] == pytest.approx(float(a.sum() / size.sum() - b.sum() / size.sum() / 2))
-    assert found[1:] == pytest.approx(tuple(ends), rel=1e-12)
+    assert found[1:3] == pytest.approx(tuple(ends), rel=1e-12)
 
 
 def test_pairing_takes_out_what_is_hard_about_a_document() -> None:
     a, size = documents(100)
-    value, low, high = difference(a, size, a + 0.01 * size, size)
+    value, low, high, _ = difference(a, size, a + 0.01 * size, size)
     assert (value, low, high) == pytest.approx((-0.01, -0.01, -0.01))
     apart = interval(a, size)
     assert apart[1] - apart[0] > 0.1
@@ -90,9 +97,9 @@ def test_differences_of_three_seeds_cover_the_truth(seed_spread: float) -> None:
         own = torch.randn(50, 6, generator=g) * 0.1 + torch.randn(1, 6, generator=g) * seed_spread
         a, b = (1 + shared + own).split(3, 1)
         ones = torch.ones_like(a)
-        _, low, high = group_difference(a, ones, b, ones, 400, trial)
+        _, low, high, _ = group_difference(a, ones, b, ones, 400, trial)
         hits += low <= 0 <= high
-        _, low, high = difference(a[:, 0], ones[:, 0], b[:, 0], ones[:, 0], 400, trial)
+        _, low, high, _ = difference(a[:, 0], ones[:, 0], b[:, 0], ones[:, 0], 400, trial)
         naive += low <= 0 <= high
     assert hits / n >= 0.9
     assert seed_spread < 0.2 or naive / n < 0.5
@@ -102,8 +109,43 @@ def test_a_single_run_borrows_the_spread_of_a_group() -> None:
     whole = torch.tensor([1.0, 1.2, 1.4], dtype=torch.float64)
     draws = whole.expand(2000, 3)
     one = (torch.tensor([1.2], dtype=torch.float64), torch.full((2000, 1), 1.2).double())
-    value, low, high = contrast(whole, draws, *one)
+    value, low, high, p = contrast(whole, draws, *one)
     assert value == pytest.approx(0)
     # t with 2 degrees of freedom: 4.30 standard errors of 0.2 sqrt(1 + 1/3)
     assert high == pytest.approx(4.30 * 0.2 * math.sqrt(4 / 3), rel=0.15)
     assert low == pytest.approx(-high, rel=0.25)
+    assert p > 0.9
+
+
+def test_p_agrees_with_the_interval() -> None:
+    """Below 5 % where the 95 % interval leaves zero out."""
+    g = generator()
+    for shift in (-0.5, -0.06, -0.03, 0.0, 0.03, 0.06, 0.5):
+        a = 1 + torch.randn(40, 3, generator=g) * 0.2
+        b, ones = a + shift + torch.randn(40, 3, generator=g) * 0.1, torch.ones(40, 3)
+        found = group_difference(a, ones, b, ones)
+        assert (found.p < 0.05) == (found.low > 0 or found.high < 0), found
+    assert found.p == 2 / 2001
+
+
+def test_p_of_no_draws_is_unknown() -> None:
+    assert math.isnan(two_sided(torch.full((5,), math.nan)))
+    assert two_sided(torch.zeros(5)) == 1
+
+
+def test_holm() -> None:
+    """The example is worked by hand: 4 x 0.01, 3 x 0.02, 2 x 0.03 (not below), 1 x 0.04."""
+    assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.9, 0.8]) == [1, 1]
+    assert holm([]) == []
+    unknown, known = holm([math.nan, 0.01])
+    assert math.isnan(unknown)
+    assert known == pytest.approx(0.02)
+
+
+def test_holm_claims_too_much_as_seldom_as_it_says() -> None:
+    """Twenty comparisons without a difference: any is called one in at most 5 % of families."""
+    p = torch.rand(4000, 20, generator=generator(3))
+    family = [min(holm(row)) < 0.05 for row in p.tolist()]
+    assert 0.035 < np.mean(family) < 0.065
+    assert np.mean((p < 0.05).any(1).numpy()) > 0.5

@@ -5,7 +5,8 @@
 
 `ladder`: the dictionary, b_dec and scale of finished runs of `batch_topk` (one per seed) are held
 fixed, and encoders of about the parameters of KANEncoder learn to use them: linear, MLP, KAN, two
-unrolled steps (`Unrolled`), each with BatchTopK behind it and from the same start. Orthogonal
+unrolled steps (`Unrolled`), and one, which has about the products of the MLP; each with BatchTopK
+behind it and from the same start. Orthogonal
 matching pursuit, which needs no training and sees the dictionary, is the oracle: once with exactly
 k latents per token, once with k on average, the largest gains of all tokens first. Given is the
 share of the gap between the linear encoder and the second oracle that each closes.
@@ -60,12 +61,14 @@ CHOOSING_SEED = 100
 DRAWS = 10_000
 SPARE = 3
 """Times k: atoms that the second oracle may spend on one token."""
+UNROLLED = {"unrolled": 2, "unrolled once": 1}
+"""Steps of the unrolled encoders, by name."""
 SWEEPS = 40
 """Passes of coordinate descent after each new atom."""
 
 
 class Unrolled(LinearEncoder):
-    """Two steps of iterative hard thresholding, unrolled, each with weights of its own.
+    """Steps of iterative hard thresholding, unrolled, each with weights of its own.
 
     p_0 = (x - b_dec) W_enc + b_enc, p_i = p_(i-1) + (x - b_dec - z_(i-1) D) W_i with z the 2 k
     largest of ReLU(p) of each token and D the dictionary. W_i = 0 at the start.
@@ -74,17 +77,22 @@ class Unrolled(LinearEncoder):
         W: Directions that the encoder starts from, one per latent.
         dictionary: D.
         k: Latents per token that are aimed at.
+        steps: How many.
     """
 
     D: Tensor
 
     def __init__(
-        self, W: Float[Tensor, "d_sae d_model"], dictionary: Float[Tensor, "d_sae d_model"], k: int
+        self,
+        W: Float[Tensor, "d_sae d_model"],
+        dictionary: Float[Tensor, "d_sae d_model"],
+        k: int,
+        steps: int = 2,
     ) -> None:
         super().__init__(W)
         self.kept = 2 * k
         self.register_buffer("D", dictionary.clone())
-        self.steps = nn.ParameterList([torch.zeros_like(W).T for _ in range(2)])
+        self.steps = nn.ParameterList([torch.zeros_like(W).T for _ in range(steps)])
 
     def branches(
         self, x: Float[Tensor, "tok d_model"], b_dec: Float[Tensor, " d_model"]
@@ -223,7 +231,7 @@ def encoder_head(kind: str, d_model: int, d_sae: int, k: int, seed: int) -> SAE:
     shared: dict[str, Any] = {"d_model": d_model, "d_sae": d_sae, "target_l0": k, "seed": seed}
     kinds: dict[str, type[SAE]] = {
         "linear": heads.BatchTopK,
-        "unrolled": heads.BatchTopK,  # until `fixed_head` gives it its encoder
+        **dict.fromkeys(UNROLLED, heads.BatchTopK),  # until `fixed_head` gives it its encoder
         "wide": heads.WideBatchTopK,
         "mlp": heads.MLPEncoder,
         "kan": heads.KANEncoder,
@@ -235,8 +243,8 @@ def fixed_head(kind: str, teacher: SAE, seed: int, start: Tensor) -> SAE:
     """An untrained encoder before the dictionary of a trained head, which rests."""
     head = encoder_head(kind, teacher.d_model, teacher.d_sae, teacher.target_l0, seed)
     D = teacher.decoder.first()
-    if kind == "unrolled":
-        head.encoder = Unrolled(head.drawn(), D, teacher.target_l0)
+    if kind in UNROLLED:
+        head.encoder = Unrolled(head.drawn(), D, teacher.target_l0, UNROLLED[kind])
     head.decoder = FrozenDirections(D)
     head.start_(start)
     with torch.no_grad():
@@ -402,7 +410,7 @@ def oracle(teacher: SAE, data: Data) -> dict[str, Any]:
 
 def ladder(cells: Cells, seeds: int) -> str:
     """The table of the ladder."""
-    kinds = ("linear", "mlp", "kan", "unrolled")
+    kinds = ("linear", "mlp", "kan", *UNROLLED)
     rates = cells.rates(kinds)
     wanted = {k: [Cell(k, s, rates[k][0]) for s in range(seeds)] for k in kinds}
     flat = [cell for own in wanted.values() for cell in own]
@@ -424,7 +432,7 @@ def ladder(cells: Cells, seeds: int) -> str:
                      f"{cell[0]['parameters']:,}",
                      f"{rates[name][0]:g}{'' if rates[name][1] else ' (edge)'}"]  # fmt: skip
         rows.append(line + [""] * (6 - len(line)))
-    for a, b in (("kan", "mlp"), ("kan", "unrolled"), ("mlp", "unrolled")):
+    for a, b in (("kan", "mlp"), *((x, y) for y in UNROLLED for x in ("kan", "mlp"))):
         value, low, high = _interval(e2[a] - e2[b], x2, draws)
         rows.append([f"{a} minus {b}", f"{value:+.4f} ({low:+.4f} to {high:+.4f})", "", "", "", ""])
     return grid(["encoder", "FVU", "gap closed", "L0", "parameters", "lr"], rows)

@@ -1,6 +1,5 @@
 """The comparison of heads: what is run, in which order, and what the tables say."""
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -250,44 +249,3 @@ def test_mistakes_are_one_line(
     monkeypatch.setattr(compare_heads, "commit", lambda: "def")
     finish(Comparison(STORIES, tmp_path / "out/stories"), Cell("kan", 8, 6e-3, 0), 0.1)
     assert "--mixed" in refused(capsys, "train", "stories", *there)
-
-
-@pytest.mark.slow
-def test_a_study_of_two_heads_from_text_to_tables(
-    tmp_path: Path,
-    text_file: Path,
-    tiny_lm_dir: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(compare_heads, "EXTENSIONS", 1)
-    out = ["stories", "--out", str(tmp_path / "out")]
-    lm = ["--model", str(tiny_lm_dir), "--hook_point", "model.layers.1.mlp"]
-    size = ["--tokens", "4096", "--d_sae", "24", "--l0", "4", "--seeds", "0", "1"]
-    also = ["lm.untrained=true", "model.start_tokens=512", "model.buffer.capacity_tokens=2048"]
-    also += ["data.ctx_len=32", "data.val_tokens=512", "model.sae_batch_tokens=256"]
-    begun = ["--text", str(text_file), *lm, *size, "--heads", "batch_topk", "mlp", "--also", *also]
-    assert main(["train", *out, *begun, "--dirty", "--workers", "1"]) == 0
-    done = capsys.readouterr().out
-    assert done.count("exit 0") >= 8
-    assert "exit 2" not in done
-    assert main(["train", *out, "--dirty"]) == 0
-    assert "exit" not in capsys.readouterr().out, "a finished cell is not run again"
-    assert main(["table", *out]) == 0
-    said = capsys.readouterr().out
-    assert "| mlp | batch_topk |" in said
-    assert "seeds 0, 1" in said
-    with (tmp_path / "out/stories/table.csv").open(newline="") as file:
-        linear, mlp = csv.DictReader(file)
-    folder = next((tmp_path / "out/stories").glob(f"mlp-l0_4-lr_{float(mlp['lr']):g}-seed_0"))
-    assert json.loads((folder / "summary.json").read_text())["val/report/fvu"] > 0
-    assert float(mlp["fvu_low"]) < float(mlp["fvu"]) < float(mlp["fvu_high"])
-    assert int(mlp["parameters"]) > int(linear["parameters"])
-    assert mlp["commit"] == json.loads((folder / "cell.json").read_text())["commit"]
-    with (tmp_path / "out/stories/differences.csv").open(newline="") as file:
-        pairs = {(r["head"], r["rival"], r["quantity"]): r for r in csv.DictReader(file)}
-    there, back = pairs["mlp", "batch_topk", "fvu"], pairs["batch_topk", "mlp", "fvu"]
-    assert float(there["difference"]) == pytest.approx(float(mlp["fvu"]) - float(linear["fvu"]))
-    assert float(there["low"]) == pytest.approx(-float(back["high"]))
-    assert there["covers"] == "documents and seeds"
-    assert there["p"] == there["p_holm"] == back["p"], "one pair, there both ways round"

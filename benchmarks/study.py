@@ -4,9 +4,10 @@
     .venv/bin/python benchmarks/study.py --model FOLDER --text FILE --out runs/study --only decoders
 
 FOLDER is stories260K in Hugging Face format, FILE text with a JSON object per line; neither is part
-of the project. Each part is a study of compare_heads.py or encoders.py with the settings of
-the plan in LOG.md; its table is written beside its cells, under the name of the part. What is there is not made
-again: the same command goes on where it was stopped. At the end stands what each part took.
+of the project. Each part is a study of compare_heads.py or encoders.py with the settings of the
+plan in LOG.md; its table is written beside its cells, under the name of the part. What is there is
+not made again: the same command goes on where it was stopped. At the end stands what each part
+took.
 
 `--small` does the same in minutes, with few tokens, two seeds and two heads: it shows that
 everything runs and repeats, and says nothing of heads.

@@ -2,6 +2,7 @@
 
     .venv/bin/python benchmarks/encoders.py ladder --runs RUN RUN RUN --out runs/encoders
     .venv/bin/python benchmarks/encoders.py truth --out runs/encoders
+    .venv/bin/python benchmarks/encoders.py graded --out runs/encoders
 
 `ladder`: the dictionary, b_dec and scale of finished runs of `batch_topk` (one per seed) are held
 fixed, and encoders of about the parameters of KANEncoder learn to use them: linear, MLP, KAN, two
@@ -15,6 +16,9 @@ share of the gap between the linear encoder and the second oracle that each clos
 on average, in groups that share some of their chances (`--correlation`); strengths are 1 +- 0.5.
 Whole heads are trained on them. Given are MCC, the mean |cosine| of each true direction with the
 latent that the best one-to-one matching gives it, and F1 of the matched latents' firing.
+
+`graded`: beside 256 known directions, eight variables whose value runs along a circle or half a
+circle. Given is how many latents tell a value, chosen one after the other (`GradedWorld`, `told`).
 
 Each encoder takes the learning rate of a grid, extended at its ends, with the lowest FVU on rows
 that nothing else is of, at a seed of its own. Reported rows take no part in anything before. Cells
@@ -235,7 +239,13 @@ def encoder_head(kind: str, d_model: int, d_sae: int, k: int, seed: int) -> SAE:
         "wide": heads.WideBatchTopK,
         "mlp": heads.MLPEncoder,
         "kan": heads.KANEncoder,
+        "larger": heads.BatchTopK,
+        "bent": heads.BentDictionary,
+        "powers": heads.BentDictionary,
+        "curved": heads.CurvedDictionary,
+        "untrained": heads.BatchTopK,
     }
+    shared |= {"larger": {"d_sae": 798}, "powers": {"shape": "powers"}}.get(kind, {})
     return kinds[kind](**shared)
 
 
@@ -273,7 +283,9 @@ _MAKE: dict[str, Make] = {}
 def _begin(what: str, given: Mapping[str, Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-    _MAKE["cell"] = {"ladder": ladder_cells, "truth": truth_cells}[what](given)
+    _MAKE["cell"] = {"ladder": ladder_cells, "truth": truth_cells, "graded": graded_cells}[what](
+        given
+    )
 
 
 def _made(cell: Cell) -> dict[str, Any]:
@@ -285,7 +297,7 @@ class Cells:
     """Cells in a folder: those that are there are read, others are made.
 
     Args:
-        what: `ladder` or `truth`.
+        what: `ladder`, `truth` or `graded`.
         given: What they are made from.
         out: The folder.
         workers: Cells at a time.
@@ -574,17 +586,182 @@ def truth(cells: Cells, seeds: int) -> str:
     return grid([*header, "lr"], rows)
 
 
+# ------------------------------------------------------------------------- graded
+
+
+class GradedRows(NamedTuple):
+    """Rows, and the graded variables in them."""
+
+    x: Float[Tensor, "n d_model"]
+    there: Bool[Tensor, "n variables"]
+    angle: Float[Tensor, "n variables"]
+    """Of the value, in radians."""
+
+
+class GradedWorld(NamedTuple):
+    """Known directions, and planes in which a value is an angle."""
+
+    plain: World
+    planes: Float[Tensor, "variables 2 d_model"]
+    span: Float[Tensor, " variables"]
+    """Radians that the values of each variable cover: a circle or half of one."""
+
+    def rows(self, n: int, seed: int) -> GradedRows:
+        """Rows, with which variables are there and where each is."""
+        x, _ = self.plain.rows(n, seed)
+        generator = torch.Generator().manual_seed(500 + seed)
+        shape = (n, len(self.span))
+        there = torch.rand(shape, generator=generator) < THERE
+        angle = torch.rand(shape, generator=generator) * self.span
+        strength = there * (1 + 0.1 * torch.randn(shape, generator=generator))
+        for i, (u, v) in enumerate(self.planes):
+            at = angle[:, i, None]
+            x += strength[:, i, None] * (at.cos() * u + at.sin() * v)
+        return GradedRows(x, there, angle)
+
+
+VARIABLES, THERE = 8, 0.25
+"""Graded variables, the first half on circles, and the share of rows that have each."""
+MOST = 16
+"""Latents that are chosen at most to tell a value."""
+TOLD = 0.9
+"""R2 from which on a value counts as told."""
+KNOTS = 4
+"""Of the piecewise linear function of a latent, at quantiles of where it fires."""
+
+
+def graded_world(seed: int) -> GradedWorld:
+    """256 directions of which 6 fire, 8 planes of which 2 are there; drawn by a seed."""
+    generator = torch.Generator().manual_seed(2000 + seed)
+    features = FEATURES // 2
+    directions = torch.randn(features, D_MODEL, generator=generator)
+    p = 1 / torch.arange(10, features + 10).float()
+    plain = World(
+        directions / directions.norm(dim=1, keepdim=True),
+        (L0 - VARIABLES * THERE) * p / p.sum(),
+        0.0,
+    )
+    planes = torch.linalg.qr(torch.randn(VARIABLES, D_MODEL, 2, generator=generator)).Q.mT
+    span = torch.full((VARIABLES,), 2 * math.pi)
+    span[VARIABLES // 2 :] = math.pi
+    return GradedWorld(plain, planes.contiguous(), span)
+
+
+@torch.no_grad()
+def told(z: Float[Tensor, "n d_sae"], y: Float[Tensor, "n value"]) -> list[float]:
+    """R2 of a value by 1, 2, ... latents, on the second half of the rows.
+
+    The first half chooses and fits: the latent whose piecewise linear function explains most of
+    what is left comes next, then all of those so far are fitted together (with a little ridge).
+
+    Args:
+        z: Latents.
+        y: The value; its cosine and sine where it is an angle on a circle.
+    """
+    half = len(z) // 2
+    z = z[:, (z[:half] > 0).double().mean(0) >= 0.01]
+    mean = y[:half].mean(0)
+    y = (y - mean).double()
+    features = []
+    for own in z.T.double():
+        ends = own[:half][own[:half] > 0].quantile(torch.linspace(0, 1, KNOTS + 2).double()[:-1])
+        features.append(torch.stack([(own > 0).double(), *(own - e.abs() for e in ends)], 1))
+        features[-1][:, 2:] = features[-1][:, 2:].clamp_min(0)
+    if not features:
+        return [0.0]
+    every = torch.stack(features)
+    centre, spread = every[:, :half].mean(1, True), every[:, :half].std(1, keepdim=True)
+    every = (every - centre) / spread.clamp_min(1e-9)
+    fit, test = every[:, :half], every[:, half:]
+    gram = fit.mT @ fit + 1e-3 * half * torch.eye(fit.shape[2], dtype=fit.dtype)
+    left, chosen, found = y[:half], [], []
+    for _ in range(min(MOST, len(every))):
+        inner = fit.mT @ left
+        gain = (inner * torch.linalg.solve(gram, inner)).sum((1, 2))
+        gain[chosen] = -1
+        chosen.append(int(gain.argmax()))
+        both = torch.cat([*fit[chosen]], 1)
+        ridge = 1e-3 * half * torch.eye(both.shape[1], dtype=both.dtype)
+        weight = torch.linalg.solve(both.T @ both + ridge, both.T @ y[:half])
+        left = y[:half] - both @ weight
+        error = (y[half:] - torch.cat([*test[chosen]], 1) @ weight).square().sum()
+        found.append(1 - float(error / y[half:].square().sum()))
+    return found
+
+
+def graded_cells(given: Mapping[str, Any]) -> Make:
+    """Cells on known directions and graded variables: a world per seed."""
+
+    def make(cell: Cell) -> dict[str, Any]:
+        own = graded_world(cell.seed)
+        x = own.rows(given["rows"], 1).x
+        choose, report = own.rows(1 << 15, 2).x, own.rows(1 << 15, 3)
+        head = encoder_head(cell.kind, D_MODEL, FEATURES, L0, cell.seed)
+        head.start_(x[: 1 << 16])
+        if cell.kind == "untrained":
+            head.eval().calibrate_(x[: 1 << 16])
+        else:
+            train(head, x, given["tokens"], cell.lr, cell.seed)
+        with torch.no_grad():
+            z = torch.cat([head(part).codes.dense() for part in report.x.split(8192)])
+        r2 = []
+        for i in range(VARIABLES):
+            rows, angle = report.there[:, i], report.angle[:, i, None]
+            circle = i < VARIABLES // 2
+            value = torch.cat([angle.cos(), angle.sin()], 1) if circle else angle
+            r2.append(told(z[rows], value[rows]))
+        _, l0, dead = squares(head, report.x, torch.zeros(len(report.x), dtype=torch.int64))
+        size = sum(p.numel() for p in head.parameters())
+        return {"choose": fvu(head, choose), "fvu": fvu(head, report.x), "l0": l0, "dead": dead,
+                "r2": r2, "parameters": size}  # fmt: skip
+
+    return make
+
+
+def latents_needed(r2: Sequence[float]) -> int:
+    """The least number of latents that tell a value; one more than `MOST` where none does."""
+    return next((n for n, value in enumerate(r2, 1) if value >= TOLD), MOST + 1)
+
+
+def graded(cells: Cells, seeds: int) -> str:
+    """The table of graded variables."""
+    kinds = ("linear", "larger", "kan", "bent", "powers", "curved")
+    rates: dict[str, tuple[float, bool]] = {**cells.rates(kinds), "untrained": (0.0, True)}
+    found = {
+        k: cells.all([Cell(k, s, rate) for s in range(seeds)]) for k, (rate, _) in rates.items()
+    }
+    rows = []
+    for kind, own in found.items():
+        line = [kind, f"{own[0]['parameters']:,}"]
+        for key in ("l0", "fvu", "dead"):
+            line.append(f"{statistics.fmean(one[key] for one in own):.3f}")
+        for part in (slice(0, VARIABLES // 2), slice(VARIABLES // 2, None)):
+            needed = [[latents_needed(r2) for r2 in one["r2"][part]] for one in own]
+            worlds = ", ".join(f"{statistics.median(n):g}" for n in needed)
+            line.append(f"{statistics.median(sum(needed, [])):g} ({worlds})")
+            best = [r2[0] for one in own for r2 in one["r2"][part]]
+            line.append(f"{statistics.fmean(best):.2f} ({min(best):.2f} to {max(best):.2f})")
+        rows.append([*line, f"{rates[kind][0]:g}{'' if rates[kind][1] else ' (edge)'}"])
+    header = ["head", "parameters", "L0", "FVU", "dead"]
+    header += [f"{what} {which}" for which in ("circle", "half circle")
+               for what in ("latents needed,", "R2 of one,")]  # fmt: skip
+    said = (
+        f"Latents needed for R2 {TOLD:g}: median (of each world); {MOST + 1}: more than {MOST}.\n\n"
+    )
+    return said + grid([*header, "lr"], rows)
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Train what is missing, print the table; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("what", choices=["ladder", "truth"])
+    add("what", choices=["ladder", "truth", "graded"])
     add("--runs", nargs="+", default=[], help="finished cells of batch_topk, one per seed")
     add("--out", type=Path, default=Path("runs/encoders"), help="folder of the cells")
     add("--tokens", type=int, default=1_000_000, help="rows that each cell is trained on")
     add("--rows", type=int, default=1_000_000, help="different rows among them")
     add("--report_rows", type=int, default=50_000, help="rows that the ladder reports")
-    add("--seeds", type=int, default=3, help="of `truth`; the ladder has one per run")
+    add("--seeds", type=int, default=3, help="of `truth` and `graded`; the ladder has one per run")
     add("--correlation", type=float, default=0.3, help="how much groups of features share")
     add("--workers", type=int, default=2, help="cells at a time")
     given = parser.parse_args(args)
@@ -605,7 +782,7 @@ def main(args: Sequence[str] | None = None) -> int:
         kept.write_text(json.dumps(about))
     cells = Cells(given.what, about, out, given.workers)
     try:
-        print(({"ladder": ladder, "truth": truth}[given.what])(cells, seeds))  # noqa: T201
+        print(({"ladder": ladder, "truth": truth, "graded": graded}[given.what])(cells, seeds))  # noqa: T201
     finally:
         cells.pool.shutdown(cancel_futures=True)
     return 0

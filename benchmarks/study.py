@@ -36,9 +36,10 @@ PARTS: dict[str, tuple[str, ...]] = {
     "planes": (),
     "ladder": (),
     "truth": (),
+    "graded": (),
 }
 """Each with what it is given beside the settings of its own."""
-OF_ENCODERS = ("ladder", "truth")
+OF_ENCODERS = ("ladder", "truth", "graded")
 SMALL_PARTS = ("stories", "ladder", "truth")
 SMALL = {
     "stories": ("--tokens", "8192", "--d_sae", "48", "--l0", "4", "--seeds", "0", "1")

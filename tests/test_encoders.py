@@ -16,9 +16,12 @@ from benchmarks.encoders import (
     Unrolled,
     encoder_head,
     fixed_head,
+    graded_world,
+    latents_needed,
     main,
     pursuit,
     spend,
+    told,
     train,
     world,
 )
@@ -115,6 +118,55 @@ def test_known_directions_fire_as_often_as_they_should_and_together_where_asked(
     torch.testing.assert_close(strength, x[single].norm(dim=1))
     assert strength.min() >= 0.0999
     assert 0.7 < strength.mean() < 1.3
+
+
+def test_graded_variables_are_there_as_often_as_they_should_and_lie_on_their_curves() -> None:
+    world_ = graded_world(0)
+    rows_ = world_.rows(20_000, 1)
+    assert rows_.there.float().mean(0).sub(encoders.THERE).abs().max() < 0.02
+    plain, fires = world_.plain.rows(20_000, 1)
+    assert float(fires.float().sum(1).mean()) == pytest.approx(6, abs=0.1)
+    products = world_.planes @ world_.planes.mT
+    torch.testing.assert_close(products, torch.eye(2).expand_as(products), atol=1e-5, rtol=0)
+    alone = (rows_.there[:, 6]) & (rows_.there.sum(1) == 1)
+    inside = (rows_.x - plain)[alone] @ world_.planes[6].T
+    torch.testing.assert_close(
+        torch.atan2(inside[:, 1], inside[:, 0]).abs(), rows_.angle[alone, 6], atol=1e-3, rtol=0
+    )
+    assert float(inside.norm(dim=1).mean()) == pytest.approx(1, abs=0.02)
+    spans = rows_.angle.amax(0)
+    assert spans[0] > 6.2
+    assert 3.1 < spans[7] < 3.15
+
+
+def test_what_latents_tell_of_a_value() -> None:
+    """One that follows it tells all; tiles tell it together; other ones tell nothing."""
+    generator = torch.Generator().manual_seed(0)
+    angle = torch.rand(4000, generator=generator) * 6.28
+    value = torch.stack([angle.cos(), angle.sin()], 1)
+    chance = torch.rand(4000, 20, generator=generator)
+    centres = torch.linspace(0, 6.28, 9)[:-1]
+    tiles = (angle[:, None] - centres).cos().clamp_min(0)
+    assert latents_needed(told(torch.cat([chance, angle[:, None] + 0.1], 1), value)) == 1
+    found = told(torch.cat([chance, tiles], 1), value)
+    assert 1 < latents_needed(found) <= 4
+    assert all(b > a - 0.01 for a, b in itertools.pairwise(found))
+    assert max(told(chance, value)) < 0.02
+    assert latents_needed(told(chance, value)) == encoders.MOST + 1
+    assert told(torch.zeros(100, 3), value[:100]) == [0.0]
+
+
+@pytest.mark.slow
+def test_every_head_of_the_graded_variables_is_made_and_measured() -> None:
+    make = encoders.graded_cells({"rows": 4096, "tokens": 2048})
+    figures = make(encoders.Cell("untrained", 0, 0.0))
+    assert len(figures["r2"]) == encoders.VARIABLES
+    assert max(r2[0] for r2 in figures["r2"]) < 0.5
+    sizes = {
+        kind: sum(p.numel() for p in encoder_head(kind, 64, 512, 8, 0).parameters())
+        for kind in ("larger", "bent")
+    }
+    assert sizes["larger"] == pytest.approx(sizes["bent"], rel=0.01)
 
 
 def test_the_grid_of_rates_grows_at_its_ends(

@@ -626,6 +626,8 @@ MOST = 16
 """Latents that are chosen at most to tell a value."""
 TOLD = 0.9
 """R2 from which on a value counts as told."""
+SHOWN = (1, 2, 4, MOST)
+"""Numbers of latents whose R2 is shown."""
 KNOTS = 4
 """Of the piecewise linear function of a latent, at quantiles of where it fires."""
 
@@ -689,13 +691,34 @@ def told(z: Float[Tensor, "n d_sae"], y: Float[Tensor, "n value"]) -> list[float
     return found
 
 
+def read(x: Float[Tensor, "n d_model"], y: Float[Tensor, "n value"]) -> list[float]:
+    """R2 of a value by a linear function of all coordinates, fitted on the first half."""
+    half, y = len(x) // 2, y - y[: len(x) // 2].mean(0)
+    x = torch.cat([x, torch.ones(len(x), 1)], 1)
+    left = y[half:] - x[half:] @ torch.linalg.lstsq(x[:half], y[:half]).solution
+    return [1 - float(left.square().sum() / y[half:].square().sum())]
+
+
 def graded_cells(given: Mapping[str, Any]) -> Make:
     """Cells on known directions and graded variables: a world per seed."""
 
     def make(cell: Cell) -> dict[str, Any]:
         own = graded_world(cell.seed)
+        report = own.rows(1 << 15, 3)
+
+        def values(measure: Callable[[Tensor, Tensor], list[float]], seen: Tensor) -> list[Any]:
+            found = []
+            for i in range(VARIABLES):
+                rows, angle = report.there[:, i], report.angle[:, i, None]
+                circle = i < VARIABLES // 2
+                value = torch.cat([angle.cos(), angle.sin()], 1) if circle else angle
+                found.append(measure(seen[rows], value[rows]))
+            return found
+
+        if cell.kind == "read":
+            return {"r2": values(read, report.x)}
         x = own.rows(given["rows"], 1).x
-        choose, report = own.rows(1 << 15, 2).x, own.rows(1 << 15, 3)
+        choose = own.rows(1 << 15, 2).x
         head = encoder_head(cell.kind, D_MODEL, FEATURES, L0, cell.seed)
         head.start_(x[: 1 << 16])
         if cell.kind == "untrained":
@@ -704,16 +727,10 @@ def graded_cells(given: Mapping[str, Any]) -> Make:
             train(head, x, given["tokens"], cell.lr, cell.seed)
         with torch.no_grad():
             z = torch.cat([head(part).codes.dense() for part in report.x.split(8192)])
-        r2 = []
-        for i in range(VARIABLES):
-            rows, angle = report.there[:, i], report.angle[:, i, None]
-            circle = i < VARIABLES // 2
-            value = torch.cat([angle.cos(), angle.sin()], 1) if circle else angle
-            r2.append(told(z[rows], value[rows]))
         _, l0, dead = squares(head, report.x, torch.zeros(len(report.x), dtype=torch.int64))
         size = sum(p.numel() for p in head.parameters())
         return {"choose": fvu(head, choose), "fvu": fvu(head, report.x), "l0": l0, "dead": dead,
-                "r2": r2, "parameters": size}  # fmt: skip
+                "r2": values(told, z), "parameters": size}  # fmt: skip
 
     return make
 
@@ -728,25 +745,32 @@ def graded(cells: Cells, seeds: int) -> str:
     kinds = ("linear", "larger", "kan", "bent", "powers", "curved")
     rates: dict[str, tuple[float, bool]] = {**cells.rates(kinds), "untrained": (0.0, True)}
     found = {
-        k: cells.all([Cell(k, s, rate) for s in range(seeds)]) for k, (rate, _) in rates.items()
+        kind: cells.all([Cell(kind, s, rate) for s in range(seeds)])
+        for kind, (rate, _) in rates.items()
     }
+    parts = {"circle": slice(0, VARIABLES // 2), "half circle": slice(VARIABLES // 2, None)}
     rows = []
     for kind, own in found.items():
         line = [kind, f"{own[0]['parameters']:,}"]
         for key in ("l0", "fvu", "dead"):
             line.append(f"{statistics.fmean(one[key] for one in own):.3f}")
-        for part in (slice(0, VARIABLES // 2), slice(VARIABLES // 2, None)):
+        for part in parts.values():
             needed = [[latents_needed(r2) for r2 in one["r2"][part]] for one in own]
             worlds = ", ".join(f"{statistics.median(n):g}" for n in needed)
             line.append(f"{statistics.median(sum(needed, [])):g} ({worlds})")
-            best = [r2[0] for one in own for r2 in one["r2"][part]]
-            line.append(f"{statistics.fmean(best):.2f} ({min(best):.2f} to {max(best):.2f})")
+            every = [r2 for one in own for r2 in one["r2"][part]]
+            line += [f"{statistics.fmean(r2[min(n, len(r2)) - 1] for r2 in every):.2f}"
+                     for n in SHOWN]  # fmt: skip
         rows.append([*line, f"{rates[kind][0]:g}{'' if rates[kind][1] else ' (edge)'}"])
     header = ["head", "parameters", "L0", "FVU", "dead"]
-    header += [f"{what} {which}" for which in ("circle", "half circle")
-               for what in ("latents needed,", "R2 of one,")]  # fmt: skip
+    for which in parts:
+        header += [f"latents needed, {which}", *(f"R2 of {n}" for n in SHOWN)]
+    linear = [r2[0] for one in cells.all([Cell("read", s, 0.0) for s in range(seeds)])
+              for r2 in one["r2"]]  # fmt: skip
     said = (
-        f"Latents needed for R2 {TOLD:g}: median (of each world); {MOST + 1}: more than {MOST}.\n\n"
+        f"Latents needed for R2 {TOLD:g}: median (of each world); {MOST + 1}: more than {MOST}. "
+        f"A linear function of all coordinates: R2 {statistics.fmean(linear):.2f} "
+        f"({min(linear):.2f} to {max(linear):.2f}).\n\n"
     )
     return said + grid([*header, "lr"], rows)
 

@@ -154,6 +154,26 @@ def test_what_latents_tell_of_a_value() -> None:
     assert max(told(chance, value)) < 0.02
     assert latents_needed(told(chance, value)) == encoders.MOST + 1
     assert told(torch.zeros(100, 3), value[:100]) == [0.0]
+    x = torch.cat([chance, 3 * value @ torch.randn(2, 5, generator=generator)], 1)
+    assert encoders.read(x, value) == pytest.approx([1], abs=1e-4)
+    assert encoders.read(chance, value)[0] < 0.02
+
+
+def test_the_table_of_graded_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Medians over variables and of each world, and R2 of so many latents."""
+    cells = Cells("graded", {"rows": 1, "tokens": 1}, tmp_path, 1)
+
+    def made(asked: list[encoders.Cell]) -> list[dict[str, object]]:
+        shared = {"choose": 0.5, "fvu": 0.5, "l0": 8.0, "dead": 0.0, "parameters": 10}
+        r2 = [[0.1, 0.2, 0.3, 0.95]] * 4 + [[0.91]] * 4
+        return [shared | {"r2": [[0.7]] * 8 if c.kind == "read" else r2} for c in asked]
+
+    monkeypatch.setattr(cells, "all", made)
+    table = encoders.graded(cells, 2)
+    assert "coordinates: R2 0.70" in table
+    line = next(row for row in table.splitlines() if row.startswith("| bent |"))
+    assert "| 4 (4, 4) | 0.10 | 0.20 | 0.95 | 0.95 | 1 (1, 1) | 0.91 | 0.91 | 0.91 |" in line
+    cells.pool.shutdown()
 
 
 @pytest.mark.slow

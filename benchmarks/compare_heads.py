@@ -39,7 +39,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -877,6 +877,18 @@ def check_code(comparison: Comparison, given: argparse.Namespace) -> str:
     return code
 
 
+def exit_code(work: Callable[[], int]) -> int:
+    """What `work` returns; a mistake in what was asked for is one line and 2, a stop is 130."""
+    try:
+        return work()
+    except InputError as e:
+        sys.stderr.write(f"error: {e}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped; the same command goes on\n")
+        return 130
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Train what is missing, or tabulate what is there; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -901,7 +913,8 @@ def main(args: Sequence[str] | None = None) -> int:
     given = parser.parse_args(args)
     out = given.out.resolve() / given.study
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
+
+    def work() -> int:
         if given.workers < 1:
             raise InputError(f"--workers={given.workers}: must be at least 1")
         study = begin(given, out)
@@ -911,12 +924,8 @@ def main(args: Sequence[str] | None = None) -> int:
             return 0
         code = check_code(comparison, given)
         return run_all(comparison, code, given.workers, not given.no_cache)
-    except InputError as e:
-        sys.stderr.write(f"error: {e}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("stopped; the same command goes on\n")
-        return 130
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@
 `ladder`: the dictionary, b_dec and scale of finished runs of `batch_topk` (one per seed) are held
 fixed, and encoders of about the parameters of KANEncoder learn to use them: linear, MLP, KAN, two
 unrolled steps (`Unrolled`), and one, which has about the products of the MLP; each with BatchTopK
-behind it and from the same start. Orthogonal
-matching pursuit, which needs no training and sees the dictionary, is the oracle: once with exactly
-k latents per token, once with k on average, the largest gains of all tokens first. Given is the
-share of the gap between the linear encoder and the second oracle that each closes.
+behind it and from the same start. Orthogonal matching pursuit, which needs no training and sees the
+dictionary, is the oracle: once with exactly k latents per token, once with k on average, the
+largest gains of all tokens first. Given is the share of the gap between the linear encoder and the
+second oracle that each closes.
 
 `truth`: rows are sums of known directions, 512 in 64 dimensions, that fire by a Zipf law, 8 per row
 on average, in groups that share some of their chances (`--correlation`); strengths are 1 +- 0.5.
@@ -283,9 +283,7 @@ _MAKE: dict[str, Make] = {}
 def _begin(what: str, given: Mapping[str, Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-    _MAKE["cell"] = {"ladder": ladder_cells, "truth": truth_cells, "graded": graded_cells}[what](
-        given
-    )
+    _MAKE["cell"] = STUDIES[what][0](given)
 
 
 def _made(cell: Cell) -> dict[str, Any]:
@@ -297,7 +295,7 @@ class Cells:
     """Cells in a folder: those that are there are read, others are made.
 
     Args:
-        what: `ladder`, `truth` or `graded`.
+        what: One of `STUDIES`.
         given: What they are made from.
         out: The folder.
         workers: Cells at a time.
@@ -775,11 +773,19 @@ def graded(cells: Cells, seeds: int) -> str:
     return said + grid([*header, "lr"], rows)
 
 
+STUDIES: dict[str, tuple[Callable[[Mapping[str, Any]], Make], Callable[[Cells, int], str]]] = {
+    "ladder": (ladder_cells, ladder),
+    "truth": (truth_cells, truth),
+    "graded": (graded_cells, graded),
+}
+"""What makes the cells of each, and its table."""
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Train what is missing, print the table; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("what", choices=["ladder", "truth", "graded"])
+    add("what", choices=list(STUDIES))
     add("--runs", nargs="+", default=[], help="finished cells of batch_topk, one per seed")
     add("--out", type=Path, default=Path("runs/encoders"), help="folder of the cells")
     add("--tokens", type=int, default=1_000_000, help="rows that each cell is trained on")
@@ -806,7 +812,7 @@ def main(args: Sequence[str] | None = None) -> int:
         kept.write_text(json.dumps(about))
     cells = Cells(given.what, about, out, given.workers)
     try:
-        print(({"ladder": ladder, "truth": truth, "graded": graded}[given.what])(cells, seeds))  # noqa: T201
+        print(STUDIES[given.what][1](cells, seeds))  # noqa: T201
     finally:
         cells.pool.shutdown(cancel_futures=True)
     return 0

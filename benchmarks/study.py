@@ -25,6 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.compare_heads import exit_code  # noqa: E402
 from kanllama_lightning.types import InputError  # noqa: E402
 
 L0 = ("--l0", "8", "16", "32")
@@ -130,22 +131,19 @@ def main(args: Sequence[str] | None = None) -> int:
     given = parser.parse_args(args)
     given.out = given.out.resolve()
     parts = given.only or (SMALL_PARTS if given.small else list(PARTS))
-    try:
+
+    def work() -> int:
         if given.small and (other := [part for part in parts if part not in SMALL_PARTS]):
             raise InputError(
                 f"--only {' '.join(other)}: with --small there are {', '.join(SMALL_PARTS)}"
             )
         for part in parts:
             make(given, part)
-    except InputError as e:
-        sys.stderr.write(f"error: {e}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("stopped; the same command goes on\n")
-        return 130
-    for part in parts:
-        sys.stdout.write(f"{part}: {seconds(given.out, part) / 60:.0f} min of one core\n")
-    return 0
+        for part in parts:
+            sys.stdout.write(f"{part}: {seconds(given.out, part) / 60:.0f} min of one core\n")
+        return 0
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

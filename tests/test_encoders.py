@@ -128,7 +128,7 @@ def test_graded_variables_are_there_as_often_as_they_should_and_lie_on_their_cur
     assert float(fires.float().sum(1).mean()) == pytest.approx(6, abs=0.1)
     products = world_.planes @ world_.planes.mT
     torch.testing.assert_close(products, torch.eye(2).expand_as(products), atol=1e-5, rtol=0)
-    alone = (rows_.there[:, 6]) & (rows_.there.sum(1) == 1)
+    alone = rows_.there[:, 6] & (rows_.there.sum(1) == 1)
     inside = (rows_.x - plain)[alone] @ world_.planes[6].T
     torch.testing.assert_close(
         torch.atan2(inside[:, 1], inside[:, 0]).abs(), rows_.angle[alone, 6], atol=1e-3, rtol=0

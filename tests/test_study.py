@@ -61,6 +61,8 @@ def test_the_reduced_form_reproduces_its_golden_table(
     summary = json.loads((tmp_path / f"stories/{name}/summary.json").read_text())
     assert summary["val/report/fvu"] > 0
     assert float(mlp["fvu_low"]) < float(mlp["fvu"]) < float(mlp["fvu_high"])
+    assert int(mlp["parameters"]) > int(linear["parameters"])
+    assert "seeds 0, 1" in said
     about = json.loads((tmp_path / f"stories/{name}/cell.json").read_text())
     assert mlp["commit"] == about["commit"]
     rows = read(tmp_path / "stories/differences.csv")

@@ -244,12 +244,12 @@ def _stream(jobs: Sequence[Job], lm: FrozenLM, sets: Mapping[str, Rows], batch_s
     runs = list({id(job.run): job.run for job in jobs}.values())
     reference = runs[0].head
     total = sum(-(-len(rows.ids) // batch_seqs) for rows in sets.values())
+    limits = [job.report.tokens for job in jobs if job.report.splices]
+    most = None if None in limits else max((n for n in limits if n), default=0)
     with Phase("reading", total, "batches") as progress:
         first = True
         for name, rows in sets.items():
             looked = dict.fromkeys(range(len(jobs)), 0)
-            limits = [job.report.tokens for job in jobs if job.report.splices]
-            most = None if None in limits else max((n for n in limits if n), default=0)
             whole = rows.ids.numel()
             every = ablated_every(whole if most is None else min(whole, most))
             for index, tokens in enumerate(batches(rows, batch_seqs)):

@@ -8,9 +8,16 @@ from functools import cache
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+)
 
 from kanllama_lightning.lm.frozen import FrozenLM
+from kanllama_lightning.lm.large_products import LargeLinear, multiply_faster_
 from kanllama_lightning.lm.number_format import fastest, speedup
 from kanllama_lightning.types import InputError
 from tests.shapes import unchecked
@@ -434,3 +441,41 @@ def test_single_places_at_once_equal_one_run_each(make_lm, kind: str) -> None:
         new[r, p] = acts[i]
         torch.testing.assert_close(changed[i], lm.resume(prefix, new)[r, p])
         assert not torch.allclose(changed[i], clean[i])
+
+
+@pytest.mark.parametrize("shape", [(7,), (1, 1), (2, 3), (3, 1, 5), (0,)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_large_products_equal_plain_ones(shape, bias):
+    torch.manual_seed(0)
+    wide = nn.Linear(512, 600, bias=bias)
+    small, plain = nn.Linear(512, 64), copy.deepcopy(wide)
+    together = nn.ModuleList([wide, small])
+    multiply_faster_(together)
+    assert type(wide) is LargeLinear
+    assert type(small) is nn.Linear
+    x = torch.randn(*shape, 512)
+    for given in (x, torch.randn(512, *shape).movedim(0, -1)):  # rows apart in memory too
+        for asked in (torch.no_grad, torch.inference_mode):
+            with asked():
+                torch.testing.assert_close(wide(given), plain(given), rtol=1e-5, atol=1e-5)
+    x.requires_grad_()
+    assert torch.equal(wide(x), plain(x))
+    assert wide(x).requires_grad
+    assert torch.equal(wide.double()(x.double()), plain.double()(x.double()))
+
+
+def test_an_lm_with_large_weights_is_the_plain_one(tiny_lm_dir, tmp_path, tokens):
+    config = AutoConfig.from_pretrained(tiny_lm_dir)
+    config.hidden_size, config.intermediate_size, config.head_dim = 512, 520, 64
+    config.num_attention_heads, config.num_key_value_heads = 8, 8
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    shutil.copytree(tiny_lm_dir, tmp_path / "wide")
+    model.save_pretrained(tmp_path / "wide")
+    lm = FrozenLM(str(tmp_path / "wide"), "model.layers.1", untrained=True).load_()
+    assert LargeLinear in [type(part) for part in lm.model.modules()]
+    prefix = lm.prefix(tokens.ids)
+    ours = lm.logits(lm.resume(prefix, prefix.acts))
+    with torch.no_grad():
+        exact = model.double()(tokens.ids).logits
+    assert (ours - exact).norm() <= 1e-4 * exact.norm()

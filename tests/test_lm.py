@@ -443,7 +443,7 @@ def test_single_places_at_once_equal_one_run_each(make_lm, kind: str) -> None:
         assert not torch.allclose(changed[i], clean[i])
 
 
-@pytest.mark.parametrize("shape", [(7,), (1, 1), (2, 3), (3, 1, 5), (0,)])
+@pytest.mark.parametrize("shape", [(), (7,), (1, 1), (2, 3), (3, 1, 5), (0,)])
 @pytest.mark.parametrize("bias", [False, True])
 def test_large_products_equal_plain_ones(shape, bias):
     torch.manual_seed(0)

@@ -4,6 +4,7 @@ import contextlib
 import io
 import re
 import shlex
+import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
@@ -170,6 +171,23 @@ def test_make_targets_exist() -> None:
     assert len(targets) > 5
     for target in targets:
         assert re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE), target
+
+
+def test_make_llama_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    run, saved = tmp_path / "llama", tmp_path / "llama" / "checkpoints"
+    saved.mkdir(parents=True)
+
+    def fits() -> list[str]:
+        asked = ["make", "--dry-run", "llama", f"LLAMA={run}"]
+        told = subprocess.check_output(asked, cwd=ROOT, text=True)
+        return [line for line in told.splitlines() if "train.py fit" in line]
+
+    (begins,) = fits()
+    assert f"--run {run}" in begins
+    assert "--ckpt_path" not in begins
+    (saved / "step=000000001.ckpt").touch()
+    (goes_on,) = fits()
+    assert f"--ckpt_path {run}" in goes_on
 
 
 def test_named_files_exist() -> None:

@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import runpy
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -111,3 +112,13 @@ def test_messages_are_those_of_the_code() -> None:
     for message in quoted:
         wanted = re.compile(".*".join(map(re.escape, message.split("…"))), re.DOTALL)
         assert any(wanted.search(text) for text in texts), message
+
+
+def test_the_figure_of_the_answer_is_drawn_from_its_table() -> None:
+    draw = runpy.run_path(str(ROOT / "docs/draw_answer.py"))
+    page = (ROOT / "docs/answer.md").read_text()
+    points = draw["read"](page)
+    heads = page.split("## The figures")[1].split("## What would change it")[0]
+    assert len(points) == heads.count("\n| `")  # no row is left out
+    drawn = (ROOT / "docs/answer.svg").read_text()
+    assert draw["draw"](points) == drawn, "python docs/draw_answer.py draws it anew"

@@ -1,5 +1,7 @@
 """Weights & Biases: pieces of one run follow on each other; without a network it logs offline."""
 
+import json
+import math
 import os
 import re
 import subprocess
@@ -7,13 +9,15 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import plotly.graph_objects as go
 import pytest
+import wandb
 from wandb.integration.weave.weave import init_weave_if_imported
 
 from docs import make_workspace
 from kanllama_lightning.cli import main
-from kanllama_lightning.reports.send import titled
+from kanllama_lightning.reports.send import table_of, titled
 from kanllama_lightning.runs.sections import SECTIONS, by_section, charted, titled_section
 from kanllama_lightning.runs.wandb_logger import RunLogger, check_mode, watch_command
 from kanllama_lightning.types import InputError
@@ -209,3 +213,15 @@ def test_the_web_workspace_is_made_of_charts():
 def test_whose_workspace_it_is(args, capsys):
     assert make_workspace.main(args) == 2
     assert "give TEAM/PROJECT" in capsys.readouterr().err
+
+
+def test_tables_are_those_that_wandb_makes() -> None:
+    frame = pd.DataFrame({
+        "latent": range(4), "share": [math.nan, 0.5, 1.0, 2.5], "text": ["a", "nan", "", "<b>"],
+        "curved": [True, False, True, True], "none": [math.nan] * 4,
+    })  # fmt: skip
+    for shown in (frame, frame.head(1), frame.head(0)):
+        ours, theirs = table_of(shown), wandb.Table(dataframe=shown)
+        said = [json.dumps(t._to_table_json(), default=lambda n: n.item()) for t in (ours, theirs)]
+        assert said[0] == said[1]
+        assert ours._column_types.to_json() == theirs._column_types.to_json()

@@ -5,6 +5,7 @@ import importlib.metadata
 import inspect
 import logging
 import re
+import stat
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,8 @@ OWN = "kanllama-lightning"
 REFERENCE = "python"
 """What the language reference counts as, beside the packages."""
 LONGEST_FILE = 1 << 22
+LONGEST_LINE = 10_000
+"""Characters of a line of prose that somebody may have written."""
 SHORTEST = 200
 """Bytes of a docstring that may hold a paragraph and more."""
 QUOTES = b'"""'
@@ -169,6 +172,8 @@ def paragraphs(docstring: str) -> list[str]:
         docstring: As it stands in the source.
     """
     lines = inspect.cleandoc(docstring).splitlines()
+    if max(map(len, lines), default=0) > LONGEST_LINE:  # data; some patterns would take hours
+        return []
     blocks: list[list[str]] = [[]]
     code, printed = -1, False
     for line, below in zip(lines, [*lines[1:], ""], strict=True):
@@ -225,14 +230,22 @@ def _is_prose(text: str) -> bool:
 def _packages() -> Mapping[str, list[tuple[str, Path]]]:
     """Python files of every installed package, by their names within it; packages in order."""
     found: dict[str, list[tuple[str, Path]]] = {REFERENCE: []}
-    for package in importlib.metadata.distributions():
-        name = re.sub(r"[-_.]+", "-", package.metadata["Name"] or "").lower()
-        if name and name != OWN and name not in found:
-            found[name] = [
+    there = sorted(importlib.metadata.distributions(), key=lambda p: str(getattr(p, "_path", "")))
+    for package in there:
+        name = "a package"
+        try:
+            name = re.sub(r"[-_.]+", "-", package.metadata["Name"] or "").lower()
+            if not name or name == OWN or name in found:
+                continue
+            files = [
                 (file.as_posix(), Path(str(file.locate())))
                 for file in package.files or ()
                 if file.suffix == ".py" and not {"test", "tests", "_vendor"} & set(file.parts)
             ]
+        except (TypeError, ValueError, OSError) as e:  # of a damaged list of files, or metadata
+            logger.warning("documentation: %s is left out: its metadata is damaged (%s)", name, e)
+            continue
+        found[name] = files
     return {name: sorted(found[name]) for name in sorted(found)}
 
 
@@ -244,10 +257,11 @@ def _docstrings(package: str, files: list[tuple[str, Path]]) -> Iterator[str]:
         yield from (topics[name] for name in sorted(topics))
     for _, path in files:
         try:
-            if path.stat().st_size > LONGEST_FILE:
+            about = path.stat()
+            if not stat.S_ISREG(about.st_mode) or about.st_size > LONGEST_FILE:
                 continue
             source = path.read_bytes()
-        except OSError:  # listed, and taken away since
+        except (OSError, ValueError):  # listed, and taken away since; a name that is none
             continue
         yield from _described(source)
 

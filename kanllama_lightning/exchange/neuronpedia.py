@@ -9,12 +9,13 @@ import gzip
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kanllama_lightning.exchange.foreign_files import refuse_others
+from kanllama_lightning.exchange.foreign_files import PART, refuse_others
 from kanllama_lightning.lm.hook_points import HookPoint
 from kanllama_lightning.storage.files import replacing, write_text
 from kanllama_lightning.types import InputError
@@ -27,6 +28,8 @@ UNNAMED = "Unnamed"
 """What the site calls an author that it does not know."""
 PER_FILE = 512
 """Latents of a file. The importer sees at most 1,000 files of a kind."""
+FILE = re.compile(r"(batch-\d+\.(json|jsonl\.gz)|[a-z]+\.jsonl)(\.tmp)?")
+"""Names of the files of an export."""
 WORD = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
 SITES = {"attn_out": "att", "mlp_out": "mlp"}
 """How names of source sets there begin; everything else is `res`."""
@@ -140,6 +143,12 @@ def check_word(option: str, value: str) -> str:
 def check_folder(folder: Path) -> None:
     """Raise InputError where the folder holds something else than an earlier export."""
     refuse_others(folder, (BATCHES, TABLES), folders=True)
+    for path in sorted((*(folder / BATCHES).rglob("*"), *(folder / TABLES).rglob("*"))):
+        if path.is_symlink() or not (path.is_dir() or FILE.fullmatch(path.name)):
+            raise InputError(
+                f"--out {str(folder)!r}: {str(path.relative_to(folder))!r} is not of an export to "
+                "Neuronpedia, which takes the place of an earlier one; give another folder"
+            )
 
 
 def write(pages: Iterable[LatentPage], source: PageSource, folder: Path) -> Made:
@@ -148,17 +157,45 @@ def write(pages: Iterable[LatentPage], source: PageSource, folder: Path) -> Made
     Args:
         pages: One for every latent, in order; they are written as they come.
         source: What they have in common.
-        folder: Made if it is missing; files of an earlier export are replaced.
+        folder: Made if it is missing; an earlier export is replaced when this one is whole.
 
     Raises:
         InputError: The folder holds something else.
     """
     check_folder(folder)
-    batches, home = folder / BATCHES, folder / TABLES / source.model / source.name
-    for old in (*batches.glob("batch-*.json"), *home.glob("*/batch-*.jsonl.gz")):
-        old.unlink()
+    new, old = folder / PART / "new", folder / PART / "old"
+    parts = (Path(BATCHES), Path(TABLES, source.model, source.name))
+    if (folder / PART).exists():  # of an export that was killed
+        _give_back(folder, old, parts)
+        shutil.rmtree(folder / PART)
+    try:
+        made = _write(pages, source, *(new / part for part in parts))
+        for part in parts:
+            for place in (folder / part, old / part):
+                place.parent.mkdir(parents=True, exist_ok=True)
+            if (folder / part).exists():
+                (folder / part).replace(old / part)
+            (new / part).replace(folder / part)
+    except BaseException:
+        _give_back(folder, old, parts)
+        raise
+    finally:
+        shutil.rmtree(folder / PART, ignore_errors=True)
+    return made
+
+
+def _give_back(folder: Path, old: Path, parts: Sequence[Path]) -> None:
+    """Put the parts of an earlier export that were taken aside back into their places."""
+    for part in parts:
+        if (old / part).exists():
+            shutil.rmtree(folder / part, ignore_errors=True)
+            (old / part).replace(folder / part)
+
+
+def _write(pages: Iterable[LatentPage], source: PageSource, batches: Path, home: Path) -> Made:
+    """Write both forms into folders that are not there yet."""
     for place in (batches, *(home / name for name in ("features", "activations", "explanations"))):
-        place.mkdir(parents=True, exist_ok=True)
+        place.mkdir(parents=True)
     for file, row in _common_rows(source).items():
         write_text(home / f"{file}.jsonl", f"{_json(row)}\n")
     made = Made()

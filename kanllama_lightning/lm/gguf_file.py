@@ -4,6 +4,7 @@ Sources: the format's specification and the tensor names, row order of queries a
 pre-tokenizers of https://github.com/ggml-org/llama.cpp.
 """
 
+import math
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -81,13 +82,26 @@ def gguf_in(path: Path) -> Path | None:
         return path
     if not path.is_dir() or (path / "config.json").exists():
         return None
-    found = sorted(p for p in path.iterdir() if p.suffix.lower() == SUFFIX)
+    found = sorted(p for p in path.iterdir() if p.suffix.lower() == SUFFIX and p.is_file())
     if len(found) > 1:
         raise InputError(
             f"lm.name={str(path)!r}: holds {len(found)} GGUF files; name one of them, such as "
             f"{found[0]}"
         )
     return found[0] if found else None
+
+
+class _Reader(gguf.GGUFReader):
+    """`gguf.GGUFReader` that refuses to read on behind the end of the file.
+
+    That one gives what there is, which may be nothing, for as many numbers as the file says.
+    """
+
+    def _get(self, offset: Any, dtype: Any, count: Any = 1, *order: Any, **named: Any) -> Any:
+        size = int(np.dtype(dtype).itemsize) * int(count)
+        if not 0 <= int(offset) <= int(offset) + size <= len(self.data):
+            raise ValueError(f"{size:,} bytes are said to be at {int(offset):,}, where it ends")
+        return super()._get(offset, dtype, count, *order, **named)
 
 
 class GGUFFile:
@@ -103,7 +117,7 @@ class GGUFFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._reader = gguf.GGUFReader(path)
+            self._reader = _Reader(path)
         except Exception as e:  # whatever bytes that are no such file lead to
             raise self._refused(f"is no whole GGUF file ({type(e).__name__}: {e})") from e
         kind = self._get("general.architecture", str)
@@ -217,7 +231,12 @@ class GGUFFile:
         return pairs.transpose(1, 2).reshape(weight.shape).contiguous()
 
     def _byte_level(self) -> Tokenizer:
-        pre = self._get("tokenizer.ggml.pre", str, "gpt-2")
+        if self._reader.get_field("tokenizer.ggml.pre") is None:
+            raise self._refused(
+                "does not say how it cuts text (tokenizer.ggml.pre), as files of before May 2024: "
+                f"convert the model again with a newer llama.cpp, or {CONVERT}"
+            )
+        pre = self._get("tokenizer.ggml.pre", str)
         if pre not in PRE_TOKENIZERS:
             raise self._refused(
                 f"cuts text as {pre!r}; read are {', '.join(map(repr, PRE_TOKENIZERS))}: {CONVERT}"
@@ -265,9 +284,15 @@ class GGUFFile:
     def _rope(self, head_dim: int) -> dict[str, Any]:
         """How positions turn queries and keys; those of Llama 3 are known by their factors."""
         theta = self._get("llama.rope.freq_base", float, 10_000.0)
-        kind = self._get("llama.rope.scaling.type", str, "none")
+        # llama.cpp's rules: a factor without a kind is linear, and once had another key
+        factor = self._get("llama.rope.scale_linear", float, 1.0)
+        factor = self._get("llama.rope.scaling.factor", float, factor)
+        kind = self._get("llama.rope.scaling.type", str, "none" if factor == 1.0 else "linear")
         if kind == "linear":
-            factor = self._get("llama.rope.scaling.factor", float)
+            if not (math.isfinite(factor) and factor > 0):
+                raise self._refused(f"stretches positions by {factor}, which is no factor")
+            if ROPE_FACTORS in self._tensors:
+                raise self._refused(f"stretches positions in two ways at once: {CONVERT}")
             return {"rope_type": "linear", "rope_theta": theta, "factor": factor}
         if kind != "none":
             raise self._refused(f"stretches positions by {kind!r}, which is not read: {CONVERT}")

@@ -102,6 +102,7 @@ class LossesReport(Report):
             table = self._documents[name].table()
             figures |= {f"{name}/{k}": v for k, v in self._intervals(table).items()}
             figures[f"{name}/documents"] = len(table)
+            figures[f"{name}/ablated_tokens"] = float(table["n_ablated"].sum())
             e2, x2 = float(table["e2"].sum()), float(table["x2"].sum())
             figures[f"{name}/fvu"] = e2 / x2 if x2 > 0 else math.nan
             table.insert(0, "set", name)
@@ -111,10 +112,12 @@ class LossesReport(Report):
         run.write_table("losses.csv", rows)
         run.write_table("documents.csv", pd.concat(tables))
         size = ", ".join(f"{figures[f'{s}/ce_tokens']:,.0f} tokens of {s}" for s in self._meters)
+        some = ", ".join(f"{figures[f'{s}/ablated_tokens']:,.0f} of {s}" for s in self._meters)
         run.write_page(
             "losses.html",
             "Next-token loss",
-            f"The same {size}, with the activations untouched, reconstructed, and ablated. "
+            f"The same {size}, with the activations untouched and reconstructed; ablated on "
+            f"{some}. "
             "Whiskers: 95 % interval of the difference from the original, bootstrap over "
             "documents. " + " ".join(self._said(name, figures) for name in self._meters),
             [_bars(run.sets, figures), _by_batch(self._rows)],
@@ -141,7 +144,8 @@ class LossesReport(Report):
         for run in RUNS[1:]:
             loss = torch.tensor(table[f"ce_{run}"].to_numpy())
             if run in ABLATIONS:
-                low, high = interval(loss - there, ablated, self.resamples)
+                some = ablated > 0
+                low, high = interval((loss - there)[some], ablated[some], self.resamples)
             else:
                 low, high = interval(loss - clean, targets, self.resamples)
             found |= {f"delta_{run}_low": low, f"delta_{run}_high": high}

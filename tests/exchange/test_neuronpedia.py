@@ -1,5 +1,6 @@
 """Pages for Neuronpedia: as its tables say they must be, and what head and LM really do."""
 
+import errno
 import gzip
 import json
 import math
@@ -19,6 +20,7 @@ from kanllama_lightning import heads
 from kanllama_lightning.cli.evaluate_command import main as evaluate
 from kanllama_lightning.data.packing import Rows
 from kanllama_lightning.exchange import neuronpedia
+from kanllama_lightning.exchange.foreign_files import PART
 from kanllama_lightning.functional.sparse import SparseCodes
 from kanllama_lightning.heads import SAEHead
 from kanllama_lightning.lm.frozen import FrozenLM
@@ -371,6 +373,64 @@ def test_the_command_says_what_it_wrote_and_replaces_it(
     assert found.features[0]["n_prompts_total"] * found.features[0]["n_tokens_in_prompt"] >= 300
     assert export(run_folder, out, "--tokens=300") == 0
     assert found.rows("activations") == first  # the same keys: nothing is imported twice
+
+
+@pytest.mark.parametrize("there", ["dashboards/board.json", "exports/m/s/notes/mine.txt"])
+def test_files_of_others_are_left_alone(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], there: str
+) -> None:
+    theirs = tmp_path / "np" / there
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("mine")
+    assert export(run_folder, tmp_path / "np", "--tokens=300") == 2
+    assert f"{there!r} is not of an export to Neuronpedia" in capsys.readouterr().err
+    assert theirs.read_text() == "mine"
+
+
+def test_an_export_that_ends_early_leaves_the_earlier_one(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def files() -> dict[str, bytes]:
+        return {
+            str(path.relative_to(out)): path.read_bytes()
+            for path in sorted(out.rglob("*"))
+            if path.is_file() and PART not in path.parts
+        }
+
+    out = tmp_path / "np"
+    assert export(run_folder, out, "--tokens=300") == 0
+    before = files()
+    monkeypatch.setattr(neuronpedia, "PER_FILE", 8)
+    write, written = neuronpedia.write_text, []
+
+    def fails_at_the_third(path: Path, text: str) -> Path:
+        written.append(path)
+        if path.name == "batch-2.json":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return write(path, text)
+
+    monkeypatch.setattr(neuronpedia, "write_text", fails_at_the_third)
+    assert export(run_folder, out, "--tokens=300") != 0
+    assert not (out / PART).exists()
+    assert any(path.name == "batch-1.json" for path in written)
+    assert files() == before
+    monkeypatch.setattr(neuronpedia, "write_text", write)
+    moved, move = [], Path.replace
+
+    def fails_at_the_last(path: Path, target: Path) -> Path:
+        if PART in path.parts and path.parent.name not in ("new", "old"):
+            moved.append(path)
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return move(path, target)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "replace", fails_at_the_last)
+        assert export(run_folder, out, "--tokens=300") != 0
+    assert moved
+    assert files() == before
+    assert export(run_folder, out, "--tokens=300") == 0
+    assert (out / neuronpedia.BATCHES / "batch-2.json").exists()
+    assert not (out / PART).exists()
 
 
 @pytest.mark.parametrize(

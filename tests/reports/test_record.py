@@ -1,6 +1,7 @@
 """`evaluate.py report` on a run of the tiny model: every figure against an independent one."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -190,7 +191,8 @@ def test_of_a_large_set_a_part_is_ablated_and_the_rest_is_as_before(known, monke
         assert part[f"losses/heldout/ce_{run}"] == pytest.approx(want)
         low, high = (part[f"losses/heldout/delta_{run}_{end}"] for end in ("low", "high"))
         assert low < added < high
-    of_ablations = ("zero", "mean", "share", "score")
+    assert part["losses/heldout/ablated_tokens"] == n[own].sum() < whole["losses/heldout/ce_tokens"]
+    of_ablations = ("zero", "mean", "share", "score", "ablated")
     for key, value in whole.items():
         if key.startswith("losses/") and not any(word in key for word in of_ablations):
             assert part[key] == pytest.approx(value), key
@@ -200,6 +202,15 @@ def test_of_a_large_set_a_part_is_ablated_and_the_rest_is_as_before(known, monke
     row = compared(load([known, other]))[0]
     assert row["ce_score"] == pytest.approx(part["losses/heldout/ce_score"])
     assert row["delta_ce_share"] == pytest.approx(part["losses/heldout/delta_ce_share"])
+
+
+def test_an_ablation_of_one_document_has_no_interval():
+    of = {"n_targets": [9, 9, 9], "n_ablated": [9, 0, 0], "ce_clean_ablated": [18.0, 0.0, 0.0]}
+    sums = {"ce_clean": 18.0, "ce_recon": [20.0, 19.0, 21.0], "kl_recon": [1.0, 2.0, 3.0]}
+    ablated = {"ce_mean": [30.0, 0.0, 0.0], "ce_zero": [40.0, 0.0, 0.0]}
+    found = losses.LossesReport()._intervals(pd.DataFrame(of | sums | ablated))
+    assert found["delta_ce_low"] < found["delta_ce_high"]
+    assert all(math.isnan(found[f"delta_{run}_low"]) for run in ("mean", "zero"))
 
 
 def test_what_is_ablated_is_a_part_of_what_is_looked_at(known, monkeypatch):

@@ -35,7 +35,7 @@ $(SMOLLM2): | .venv/.ok
 llama: $(SMOLLM2)  ## train a KAN and a linear SAE on it, with record and comparison; says first what it takes
 	$(PY) train.py plan --config configs/kan_and_batch_topk.yaml --config configs/smollm2.yaml $(LLAMA_VAL) $(OPTIONS)
 	$(PY) train.py fit --config configs/kan_and_batch_topk.yaml --config configs/smollm2.yaml --run $(LLAMA) $(LLAMA_VAL) $(LLAMA_ON) $(OPTIONS)
-	$(PY) evaluate.py report $(LLAMA) --documents 600 --dashboard.ablated 32
+	$(PY) evaluate.py report $(LLAMA) --documents 600 --dashboard.ablated 16
 	$(PY) evaluate.py compare $(LLAMA) --documents 600 --out $(LLAMA)/comparison
 
 watch: .venv/.ok  ## the newest log of a training run, in the terminal, as W&B shows it: no account

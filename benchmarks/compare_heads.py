@@ -181,10 +181,11 @@ class Comparison:
     Args:
         study: What they share.
         out: The folder.
+        grid: Learning rates that are tried first, each twice the one before.
     """
 
-    def __init__(self, study: Study, out: Path) -> None:
-        self.study, self.out = study, out
+    def __init__(self, study: Study, out: Path, grid: Sequence[float] = RATES) -> None:
+        self.study, self.out, self.grid = study, out, grid
 
     def result(self, cell: Cell) -> dict[str, Any] | None:
         """The figures of a cell; None if it is not there, infinite FVU if it came to nothing."""
@@ -250,11 +251,11 @@ class Comparison:
 
     def _rates(self, head: str) -> tuple[list[float], dict[float, float | None]]:
         """The grid as far as is known, ascending, with the FVU of each."""
-        powers = list(range(len(RATES)))
+        powers = list(range(len(self.grid)))
         while True:
-            lrs = [RATES[0] * 2.0**power for power in powers]
+            lrs = [self.grid[0] * 2.0**power for power in powers]
             found = {lr: self.fvu(head, lr) for lr in lrs}
-            full = len(powers) == len(RATES) + EXTENSIONS
+            full = len(powers) == len(self.grid) + EXTENSIONS
             if full or None in found.values() or not math.isfinite(min(_known(found))):
                 return lrs, found
             best = min(lrs, key=lambda lr: found[lr] or 0.0)
@@ -360,10 +361,10 @@ def split_text(study: Study, out: Path) -> None:
                 f"--text {study.text}: its {sum(map(len, parts.values()))} documents leave none "
                 f"to {name}; give a longer text"
             )
-        _write(folder / f"{name}.jsonl", "\n".join(lines) + "\n")
+        write(folder / f"{name}.jsonl", "\n".join(lines) + "\n")
 
 
-def _write(path: Path, text: str) -> None:
+def write(path: Path, text: str) -> None:
     """Write a file whole."""
     part = path.with_name(path.name + ".tmp")
     part.write_text(text, encoding="utf-8")
@@ -429,7 +430,7 @@ def train(study: Study, cell: Cell, out: Path, code: str) -> str:
         "command": shlex.join(["python", "train.py", *args]),
     }
     folder.mkdir(exist_ok=True)
-    _write(folder / CELL, json.dumps(about, indent=2) + "\n")
+    write(folder / CELL, json.dumps(about, indent=2) + "\n")
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # nobody goes on from a cell
     said = printed.read_text().strip().splitlines()[-1:] if exit_code else []
     return "; ".join([f"{cell.name}: exit {exit_code}, {seconds:.0f} s", *said])
@@ -458,7 +459,7 @@ def run_all(comparison: Comparison, code: str, workers: int, keep: bool) -> int:
                 break
             for job in wait(running, return_when=FIRST_COMPLETED).done:
                 cell = running.pop(job)
-                _say(job.result())
+                say(job.result())
                 if comparison.about(cell) is None:
                     stopped.add(cell)
     except (KeyboardInterrupt, BrokenProcessPool) as e:
@@ -473,10 +474,10 @@ def run_all(comparison: Comparison, code: str, workers: int, keep: bool) -> int:
     for head in comparison.study.heads:
         note = edge(comparison, head)
         if note:
-            _say(f"{head}: {note}")
+            say(f"{head}: {note}")
     failed = [made for made in comparison.made() if made["exit"] != 0]
     if failed or stopped:
-        _say(f"without a result: {', '.join([*map(_name, failed), *(c.name for c in stopped)])}")
+        say(f"without a result: {', '.join([*map(_name, failed), *(c.name for c in stopped)])}")
     return 1 if stopped else 0
 
 
@@ -492,7 +493,8 @@ def edge(comparison: Comparison, head: str) -> str:
     return f"the best learning rate, {rate[0]:g}, is at the edge of what was tried"
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """A line for the terminal, at once."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
@@ -711,7 +713,7 @@ def write_tables(comparison: Comparison) -> None:
         (comparison.out / f"{name}.tmp").replace(comparison.out / name)
     s, about, epoch = comparison.study, found.about, found.about["epoch_tokens"]
     commits = ", ".join(sorted({row["commit"] for row in found.heads}))
-    _say(
+    say(
         f"At commit {commits}: {s.hook_point} of {Path(s.model).name}, {s.tokens:,} training "
         f"tokens ({s.tokens / epoch:.2f} passes over {epoch:,}), seeds "
         f"{', '.join(map(str, s.seeds))}. Figures are of {about['n_targets']:,} predicted tokens "
@@ -724,7 +726,7 @@ def write_tables(comparison: Comparison) -> None:
     header = ["L0 target", "head", "lr", "L0", "bits", "FVU", "delta CE, nats", "share"]
     header += ["dead (N)", "cosine", "latents", "parameters", "kFLOP/token", "tokens/s"]
     header += ["passes", "seeds", "commit"]
-    _say(grid(header, [_line(row) for row in found.heads]) + "\n")
+    say(grid(header, [_line(row) for row in found.heads]) + "\n")
     missing = [head for head in s.heads if head not in {row["head"] for row in found.heads}]
     notes = [f"{head}: {note}" for head in s.heads if (note := edge(comparison, head))]
     notes += [
@@ -734,14 +736,14 @@ def write_tables(comparison: Comparison) -> None:
         for seed, value in comparison.collapsed(head, lr).items()
     ]
     notes += [f"without a result: {', '.join(missing)}"] if missing else []
-    _say("\n".join(f"- {note}" for note in notes) + "\n" if notes else "")
+    say("\n".join(f"- {note}" for note in notes) + "\n" if notes else "")
     compared = len({_pair(row) for row in found.pairs})
-    _say(
+    say(
         f"Differences, with 95 % intervals of each by itself. Shown: p below 5 % by Holm's "
         f"correction over the {compared} pairs of each quantity.\n"
     )
     header = ["L0 target", "head", "minus", "FVU", "delta CE, nats", "KL, nats", "L0, L0", "L0 is"]
-    _say(grid(header, _pair_lines(found.pairs)))
+    say(grid(header, _pair_lines(found.pairs)))
 
 
 def _line(row: Mapping[str, Any]) -> list[str]:
@@ -844,7 +846,7 @@ def begin(given: argparse.Namespace, out: Path) -> Study:
         raise InputError(f"--heads {' '.join(study.heads)}: name at least two to compare")
     out.mkdir(parents=True, exist_ok=True)
     split_text(study, out)
-    _write(path, json.dumps(study._asdict(), indent=2) + "\n")
+    write(path, json.dumps(study._asdict(), indent=2) + "\n")
     return study
 
 

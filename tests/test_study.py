@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import compare_heads, study
+from benchmarks import compare_heads, compare_smollm2, study
 from tests.test_golden import CLOSE, GOLDEN, HERE
 
 KEPT = ("l0", "bits_per_token", "fvu", "delta_ce", "parameters")
@@ -86,9 +86,13 @@ def test_what_a_part_took_is_that_of_its_cells(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("part", study.PARTS)
 def test_every_part_is_a_command_that_is_understood(
-    part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    part: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As the programs themselves read it."""
+    monkeypatch.chdir(tmp_path)  # where nothing has fetched a model
     if part == "ladder":
         (tmp_path / "stories").mkdir()
         row = "head,target_l0,lr\nkan,8,0.012\nbatch_topk,8,0.024\n"
@@ -102,8 +106,9 @@ def test_every_part_is_a_command_that_is_understood(
         assert part != "ladder" or args[2:4] == runs
         assert program.endswith("encoders.py")
     else:
-        assert compare_heads.main(args) == 2
-        assert "no such file" in capsys.readouterr().err
+        benchmark = compare_smollm2 if part == "smollm2" else compare_heads
+        assert benchmark.main(args) == 2
+        assert "no such f" in capsys.readouterr().err
 
 
 def test_mistakes_are_one_line(

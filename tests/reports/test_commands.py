@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from kanllama_lightning.cli.evaluate_command import REPORTS, main
+from kanllama_lightning.reports import evaluation
 from tests.judge_server import JudgeServer
 from tests.test_configs import ROOT
 
@@ -46,7 +47,7 @@ def test_the_record_is_read_from_one_page(recorded, capsys):
 
 
 @pytest.mark.slow
-def test_compare_makes_what_is_missing_and_nothing_else(runs, tmp_path, capsys):
+def test_compare_makes_what_is_missing_and_nothing_else(runs, tmp_path, capsys, monkeypatch):
     out = tmp_path / "compared"
     one, other = runs / "seed0", runs / "seed1"
     call("report", one, "--reports", "sparsity", "losses", "--documents", 30)
@@ -63,6 +64,10 @@ def test_compare_makes_what_is_missing_and_nothing_else(runs, tmp_path, capsys):
     assert (pairs["low"] <= pairs["difference"]).all()
     assert "<table" in (out / "comparison.html").read_text()
     assert "first" in capsys.readouterr().out
+    # nothing is missing but what makes no sense for this LM: the text is not read
+    monkeypatch.delattr(evaluation, "token_rows")
+    call("compare", f"first={one}", other, "--out", tmp_path / "again")
+    assert pd.read_csv(tmp_path / "again/comparison.csv").equals(table)
 
 
 @pytest.mark.slow

@@ -99,7 +99,7 @@ def test_the_whole_of_it_with_a_small_model(
     assert (out / "l0_32-seed_0/done").is_file()
     assert main(["table", *shared]) == 0
     said = capfd.readouterr().out
-    assert "| wide_batch_topk | batch_topk |" in said
+    assert "| 32 | wide_batch_topk | " in said
     with (out / "table.csv").open(newline="") as file:
         table = {row["head"]: row for row in csv.DictReader(file)}
     assert int(table["wide_batch_topk"]["parameters"]) > int(table["batch_topk"]["parameters"])

@@ -795,6 +795,33 @@ def _pair_lines(pairs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     return [line[:8] for line in lines.values()]
 
 
+def as_begun(out: Path, changed: Mapping[str, Any]) -> Study:
+    """The study that is in a folder.
+
+    Raises:
+        InputError: It was begun with other settings than those asked for now.
+    """
+    kept = json.loads((out / STUDY).read_text())
+    study = Study(**{k: tuple(v) if isinstance(v, list) else v for k, v in kept.items()})
+    for key, value in changed.items():
+        if value != getattr(study, key):
+            raise InputError(
+                f"--{key}: {value} was asked for, but the study in {out} was begun with "
+                f"{getattr(study, key)}; leave it out, or give another --out"
+            )
+    return study
+
+
+def check_names(heads: Sequence[str]) -> None:
+    """Refuse names of heads that say nothing."""
+    for head in heads:
+        name, width, settings = named(head)
+        if not (ROOT / f"configs/{name}.yaml").is_file() or ("@" in head) != width.isdigit():
+            raise InputError(f"--heads {head}: there is no configs/{name}.yaml, or no such width")
+        if (":" in head) != bool(settings) or not all("=" in one for one in settings):
+            raise InputError(f"--heads {head}: behind the colon stands no NAME=VALUE of the head")
+
+
 def begin(given: argparse.Namespace, out: Path) -> Study:
     """The study of a folder: as it was begun, or begun now.
 
@@ -813,25 +840,13 @@ def begin(given: argparse.Namespace, out: Path) -> Study:
     if given.what == "table" or path.is_file():
         if not path.is_file():
             raise InputError(f"--out {given.out}: holds no study {given.study}; train it first")
-        kept = json.loads(path.read_text())
-        study = Study(**{k: tuple(v) if isinstance(v, list) else v for k, v in kept.items()})
-        for key, value in changed.items():
-            if value != getattr(study, key):
-                raise InputError(
-                    f"--{key}: {value} was asked for, but the study in {out} was begun with "
-                    f"{getattr(study, key)}; leave it out, or give another --out"
-                )
+        study = as_begun(out, changed)
         if given.what == "train" and digest(study.text) != study.text_sha256:
             raise InputError(f"--text {study.text}: changed since the study in {out} was begun")
         return study
     study = STUDIES[given.study]._replace(**changed)
     study = study._replace(text_sha256=digest(study.text))
-    for head in study.heads:
-        name, width, settings = named(head)
-        if not (ROOT / f"configs/{name}.yaml").is_file() or ("@" in head) != width.isdigit():
-            raise InputError(f"--heads {head}: there is no configs/{name}.yaml, or no such width")
-        if (":" in head) != bool(settings) or not all("=" in one for one in settings):
-            raise InputError(f"--heads {head}: behind the colon stands no NAME=VALUE of the head")
+    check_names(study.heads)
     if strangers := [rival for rival in study.rivals if rival not in study.heads]:
         if given.rivals is not None:
             raise InputError(f"--rivals {' '.join(strangers)}: not among the heads of the study")

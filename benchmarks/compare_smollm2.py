@@ -33,7 +33,9 @@ from benchmarks.compare_heads import (  # noqa: E402
     Cell,
     Comparison,
     Study,
+    as_begun,
     check_code,
+    check_names,
     edge,
     exit_code,
     named,
@@ -219,22 +221,12 @@ def begin(given: argparse.Namespace, out: Path) -> Study:
     changed = {key: tuple(v) if isinstance(v, list) else v for key, v in asked.items()}
     path = out / STUDY
     if path.is_file():
-        kept = json.loads(path.read_text())
-        study = Study(**{k: tuple(v) if isinstance(v, list) else v for k, v in kept.items()})
-        for key, value in changed.items():
-            if value != getattr(study, key):
-                raise InputError(
-                    f"--{key}: {value} was asked for, but the study in {out} was begun with "
-                    f"{getattr(study, key)}; leave it out, or give another --out"
-                )
-        return study
+        return as_begun(out, changed)
     if given.what == "table":
         raise InputError(f"--out {given.out}: holds no study {NAME}; train it first")
     study = DECIDING._replace(**changed)
     study = study._replace(rivals=tuple(r for r in study.rivals if r in study.heads))
-    for head in study.heads:
-        if not (ROOT / f"configs/{named(head).config}.yaml").is_file():
-            raise InputError(f"--heads {head}: there is no configs/{named(head).config}.yaml")
+    check_names(study.heads)
     if len(set(study.heads)) < 2:
         raise InputError(f"--heads {' '.join(study.heads)}: name at least two to compare")
     if RATE_SEED in study.seeds:

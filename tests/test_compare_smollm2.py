@@ -59,6 +59,7 @@ def test_mistakes_are_one_line(
 
     assert "train it first" in refused("table")
     assert "configs/nan.yaml" in refused("train", "--heads", "nan", "kan")
+    assert "--heads kan@" in refused("train", "--heads", "kan@", "mlp")
     assert "at least two" in refused("train", "--heads", "kan")
     assert "--seeds 100" in refused("train", "--seeds", "100")
     assert "make smollm2" in refused("train", "--model", str(tmp_path / "none"))

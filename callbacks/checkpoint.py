@@ -85,8 +85,7 @@ class RunCheckpoint(L.Callback):
         self.every_n_minutes = every_n_minutes
         self.paced = every_n_steps is None and every_n_minutes is None
         """Whether nobody says how often."""
-        # the other half is for the one at the end, which is waited for
-        self.share = TimeShare(SHARE / 2)
+        self.share = TimeShare(SHARE)
         self._writer = Writer()
         self._pending: tuple[Path, list[Written]] | None = None
         """What the writer is at, and what this process has written of it."""
@@ -156,7 +155,9 @@ class RunCheckpoint(L.Callback):
         self.share.add_later(self._writer.cpu_seconds())
         if self.paced:
             long = minutes >= MINUTES or step - self._saved_at >= STEPS
-            return long and self.share.affords(self.share.dearest) and not self._writer.busy
+            # the end is saved too and waited for, and may take longer than any before it
+            ours, waits = self.share.dearest, self._writer.longest
+            return long and self.share.affords(2 * (ours + waits)) and not self._writer.busy
         return bool(self._minutes()) and minutes >= self._minutes()
 
     def _asked(self, trainer: L.Trainer) -> tuple[int | None, bool]:

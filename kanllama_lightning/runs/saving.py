@@ -128,6 +128,8 @@ class Writer:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._cpu_seconds = 0.0
+        self.longest = 0.0
+        """Seconds that the longest thing so far took, waits for a disk included."""
 
     @property
     def busy(self) -> bool:
@@ -168,9 +170,10 @@ class Writer:
         self.check()
 
     def _run(self, job: Callable[[], None]) -> None:
-        began = time.thread_time()
+        began, on_processor = time.perf_counter(), time.thread_time()
         try:
             job()
         except BaseException as e:
             self._error = e
-        self._cpu_seconds += time.thread_time() - began
+        self._cpu_seconds += time.thread_time() - on_processor
+        self.longest = max(self.longest, time.perf_counter() - began)

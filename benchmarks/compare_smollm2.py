@@ -3,12 +3,14 @@
     make smollm2
     .venv/bin/python benchmarks/compare_smollm2.py train --out runs/compare
     .venv/bin/python benchmarks/compare_smollm2.py table --out runs/compare
+    .venv/bin/python benchmarks/compare_smollm2.py train smollm2_early --out runs/compare
 
 The table is that of compare_heads.py. Here the LM is most of the cost, so heads train side by side,
 with all cores: first every head at every learning rate, for a part of the tokens and with a seed of
 its own; then each at its best rate, once per seed. Text is that of `DocumentationCorpus`: of its
 documents for training, one in a hundred is kept to choose learning rates on; what is reported is
 of other packages. A run that is finished is not made again, and one that was stopped goes on.
+The study `smollm2_early` is of an earlier block, with one seed and the learning rates of the first.
 """
 
 import argparse
@@ -45,7 +47,7 @@ from benchmarks.compare_heads import (  # noqa: E402
 )
 from kanllama_lightning.types import InputError  # noqa: E402
 
-NAME = "smollm2"
+MIDDLE, EARLY = "smollm2", "smollm2_early"
 GRID = (1.5e-3, 3e-3, 6e-3)
 RATE_SEED = 100
 CHOOSE = 0.01
@@ -66,6 +68,10 @@ DECIDING = Study(
     text_sha256="",
     also=(),
 )
+STUDIES = {
+    MIDDLE: DECIDING,
+    EARLY: DECIDING._replace(seeds=(0,), hook_point="model.layers.3"),
+}
 
 
 class Beside(Comparison):
@@ -74,10 +80,12 @@ class Beside(Comparison):
     Args:
         study: What they share.
         out: The folder.
+        other: Those whose learning rates are taken over; without them they are searched.
     """
 
-    def __init__(self, study: Study, out: Path) -> None:
+    def __init__(self, study: Study, out: Path, other: Comparison | None = None) -> None:
         super().__init__(study, out, GRID)
+        self.other = other
 
     def next_run(self) -> list[Cell]:
         """Cells that train side by side next; empty if all are there.
@@ -99,6 +107,9 @@ class Beside(Comparison):
                 if mine:
                     return mine
         return []
+
+    def _rates(self, head: str) -> tuple[list[float], dict[float, float | None]]:
+        return super()._rates(head) if self.other is None else self.other._rates(head)
 
     def _chosen_by(self, head: str, lr: float, seed: int) -> float | None:
         first = seed == self.study.seeds[0]
@@ -223,8 +234,8 @@ def begin(given: argparse.Namespace, out: Path) -> Study:
     if path.is_file():
         return as_begun(out, changed)
     if given.what == "table":
-        raise InputError(f"--out {given.out}: holds no study {NAME}; train it first")
-    study = DECIDING._replace(**changed)
+        raise InputError(f"--out {given.out}: holds no study {given.study}; train it first")
+    study = STUDIES[given.study]._replace(**changed)
     study = study._replace(rivals=tuple(r for r in study.rivals if r in study.heads))
     check_names(study.heads)
     if len(set(study.heads)) < 2:
@@ -238,11 +249,29 @@ def begin(given: argparse.Namespace, out: Path) -> Study:
     return study
 
 
+def rates_of(study: Study, out: Path) -> Beside:
+    """The study of the middle hook point in the same folder, with all its learning rates.
+
+    Raises:
+        InputError: It is not there, or lacks some, or is of another model or of other heads.
+    """
+    folder = out.parent / MIDDLE
+    if not (folder / STUDY).is_file():
+        raise InputError(f"--out {out.parent}: holds no study {MIDDLE}; train it first")
+    other = Beside(as_begun(folder, {"model": study.model, "d_sae": study.d_sae}), folder)
+    if lacking := [head for head in study.heads if other.rate(head) is None]:
+        raise InputError(
+            f"--heads {' '.join(lacking)}: have no learning rate in {folder} yet; train it first"
+        )
+    return other
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Train what is missing, or tabulate what is there; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("what", choices=["train", "table"])
+    add("study", nargs="?", choices=list(STUDIES), default=MIDDLE, help="where the heads read")
     add("--out", type=Path, default=Path("runs/compare"), help="folder, made if it is missing")
     add("--rate_tokens", type=int, default=250_000, help="training tokens of a learning rate")
     add("--dirty", action="store_true", help="train though files differ from the commit")
@@ -255,11 +284,12 @@ def main(args: Sequence[str] | None = None) -> int:
     add("--heads", nargs="+", help="names of configs, NAME@LATENTS, NAME:SETTING=VALUE,...")
     add("--also", nargs="+", help="further settings of train.py for every run, NAME=VALUE")
     given = parser.parse_args(args)
-    out = given.out.resolve() / NAME
+    out = given.out.resolve() / given.study
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     def work() -> int:
-        comparison = Beside(begin(given, out), out)
+        study = begin(given, out)
+        comparison = Beside(study, out, rates_of(study, out) if given.study == EARLY else None)
         if given.what == "table":
             write_tables(comparison)
             return 0

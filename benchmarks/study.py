@@ -4,10 +4,11 @@
     .venv/bin/python benchmarks/study.py --model FOLDER --text FILE --out runs/study --only decoders
 
 FOLDER is stories260K in Hugging Face format, FILE text with a JSON object per line; neither is part
-of the project. The part smollm2 is of the model that `make smollm2` fetches. Each part is a study
-of compare_heads.py, encoders.py or compare_smollm2.py with the settings of the plan in LOG.md; its
-table is written beside its cells, under the name of the part. What is there is not made again: the
-same command goes on where it was stopped. At the end stands what each part took.
+of the project. The parts smollm2 and smollm2_early are of the model that `make smollm2` fetches.
+Each part is a study of compare_heads.py, encoders.py or compare_smollm2.py with the settings of the
+plan in LOG.md; its table is written beside its cells, under the name of the part. What is there is
+not made again: the same command goes on where it was stopped. At the end stands what each part
+took.
 
 `--small` does the same in minutes, with few tokens, two seeds and two heads: it shows that
 everything runs and repeats, and says nothing of heads.
@@ -39,9 +40,11 @@ PARTS: dict[str, tuple[str, ...]] = {
     "truth": (),
     "graded": (),
     "smollm2": (),
+    "smollm2_early": (),
 }
 """Each with what it is given beside the settings of its own."""
 OF_ENCODERS = ("ladder", "truth", "graded")
+OF_SMOLLM2 = ("smollm2", "smollm2_early")
 SMALL_PARTS = ("stories", "ladder", "truth")
 SMALL = {
     "stories": ("--tokens", "8192", "--d_sae", "48", "--l0", "4", "--seeds", "0", "1")
@@ -60,8 +63,9 @@ def command(given: argparse.Namespace, part: str, what: str) -> list[str]:
         runs = ["--runs", *map(str, teachers(given.out))] if part == "ladder" else []
         return [str(ROOT / "benchmarks/encoders.py"), part, *runs, *own, *shared]
     dirty = ["--dirty"] if given.dirty else []
-    if part == "smollm2":
-        return [str(ROOT / "benchmarks/compare_smollm2.py"), what, "--out", str(given.out), *dirty]
+    if part in OF_SMOLLM2:
+        program = str(ROOT / "benchmarks/compare_smollm2.py")
+        return [program, what, part, "--out", str(given.out), *dirty]
     named = ["--model", given.model, "--text", given.text]
     named += ["--hook_point", given.hook_point] if given.hook_point else []
     also = ["--also", *given.also] if given.also else []

@@ -8,9 +8,22 @@ import pytest
 
 from benchmarks import compare_smollm2
 from benchmarks.compare_heads import Cell
-from benchmarks.compare_smollm2 import DECIDING, GRID, RATE_SEED, Beside, main, member, spec
+from benchmarks.compare_smollm2 import (
+    DECIDING,
+    EARLY,
+    GRID,
+    MIDDLE,
+    RATE_SEED,
+    STUDIES,
+    Beside,
+    main,
+    member,
+    rates_of,
+    spec,
+)
 from kanllama_lightning.corpus import resolve
 from kanllama_lightning.training.side_by_side import SideBySide
+from kanllama_lightning.types import InputError
 from tests.test_compare_heads import finish
 
 
@@ -31,6 +44,27 @@ def test_first_every_rate_then_a_run_per_seed(tmp_path: Path) -> None:
         for cell in cells:
             finish(beside, cell, 0.05)
     assert beside.next_run() == []
+
+
+def test_the_early_place_takes_over_the_learning_rates(tmp_path: Path) -> None:
+    heads = ("kan", "mlp")
+    early = STUDIES[EARLY]._replace(heads=heads)
+    assert early.hook_point != DECIDING.hook_point
+    out = tmp_path / EARLY
+    with pytest.raises(InputError, match="holds no study smollm2; train it first"):
+        rates_of(early, out)
+    middle = Beside(DECIDING._replace(heads=heads), tmp_path / MIDDLE)
+    middle.out.mkdir()
+    (middle.out / "study.json").write_text(json.dumps(middle.study._asdict()))
+    for cell, fvu in zip(middle.next_run(), (0.3, 0.1, 0.2, 0.3, 0.1), strict=False):
+        finish(middle, cell, fvu)
+    with pytest.raises(InputError, match="--heads mlp: have no learning rate"):
+        rates_of(early, out)
+    finish(middle, middle.next_run()[0], 0.2)
+    beside = Beside(early, out, rates_of(early, out))
+    assert beside.next_run() == [Cell(head, 32, GRID[1], 0) for head in heads]
+    with pytest.raises(InputError, match="--d_sae: 48 was asked for"):
+        rates_of(early._replace(d_sae=48), out)
 
 
 def test_every_head_can_stand_beside_the_others() -> None:

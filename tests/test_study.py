@@ -106,7 +106,7 @@ def test_every_part_is_a_command_that_is_understood(
         assert part != "ladder" or args[2:4] == runs
         assert program.endswith("encoders.py")
     else:
-        benchmark = compare_smollm2 if part == "smollm2" else compare_heads
+        benchmark = compare_smollm2 if part in study.OF_SMOLLM2 else compare_heads
         assert benchmark.main(args) == 2
         assert "no such f" in capsys.readouterr().err
 

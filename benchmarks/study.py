@@ -5,10 +5,10 @@
 
 FOLDER is stories260K in Hugging Face format, FILE text with a JSON object per line; neither is part
 of the project. The parts smollm2 and smollm2_early are of the model that `make smollm2` fetches.
-Each part is a study of compare_heads.py, encoders.py or compare_smollm2.py with the settings of the
-plan in LOG.md; its table is written beside its cells, under the name of the part. What is there is
-not made again: the same command goes on where it was stopped. At the end stands what each part
-took.
+Each part is a study of compare_heads.py, encoders.py, finetune.py or compare_smollm2.py with the
+settings of the plan in LOG.md; its table is written beside its cells, under the name of the part.
+What is there is not made again: the same command goes on where it was stopped. At the end stands
+what each part took.
 
 `--small` does the same in minutes, with few tokens, two seeds and two heads: it shows that
 everything runs and repeats, and says nothing of heads.
@@ -39,6 +39,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "ladder": (),
     "truth": (),
     "graded": (),
+    "finetune": (),
     "smollm2": (),
     "smollm2_early": (),
 }
@@ -63,6 +64,10 @@ def command(given: argparse.Namespace, part: str, what: str) -> list[str]:
         runs = ["--runs", *map(str, teachers(given.out))] if part == "ladder" else []
         return [str(ROOT / "benchmarks/encoders.py"), part, *runs, *own, *shared]
     dirty = ["--dirty"] if given.dirty else []
+    if part == "finetune":
+        runs, out = str(given.out / "stories"), str(given.out / "finetune")
+        program = str(ROOT / "benchmarks/finetune.py")
+        return [program, "--runs", runs, *own, *shared[2:], "--out", out, *dirty]
     if part in OF_SMOLLM2:
         program = str(ROOT / "benchmarks/compare_smollm2.py")
         return [program, what, part, "--out", str(given.out), *dirty]
@@ -95,7 +100,7 @@ def make(given: argparse.Namespace, part: str) -> None:
     Raises:
         InputError: A command of it ended with an error, which it has said.
     """
-    steps = ["table"] if part in OF_ENCODERS else ["train", "table"]
+    steps = ["table"] if part in (*OF_ENCODERS, "finetune") else ["train", "table"]
     for what in steps:
         args = command(given, part, what)
         shown = shlex.join(["python", *args])
@@ -118,6 +123,7 @@ def make(given: argparse.Namespace, part: str) -> None:
 def seconds(out: Path, part: str) -> float:
     """What the cells of a part took, added up, however often it was stopped."""
     pattern = "*.json" if part in OF_ENCODERS else "*/cell.json"
+    pattern = "*/*/cell.json" if part == "finetune" else pattern
     cells = [json.loads(path.read_text()) for path in (out / part).glob(pattern)]
     return sum(cell.get("seconds", 0.0) for cell in cells)
 

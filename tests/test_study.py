@@ -4,10 +4,11 @@ import argparse
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks import compare_heads, compare_smollm2, study
+from benchmarks import compare_heads, compare_smollm2, finetune, study
 from tests.test_golden import CLOSE, GOLDEN, HERE
 
 KEPT = ("l0", "bits_per_token", "fvu", "delta_ce", "parameters")
@@ -106,9 +107,12 @@ def test_every_part_is_a_command_that_is_understood(
         assert part != "ladder" or args[2:4] == runs
         assert program.endswith("encoders.py")
     else:
-        benchmark = compare_smollm2 if part in study.OF_SMOLLM2 else compare_heads
+        benchmark: Any = {"finetune": finetune, **dict.fromkeys(study.OF_SMOLLM2, compare_smollm2)}
+        benchmark = benchmark.get(part, compare_heads)
+        assert program.endswith(f"{benchmark.__name__.rpartition('.')[2]}.py")
         assert benchmark.main(args) == 2
-        assert "no such f" in capsys.readouterr().err
+        expected = "holds no study" if part == "finetune" else "no such f"
+        assert expected in capsys.readouterr().err
 
 
 def test_mistakes_are_one_line(

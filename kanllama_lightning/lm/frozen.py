@@ -422,6 +422,16 @@ class FrozenLM:
     def resume(
         self, prefix: Prefix, acts: Float[Tensor, "batch pos d_model"]
     ) -> Float[Tensor, "batch pos d_model"]:
+        """`differentiable_resume` without gradients, for measuring.
+
+        Raises:
+            ValueError: `acts` is not exactly of the shape, dtype and device it stands in for.
+        """
+        return self.differentiable_resume(prefix, acts)
+
+    def differentiable_resume(
+        self, prefix: Prefix, acts: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, "batch pos d_model"]:
         """Run on from the hook point with `acts` spliced in; the normed final hidden state.
 
         Raises:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import end_to_end, gpu_step, peers, table
+from benchmarks import end_to_end, gpu_step, peers, table, turns
 from benchmarks.head_step_peers import measure
 from benchmarks.job import Job, build, lm_folder, rows_file
 from benchmarks.peer_steps import Ours, is_penalised, settle
@@ -287,3 +287,25 @@ def test_side_by_side_and_long_runs_have_their_tables() -> None:
     assert "over the sum of its parts: 1.05 (0.98-1.1)." in made
     assert "| 20,000 | 632 |" in made
     assert "second fifth: 1.004." in made
+
+
+def test_turns_tell_how_much_faster_a_command_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside other work too: the same work twice takes twice as long, whoever begins."""
+    work = "import pathlib; n = int(pathlib.Path('n').read_text())\nfor i in range(n): pass"
+    for name, n in (("one", 20_000_000), ("two", 40_000_000)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "n").write_text(str(n))
+    folders = [str(tmp_path / name) for name in ("one", "two")]
+    args = ["--cwd", folders[0], "--cwd", folders[1], "--rounds", "2", "--turn", "0.05"]
+    assert turns.main([*args, "--", sys.executable, "-S", "-c", work]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert 1.5 < found["median"] < 2.6
+    assert len(found["seconds"]) == 2
+    (tmp_path / "two/n").write_text("no number")
+    with pytest.raises(RuntimeError, match="two: exit code 1\n(.|\n)*no number"):
+        turns.main([*args, "--", sys.executable, "-S", "-c", work])
+    with pytest.raises(SystemExit):
+        turns.main([*args[2:], "--", "true"])
+    assert "--cwd: give it twice" in capsys.readouterr().err

@@ -21,6 +21,8 @@ from kanllama_lightning.runs.folder import head_folder
 log = logging.getLogger(__name__)
 
 FOLDER = "baselines"
+UNTRAINED = "untrained head"
+"""What the head as it was at step 0 is called."""
 
 
 class Baselines(L.Callback):
@@ -85,9 +87,9 @@ class Baselines(L.Callback):
         if not untrained.exists():
             log.warning("%s is missing: the head as it was at step 0 is not measured", untrained)
         else:
-            own["untrained head"] = f"untrained {name}"
+            own[UNTRAINED] = f"untrained {name}"
             control = SAEHead.load(untrained, allow=head.modules_named())
-            self._controls[own["untrained head"]] = control.to(x.device)
+            self._controls[own[UNTRAINED]] = control.to(x.device)
         return own
 
     def on_validation_batch_end(

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.table import Table
 
-from kanllama_lightning.callbacks.baselines import Baselines
+from kanllama_lightning.callbacks.baselines import UNTRAINED, Baselines
 from kanllama_lightning.callbacks.checkpoint import RunCheckpoint
 from kanllama_lightning.callbacks.validation_pace import ValidationPace
 from kanllama_lightning.console.terminal import terminal
@@ -175,8 +175,14 @@ class Summary(L.Callback):
                 under = f"val/{which}/"
                 values = {k.removeprefix(under): v for k, v in metrics.items() if under in k}
                 _add(table, f"{name or summary['head']} on {which}", values)
-        for control, results in baselines.get("", {}).items():
-            _add(table, f"{control} on {sets[0]}", results)
+        added: list[tuple[str, dict[str, float]]] = []
+        for name, own in baselines.items():
+            for control, results in own.items():
+                if (control, results) in added:  # of heads of one sparsity
+                    continue
+                added.append((control, results))
+                whose = f" of {name}" if name and control == UNTRAINED else ""
+                _add(table, f"{control}{whose} on {sets[0]}", results)
         said = [str(cell) for column in table.columns for cell in column.cells]
         table.caption, table.caption_justify = cells.footnote(said) or None, "left"
         return table

@@ -1,5 +1,7 @@
 """Several heads on the same activations: each exactly what it would be alone."""
 
+import contextlib
+import io
 import json
 import shutil
 from pathlib import Path
@@ -24,6 +26,7 @@ HEADS: dict[str, dict[str, Any]] = {
     "kan": {"class_path": "KANEncoder", "init_args": {"d_sae": 24, "target_l0": 3}},
     "gated": {"class_path": "Gated", "init_args": {"seed": 5}},
 }
+PRINTED = "printed.txt"
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +36,21 @@ def run(tiny_lm_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathFac
     given = {k: v for k, v in SMALL.items() if k not in ALONE}
     given |= {"lm.name": tiny_lm_dir, "data.train": text_file, "run": folder / "run"}
     given |= {"model.tokens": 1280}
-    fit_for_many(given, side_by_side_config(folder, HEADS))
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        fit_for_many(given, side_by_side_config(folder, HEADS))
+    (folder / PRINTED).write_text(printed.getvalue())
     return folder / "run"
+
+
+def test_the_closing_table_has_the_controls(run: Path) -> None:
+    """Each that is the same for two heads once."""
+    table = (run.parent / PRINTED).read_text().partition("validation")[2]
+    first = [cells[1] for line in table.splitlines() if len(cells := line.split("│")) > 2]
+    text = " ".join(" ".join(first).split())
+    for name in HEADS:
+        assert text.count(f"untrained head of {name} on") == 1
+    assert text.count("PCA on") == 2, "at L0 4 and at L0 3"
 
 
 @pytest.mark.slow

@@ -244,7 +244,14 @@ def begin(given: argparse.Namespace, out: Path) -> Study:
         raise InputError(f"--seeds {RATE_SEED}: is that of the learning rates; give others")
     if not Path(study.model).is_dir():
         raise InputError(f"--model {study.model}: no such folder; `make smollm2` fetches it")
-    study = study._replace(model=str(Path(study.model).resolve()), text_sha256=write_text(out))
+    study = study._replace(model=str(Path(study.model).resolve()))
+    other = rates_of(study, out) if given.study == EARLY else None
+    study = study._replace(text_sha256=write_text(out))
+    if other is not None and other.study.text_sha256 != study.text_sha256:
+        raise InputError(
+            f"--out {given.out}: the installed packages, whose text this is, have changed since "
+            f"{MIDDLE} was begun; give another --out, and train {MIDDLE} there first"
+        )
     write(path, json.dumps(study._asdict(), indent=2) + "\n")
     return study
 
@@ -259,6 +266,11 @@ def rates_of(study: Study, out: Path) -> Beside:
     if not (folder / STUDY).is_file():
         raise InputError(f"--out {out.parent}: holds no study {MIDDLE}; train it first")
     other = Beside(as_begun(folder, {"model": study.model, "d_sae": study.d_sae}), folder)
+    if strange := [head for head in study.heads if head not in other.study.heads]:
+        raise InputError(
+            f"--heads {' '.join(strange)}: not in the study {MIDDLE} of {out.parent}, whose "
+            "learning rates are taken over; leave them out"
+        )
     if lacking := [head for head in study.heads if other.rate(head) is None]:
         raise InputError(
             f"--heads {' '.join(lacking)}: have no learning rate in {folder} yet; train it first"

@@ -3,19 +3,22 @@
     .venv/bin/python benchmarks/finetune.py --runs runs/compare/stories --out runs/finetune
 
 RUNS is a finished study of compare_heads.py. Its heads at one L0, with every seed, are trained on
-for a tenth of their tokens, on training text, in two ways that differ in one thing: `kl` adds to
-the loss beta times KL(p || q), where p and q are the LM's predictions untouched and with the
-reconstruction spliced in, and beta makes both as large at each step (arXiv 2503.17272); `mse` adds
-nothing. Both begin from the finished head with a new Adam, whose rate falls linearly to 0 from a
-share of the head's own: of `SHARES` the one with the lowest delta CE on the choosing text, at the
-first seed, for each head and way. At the end the threshold is calibrated again, and figures are of
-the reporting text: before, after `mse`, after `kl`, with paired intervals over documents and seeds.
-A head that is there is not trained again. Cells run two at a time, with one thread each.
+for a tenth of their tokens, on training text, in two ways that differ in one thing: where `mse` has
+the reconstruction loss, `kl` has the mean of it and of beta KL(p || q). p and q are the LM's
+predictions untouched and with the reconstruction spliced in, and beta makes both as large at each
+step (arXiv 2503.17272 adds them; the mean leaves penalties their weight). Both begin from the
+finished head, past every ramp of its training and without reviving dead latents, with a new Adam,
+whose rate falls linearly to 0 from a share of the head's own: of `SHARES` the one with the lowest
+delta CE on the choosing text, at the first seed, for each head and way. At the end the threshold is
+calibrated again, and figures are of the reporting text: before, after `mse`, after `kl`, with
+paired intervals over documents and seeds. A head that is there is not trained again. Cells run two
+at a time, with one thread each.
 """
 
 import argparse
 import csv
 import json
+import math
 import multiprocessing
 import shutil
 import signal
@@ -23,6 +26,8 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,6 +57,7 @@ WAYS = ("mse", "kl")
 SHARES = (0.1, 0.3)
 """Of a head's own learning rate: where that of the fine-tune begins."""
 TENTH = 0.1
+SETTINGS = "finetune.json"
 CALIBRATION_ROWS = 32_768
 CHOOSE_ROWS = 128
 """Rows of text that the share is chosen on."""
@@ -77,6 +83,8 @@ class Job(NamedTuple):
     out: Path
     tokens: int
     batch: int
+    whole: int
+    """Tokens that the head was trained on before."""
     code: str
 
 
@@ -160,7 +168,7 @@ def parts(batch: TokenBatch, rows: int) -> list[TokenBatch]:
     return [TokenBatch(*piece, batch.position) for piece in pieces]
 
 
-def tune(bench: Bench, way: str, lr: float, tokens: int, batch: int, seed: int) -> None:
+def tune(bench: Bench, way: str, lr: float, tokens: int, batch: int, seed: int, whole: int) -> None:
     """Train a head on, for so many tokens.
 
     Args:
@@ -170,16 +178,26 @@ def tune(bench: Bench, way: str, lr: float, tokens: int, batch: int, seed: int) 
         tokens: Positions of rows, so a few more than activations.
         batch: Those of a step.
         seed: Which rows.
+        whole: Tokens of its training before, whose running averages go on.
+
+    Raises:
+        InputError: The text has fewer rows.
     """
-    from kanllama_lightning.training.head_trainer import HeadTrainer
+    from kanllama_lightning.training.head_trainer import NEVER, HeadTrainer
     from kanllama_lightning.training.optim import Adam
     from kanllama_lightning.training.schedule import Schedule
 
     head, length = bench.head.train(), bench.encoder.ctx_len
+    if tokens < length:
+        raise InputError(f"--tokens {tokens}: less than one row of {length}; take more")
     rows = bench.rows("train", tokens // length, seed)
+    if len(rows.ids) < tokens // length:
+        raise InputError(
+            f"--tokens {tokens}: the training text has {len(rows.ids) * length}; take no more"
+        )
     at_once = max(1, batch // length)
-    # those that a run of this length gives up: neither way is to revive what the run left dead
-    trainer = HeadTrainer("", head, Schedule.of(tokens, batch, decay=1.0), 5.0)
+    trainer = HeadTrainer("", head, Schedule.of(whole, batch), 5.0)
+    trainer.dead_after_tokens = NEVER  # what the run left dead is revived in neither way
     optimizer = Adam(head.parameters(), lr=lr)
     steps = parts(rows, at_once)
     kept = []
@@ -188,16 +206,17 @@ def tune(bench: Bench, way: str, lr: float, tokens: int, batch: int, seed: int) 
             group["lr"] = lr * (1 - step / len(steps))
         spliced = bench.spliced(part)
         kept.append(spliced.x)
-        losses, out = trainer.step(spliced.x, step, step / len(steps))
-        loss = torch.stack(list(losses.values())).sum()
+        # ramps are over by the middle of a run, and controllers settle at its end
+        losses, out = trainer.step(spliced.x, step, 0.5 + 0.5 * step / len(steps))
         if way == "kl":
             places = part.keep
             with torch.no_grad():
                 log_p = bench.log_p(spliced, spliced.prefix.acts, places)
             log_q = bench.log_p(spliced, spliced.filled(out.x_hat), places)
             kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
-            loss = loss + kl * (losses["reconstruction"] / kl.clamp_min(1e-9)).detach()
-        loss.backward()
+            beta = (losses["reconstruction"] / kl.clamp_min(1e-9)).detach()
+            losses["reconstruction"] = (losses["reconstruction"] + beta * kl) / 2
+        torch.stack(list(losses.values())).sum().backward()
         head.project_grad_()
         trainer.clip_(None, "norm")
         optimizer.step()
@@ -214,26 +233,40 @@ def work(job: Job) -> None:
     run, folder = job.runs / cell.name, tuned.folder(job.out)
     bench = Bench(run, job.runs / TEXT)
     lr = cell.lr * tuned.share
-    tune(bench, tuned.way, lr, job.tokens, job.batch, cell.seed)
+    tune(bench, tuned.way, lr, job.tokens, job.batch, cell.seed, job.whole)
     chosen = bench.delta_ce(bench.rows("choose", CHOOSE_ROWS))
+    if not math.isfinite(chosen):
+        raise InputError(
+            f"{folder.relative_to(job.out)}: delta CE is {chosen} on the choosing text"
+        )
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for name in ("config.yaml", "summary.json"):
-        shutil.copy(run / name, folder / name)
-    bench.head.save(folder / "head", bench.subject.card["provenance"])
+    shutil.copy(run / "config.yaml", folder / "config.yaml")
+    summary = {k: v for k, v in bench.subject.summary.items() if not k.startswith("val/")}
+    write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    done = {"finetune": tuned.way, "finetune_tokens": job.tokens, "finetune_commit": job.code}
+    bench.head.save(folder / "head", bench.subject.card["provenance"] | done)
     about = {"lr": lr, "tokens": job.tokens, "commit": job.code, "choose": chosen}
     about["seconds"] = round(time.monotonic() - began, 1)
     write(folder / CELL, json.dumps(about, indent=2) + "\n")
-    say(f"{folder.relative_to(job.out)}: delta CE {chosen:.4f} on the choosing text")
+    sys.stderr.write(f"{folder.relative_to(job.out)}: delta CE {chosen:.4f} on the choosing text\n")
 
 
 def make(jobs: Sequence[Job], workers: int) -> None:
     """Do those that are not done."""
     todo = [job for job in jobs if not (job.tuned.folder(job.out) / CELL).is_file()]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    try:
         for future in [pool.submit(work, job) for job in todo]:
             future.result()
+    except (KeyboardInterrupt, BrokenProcessPool) as e:
+        for process in multiprocessing.active_children():
+            process.terminate()
+        if isinstance(e, KeyboardInterrupt):
+            raise
+        raise InputError("a worker was killed; the same command goes on") from e
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def chosen(job: Job) -> float:
@@ -266,35 +299,64 @@ def table(runs: Path, k: int, picked: dict[tuple[str, str], list[Path]], out: Pa
         row = means[group.label]
         lines.append([head, way, f"{row['l0']:.2f}"])
         for key in ("fvu", "delta_ce", "kl"):
-            lines[-1].append(
-                f"{row[key]:.4f} ({row[f'{key}_low']:.4f} to {row[f'{key}_high']:.4f})"
-            )
+            ends = [row[f"{key}_low"], row[f"{key}_high"]]
+            shown = "" if None in ends else " ({:.4f} to {:.4f})".format(*ends)
+            lines[-1].append(f"{row[key]:.4f}{shown}")
     say(grid([f"head, L0 {k}", "after", "L0", "FVU", "delta CE, nats", "KL, nats"], lines) + "\n")
     heads = list(dict.fromkeys(head for head, _ in picked))
-    sets = [[groups[head, way] for way in ("before", *WAYS)] for head in heads]
+    sets = [[groups[head, way] for way in (*WAYS[::-1], "before")] for head in heads]
     sets += [[groups[head, way] for head in heads] for way in ("before", *WAYS)]
-    found = []
+    found, apart = [], []
     for some in sets:
-        own = compare.differences([r for g in some for r in g.runs], groups=some)
         families: dict[str, list[dict[str, Any]]] = {}
-        for row in own:
-            families.setdefault(row["quantity"], []).append(row)
+        pairs = list(combinations(some, 2))
+        for pair in pairs:  # two at a time: no third one lends its slope
+            own = compare.differences([r for g in pair for r in g.runs], groups=pair)
+            for row in own:
+                families.setdefault(row["quantity"], []).append(row)
+            if not own:
+                apart.append(" and ".join(f"{g.label} ({g.l0():.2f})" for g in pair))
         for rows in families.values():
-            for row, p in zip(rows, holm([r["p"] for r in rows]), strict=True):
+            ps = [math.nan if r["p"] is None else r["p"] for r in rows]
+            full = [*ps, *[math.nan] * (len(pairs) - len(rows))]
+            for row, p in zip(rows, holm(full), strict=False):
                 row["p_holm"] = p
-        found += own
+            found += rows
+    if apart:
+        say(f"Not compared, as their L0 is further apart than 2 %: {'; '.join(apart)}\n")
+    if not found:
+        return
     with (out / "differences.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, found[0])
         writer.writeheader()
         writer.writerows(found)
     lines = []
     for row in found:
-        if row["quantity"] == "delta_ce":
+        if row["quantity"] == "delta_ce" and row["low"] is not None:
             share = row["difference"] / row["value_b"]
             lines.append([row["a"], row["b"], f"{row['difference']:+.4f}", f"{share:+.1%}"])
             lines[-1] += [f"{row['low']:+.4f} to {row['high']:+.4f}", f"{row['p_holm']:.4f}"]
     header = ["delta CE of", "minus", "nats", "share", "95 % interval", "p, Holm within its set"]
     say(grid(header, lines))
+
+
+def same(out: Path, settings: dict[str, Any]) -> None:
+    """Keep what the heads of a folder share.
+
+    Raises:
+        InputError: It holds heads of other settings.
+    """
+    path = out / SETTINGS
+    out.mkdir(parents=True, exist_ok=True)
+    if not path.is_file():
+        write(path, json.dumps(settings, indent=2) + "\n")
+        return
+    for key, kept in json.loads(path.read_text()).items():
+        if kept != settings[key]:
+            raise InputError(
+                f"--out {out}: holds heads of {key} {kept}, and {settings[key]} was asked for; "
+                "give another --out"
+            )
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -310,11 +372,14 @@ def main(args: Sequence[str] | None = None) -> int:
     add("--workers", type=int, default=2, help="heads that are trained at a time")
     add("--dirty", action="store_true", help="train though files differ from the commit")
     given = parser.parse_args(args)
-    given.mixed = True
+    given.mixed = True  # of the cells that it begins from
     runs, out = given.runs.resolve(), given.out.resolve()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     def begin() -> int:
+        for name in ("tokens", "batch", "workers", "l0"):
+            if (value := getattr(given, name)) is not None and value < 1:
+                raise InputError(f"--{name} {value}: must be at least 1")
         if not (runs / STUDY).is_file():
             raise InputError(f"--runs {given.runs}: holds no study of compare_heads.py")
         study = as_begun(runs, {})
@@ -328,9 +393,11 @@ def main(args: Sequence[str] | None = None) -> int:
                     f"--heads {head}: is not finished at L0 {k} in {given.runs}; train it first"
                 )
         tokens = given.tokens or round(study.tokens * TENTH)
+        same(out, {"runs": str(runs), "tokens": tokens, "batch": given.batch, "commit": code})
 
         def job(cell: Cell, way: str, share: float) -> Job:
-            return Job(Tuned(cell, way, share), runs, out, tokens, given.batch, code)
+            tuned = Tuned(cell, way, share)
+            return Job(tuned, runs, out, tokens, given.batch, study.tokens, code)
 
         pairs = [(head, way) for head in heads for way in WAYS]
         first = {(h, w): [job(finals[h][0], w, s) for s in SHARES] for h, w in pairs}

@@ -1,8 +1,8 @@
 """Which of two commands is faster, on a machine whose speed wanders: they take turns.
 
     git worktree add /tmp/before COMMIT
-    .venv/bin/python benchmarks/turns.py --cwd /tmp/before --cwd . -- \\
-        .venv/bin/python train.py fit --config topk embedded --model.tokens 300000
+    .venv/bin/python benchmarks/turns.py --cwd /tmp/before --cwd . -- env PYTHONPATH=. \\
+        $PWD/.venv/bin/python train.py fit --config topk embedded --model.tokens 300000
 
 The command is begun in both folders at once, and only one of the two runs at any time: the other is
 stopped (SIGSTOP, with all its children) for as long. So both see the same minutes of the machine,
@@ -71,10 +71,15 @@ def round_of(
     """Seconds that each command ran, in the order given.
 
     Raises:
-        RuntimeError: One ended with another exit code than 0.
+        RuntimeError: One cannot be begun, or ended with another exit code than 0.
     """
-    both = [Running(c, cwd, out) for (c, cwd), out in zip(commands, outputs, strict=True)]
+    both: list[Running] = []
     try:
+        for (command, cwd), output in zip(commands, outputs, strict=True):
+            try:
+                both.append(Running(command, cwd, output))
+            except OSError as e:
+                raise RuntimeError(f"in {cwd}: {command[0]} cannot be begun: {e.strerror}") from e
         while not all(one.ended for one in both):
             for one in both:
                 if not one.ended:
@@ -82,7 +87,7 @@ def round_of(
         for one, (_, cwd), out in zip(both, commands, outputs, strict=True):
             if one.process.returncode:
                 said = out.read_text(errors="replace")[-2000:]
-                raise RuntimeError(f"in {cwd}: exit code {one.process.returncode}\n{said}")
+                raise RuntimeError(f"in {cwd}: exit code {one.process.returncode}; it said\n{said}")
     finally:
         for one in both:
             one.send(signal.SIGKILL)
@@ -131,7 +136,11 @@ def main(args: Sequence[str] | None = None) -> int:
         parser.error(f"--rounds {given.rounds}, --turn {given.turn}: must be above 0")
     with tempfile.TemporaryDirectory() as folder:
         keep = given.keep or Path(folder)
-        found = compare(given.command, given.cwd, given.rounds, given.turn, keep)
+        try:
+            found = compare(given.command, given.cwd, given.rounds, given.turn, keep)
+        except (RuntimeError, KeyboardInterrupt) as e:
+            sys.stderr.write(f"error: {e}\n" if str(e) else "stopped\n")
+            return 2 if str(e) else 130
     sys.stdout.write(json.dumps(found, indent=1) + "\n")
     return 0
 

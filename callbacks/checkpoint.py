@@ -95,13 +95,18 @@ class RunCheckpoint(L.Callback):
         self._validate_first = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Whether a validation was under way: it is made when the run goes on; time spent."""
-        return {"validating": self._validating, "share": self.share.state()}
+        """Whether a validation was under way: it is made when the run goes on; times."""
+        return {
+            "validating": self._validating,
+            "share": self.share.state(),
+            "writing": self._writer.seconds,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         self._validate_first = state_dict["validating"]
         self.share.load_(state_dict.get("share", {}))
+        self._writer.seconds = state_dict.get("writing", 0.0)
 
     def _cadence(self) -> str:
         """How often, in words."""
@@ -155,8 +160,8 @@ class RunCheckpoint(L.Callback):
         self.share.add_later(self._writer.cpu_seconds())
         if self.paced:
             long = minutes >= MINUTES or step - self._saved_at >= STEPS
-            # the end is saved too and waited for, and may take longer than any before it
-            ours, waits = self.share.dearest, self._writer.longest
+            # the end is saved too and waited for, and may take longer than the one before
+            ours, waits = self.share.dearest, self._writer.seconds
             return long and self.share.affords(2 * (ours + waits)) and not self._writer.busy
         return bool(self._minutes()) and minutes >= self._minutes()
 

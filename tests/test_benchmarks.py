@@ -304,8 +304,16 @@ def test_turns_tell_how_much_faster_a_command_is(
     assert 1.5 < found["median"] < 2.6
     assert len(found["seconds"]) == 2
     (tmp_path / "two/n").write_text("no number")
-    with pytest.raises(RuntimeError, match="two: exit code 1\n(.|\n)*no number"):
-        turns.main([*args, "--", sys.executable, "-S", "-c", work])
+    assert turns.main([*args, "--", sys.executable, "-S", "-c", work]) == 2
+    said = capsys.readouterr().err
+    assert f"error: in {folders[1]}: exit code 1; it said" in said
+    assert "no number" in said
+    assert turns.main([*args, "--", "no/such/program"]) == 2
+    said = capsys.readouterr().err
+    assert (
+        said
+        == f"error: in {folders[0]}: no/such/program cannot be begun: No such file or directory\n"
+    )
     with pytest.raises(SystemExit):
         turns.main([*args[2:], "--", "true"])
     assert "--cwd: give it twice" in capsys.readouterr().err

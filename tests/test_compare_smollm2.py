@@ -63,6 +63,8 @@ def test_the_early_place_takes_over_the_learning_rates(tmp_path: Path) -> None:
     finish(middle, middle.next_run()[0], 0.2)
     beside = Beside(early, out, rates_of(early, out))
     assert beside.next_run() == [Cell(head, 32, GRID[1], 0) for head in heads]
+    with pytest.raises(InputError, match="--heads topk: not in the study smollm2"):
+        rates_of(early._replace(heads=("topk", "kan")), out)
     with pytest.raises(InputError, match="--d_sae: 48 was asked for"):
         rates_of(early._replace(d_sae=48), out)
 
@@ -101,6 +103,10 @@ def test_mistakes_are_one_line(
     (tmp_path / "smollm2").mkdir()
     (tmp_path / "smollm2/study.json").write_text(json.dumps(study._asdict()))
     assert "5 was asked for" in refused("train", "--tokens", "5")
+    place = ["--model", str(tiny_lm_dir), "--heads", *DECIDING.heads]
+    said = refused("train", EARLY, *place, "--d_sae", "48")
+    assert "48 was asked for" in said
+    assert not (tmp_path / EARLY / "study.json").exists(), "nothing is begun"
 
 
 @pytest.mark.slow

@@ -12,7 +12,12 @@ import yaml
 from benchmarks import finetune
 from benchmarks.compare_heads import RATES, STUDIES, Cell, Comparison
 from benchmarks.finetune import SHARES, Bench, Tuned, main, parts, tune
+from kanllama_lightning import heads
 from kanllama_lightning.corpus import resolve
+from kanllama_lightning.heads.sae import SAE
+from kanllama_lightning.training.head_trainer import HeadTrainer
+from kanllama_lightning.training.schedule import Schedule
+from kanllama_lightning.types import InputError
 from tests.conftest import Finished
 from tests.test_compare_heads import finish
 
@@ -47,12 +52,12 @@ def test_predictions_are_followed_where_they_are_asked_for(finished: Finished, t
     for way in finetune.WAYS:
         bench = Bench(run, text)
         before = kl(bench)
-        tune(bench, way, 3e-3, 32768, 256, seed=0)
+        tune(bench, way, 3e-3, 12_800, 256, seed=0, whole=2560)
         assert not bench.head.training
         found[way] = kl(bench)
         weights[way] = bench.head.state_dict()
         again = Bench(run, text)
-        tune(again, way, 3e-3, 32768, 256, seed=0)
+        tune(again, way, 3e-3, 12_800, 256, seed=0, whole=2560)
         for name, value in again.head.state_dict().items():
             assert torch.equal(value, weights[way][name]), (way, name)
     # an untrained LM has few ways to say less with as small an error
@@ -60,6 +65,31 @@ def test_predictions_are_followed_where_they_are_asked_for(finished: Finished, t
     assert found["kl"] < 0.9 * before
     norms = weights["kl"]["decoder.W_dec"].norm(dim=1)
     torch.testing.assert_close(norms, torch.ones_like(norms))
+
+
+@pytest.mark.parametrize(
+    ("head", "ramped"), [(heads.CurvedDictionary, "reach"), (heads.JumpReLU, "coefficient")]
+)
+def test_what_ramps_in_a_run_does_not_begin_anew(
+    head: type[SAE], ramped: str, finished: Finished, text: Path
+) -> None:
+    bench, whole = Bench(finished.folder, text), 2_000_000
+    (batch,) = parts(bench.rows("train", 64), 64)
+    x = bench.spliced(batch).x
+    bench.head = head(d_model=x.shape[1], d_sae=32, target_l0=4)
+    bench.head.start_(x)
+    trainer = HeadTrainer("", bench.head.train(), Schedule.of(whole, 256), 5.0)
+    for step, rows in enumerate(x.repeat(20, 1).split(256)):
+        trainer.step(rows, step, min(1.0, step / 80))
+
+    def now() -> torch.Tensor:
+        (value,) = (v for k, v in bench.head.state_dict().items() if k.endswith(ramped))
+        return value.clone()
+
+    before = now()
+    assert before.max() > 0
+    tune(bench, "kl", 0.0, 256, 256, 0, whole)
+    torch.testing.assert_close(now(), before, rtol=0.5 if ramped == "coefficient" else 0, atol=0)
 
 
 def test_what_is_spliced_in_passes_gradients(finished: Finished, text: Path) -> None:
@@ -125,6 +155,16 @@ def test_mistakes_are_one_line(
     runs = study(tmp_path / "runs", finished.folder, text).out
     assert "--heads kan: " in refused("--runs", str(runs), "--heads", "batch_topk", "kan")
     assert "not finished at L0 77" in refused("--runs", str(runs), "--l0", "77")
+    for name in ("tokens", "batch", "workers", "l0"):
+        assert f"--{name} 0: must" in refused("--runs", str(runs), f"--{name}", "0")
+    finetune.same(tmp_path / "out", {"tokens": 7})
+    with pytest.raises(InputError, match="holds heads of tokens 7, and 8 was asked for"):
+        finetune.same(tmp_path / "out", {"tokens": 8})
+    bench = Bench(finished.folder, text)
+    with pytest.raises(InputError, match="--tokens 31: less than one row of 32"):
+        tune(bench, "kl", 1e-3, 31, 256, 0, 2560)
+    with pytest.raises(InputError, match="the training text has [0-9]+; take no more"):
+        tune(bench, "kl", 1e-3, 10**9, 256, 0, 2560)
 
 
 @pytest.mark.slow
@@ -135,12 +175,13 @@ def test_from_a_study_to_the_table(
     out = tmp_path / "out"
     args = ["--runs", str(comparison.out), "--out", str(out), "--batch", "256", "--dirty"]
     assert main(args) == 0
-    said = capfd.readouterr().out
+    said, progress = capfd.readouterr()
+    assert progress.count("on the choosing text") == 2 * 2 * 3
     assert "; 4,096 tokens; shares of the learning rate: batch_topk mse 0." in said
     with (out / "differences.csv").open(newline="") as file:
         found = [row for row in csv.DictReader(file) if row["quantity"] == "kl"]
     named = {(row["a"], row["b"]) for row in found}
-    assert ("batch_topk after mse", "batch_topk after kl") in named
+    assert ("batch_topk after kl", "batch_topk after mse") in named
     assert ("batch_topk after kl", "mlp after kl") in named
     assert len(named) == len(found), "each pair once"
     for row in found:
@@ -155,4 +196,4 @@ def test_from_a_study_to_the_table(
         cell.lr * float(kept[0].parts[-3].split("-")[1]), rel=1e-9
     )
     assert main(args) == 0
-    assert "on the choosing text" not in capfd.readouterr().out, "what is there is not made again"
+    assert "on the choosing text" not in capfd.readouterr().err, "what is there is not made again"

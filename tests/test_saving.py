@@ -304,9 +304,15 @@ def test_by_default_the_clock_decides_within_a_share(clock: list[float]) -> None
     assert late(callback, clock, 301)
     assert late(callback, clock, 10, step=20_000)
     assert not late(callback, clock, 10, step=19_999)
-    callback.share.add(10.0)  # so the next one may come when both are 1 % of the time
-    assert not late(callback, clock, 1989)
-    assert late(callback, clock, 1991)
+    callback.share.add(10.0)  # the next one may come when 2 % hold it and twice that at the end
+    assert not late(callback, clock, 1479)
+    assert late(callback, clock, 1481)
+    callback._writer.seconds = 5.0  # that is waited for at the end
+    assert not late(callback, clock, 1969)
+    assert late(callback, clock, 1971)
+    again = started(clock)
+    again.load_state_dict(callback.state_dict())
+    assert (again.share.spent, again._writer.seconds) == (10.0, 5.0)
 
 
 def test_what_a_user_says_counts_whatever_it_costs(clock: list[float]) -> None:

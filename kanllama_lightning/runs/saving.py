@@ -128,8 +128,8 @@ class Writer:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._cpu_seconds = 0.0
-        self.longest = 0.0
-        """Seconds that the longest thing so far took, waits for a disk included."""
+        self.seconds = 0.0
+        """What the last thing took, waits for a disk included."""
 
     @property
     def busy(self) -> bool:
@@ -176,4 +176,4 @@ class Writer:
         except BaseException as e:
             self._error = e
         self._cpu_seconds += time.thread_time() - on_processor
-        self.longest = max(self.longest, time.perf_counter() - began)
+        self.seconds = time.perf_counter() - began

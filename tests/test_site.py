@@ -118,7 +118,7 @@ def test_the_figure_of_the_answer_is_drawn_from_its_table() -> None:
     draw = runpy.run_path(str(ROOT / "docs/draw_answer.py"))
     page = (ROOT / "docs/answer.md").read_text()
     points = draw["read"](page)
-    heads = page.split("## The figures")[1].split("## What would change it")[0]
+    heads = page.split("## The figures")[1].split("\n## ")[0]
     assert len(points) == heads.count("\n| `")  # no row is left out
     drawn = (ROOT / "docs/answer.svg").read_text()
     assert draw["draw"](points) == drawn, "python docs/draw_answer.py draws it anew"

@@ -155,6 +155,21 @@ def test_a_short_phase_says_nothing(
     assert caplog.text == ""
 
 
+def test_a_slow_first_batch_says_nothing_of_the_others(
+    clock: Callable[[float], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    with Phase("reading", 61, "batches") as progress:
+        clock(190.0)
+        progress.add()
+        assert caplog.text == ""
+        clock(28.0)
+        progress.add()
+    assert [record.message for record in caplog.records] == [
+        "reading: 2 of 61 batches, 28 min left"
+    ]
+
+
 def test_a_long_phase_says_how_far_it_is(
     clock: Callable[[float], None], caplog: pytest.LogCaptureFixture
 ) -> None:

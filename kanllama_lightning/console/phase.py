@@ -34,6 +34,8 @@ class Phase:
     def __init__(self, name: str, total: int, unit: str, shown: bool = True) -> None:
         self.name, self.total, self.unit, self.done = name, total, unit, 0
         self.began = time.perf_counter()
+        self._warm: tuple[float, int] | None = None
+        """When the first of it was done, and how much that was: it may hold what comes but once."""
         self._terminal = sys.stderr.isatty()
         self._shown = shown
         self._next = self.began + FIRST_S
@@ -65,9 +67,13 @@ class Phase:
         self.done += n
         self._bar.update(n)
         now = time.perf_counter()
+        if self._warm is None:
+            self._warm = now, n
+            return
         if not self._shown or self._terminal or now < self._next or self.done >= self.total:
             return
-        left = (now - self.began) / self.done * (self.total - self.done)
+        began, first = self._warm
+        left = (now - began) / max(1, self.done - first) * (self.total - self.done)
         # as often as is of use for what is left, at most LINES times
         self._next = now + max(NEXT_S, (now - self.began + left) / LINES)
         log.info(

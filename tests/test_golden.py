@@ -27,6 +27,9 @@ MADE_ON = "AVX512"
 """What files were made with (`torch.backends.cpu.get_cpu_capability()`) that do not say."""
 HERE = torch.backends.cpu.get_cpu_capability()
 CLOSE, FIRST_STEPS = 1e-4, 3
+NEAR = 1e-3
+"""Of the first steps on another kind of CPU: one activation at a threshold may fall on its other
+side there."""
 ROUGHLY = 0.1
 KEPT = ("l0", "fvu", "mse", "cosine", "bias", "ce_clean", "ce_recon", "ce_zero", "kl_recon")
 
@@ -45,7 +48,8 @@ def test_same_numbers_as_ever(
     made_on = want.pop("made_on", MADE_ON)
     assert got.keys() == want.keys()
     first = slice(FIRST_STEPS)
-    assert got["train/loss"][first] == pytest.approx(want["train/loss"][first], rel=CLOSE)
+    near = CLOSE if made_on == HERE else NEAR
+    assert got["train/loss"][first] == pytest.approx(want["train/loss"][first], rel=near)
     rel = CLOSE if made_on == HERE else ROUGHLY
     assert got["train/loss"] == pytest.approx(want["train/loss"], rel=rel)
     for name in values:

@@ -158,8 +158,9 @@ class Spliced(NamedTuple):
 
     def filled(self, x_hat: Float[Tensor, "tok d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """The activations with reconstructions in the place of those under the mask."""
-        acts: Tensor = self.prefix.acts
-        return acts.masked_scatter(self.mask[..., None], x_hat.to(acts.dtype))
+        from kanllama_lightning.lm.splice import put
+
+        return put(self.prefix.acts, self.mask, x_hat)
 
 
 def parts(batch: TokenBatch, rows: int) -> list[TokenBatch]:
@@ -183,6 +184,7 @@ def tune(bench: Bench, way: str, lr: float, tokens: int, batch: int, seed: int, 
     Raises:
         InputError: The text has fewer rows.
     """
+    from kanllama_lightning.functional.losses import kl_divergence
     from kanllama_lightning.training.head_trainer import NEVER, HeadTrainer
     from kanllama_lightning.training.optim import Adam
     from kanllama_lightning.training.schedule import Schedule
@@ -213,7 +215,7 @@ def tune(bench: Bench, way: str, lr: float, tokens: int, batch: int, seed: int, 
             with torch.no_grad():
                 log_p = bench.log_p(spliced, spliced.prefix.acts, places)
             log_q = bench.log_p(spliced, spliced.filled(out.x_hat), places)
-            kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+            kl = kl_divergence(log_p, log_q).mean()
             beta = (losses["reconstruction"] / kl.clamp_min(1e-9)).detach()
             losses["reconstruction"] = (losses["reconstruction"] + beta * kl) / 2
         torch.stack(list(losses.values())).sum().backward()

@@ -46,6 +46,10 @@ PARTS: dict[str, tuple[str, ...]] = {
 """Each with what it is given beside the settings of its own."""
 OF_ENCODERS = ("ladder", "truth", "graded")
 OF_SMOLLM2 = ("smollm2", "smollm2_early")
+AT_ONCE = (*OF_ENCODERS, "finetune")
+"""Those of one command, which trains and tabulates."""
+CELLS = {**dict.fromkeys(OF_ENCODERS, "*.json"), "finetune": "*/*/cell.json"}
+"""Where those keep their cells that do not as compare_heads.py does."""
 SMALL_PARTS = ("stories", "ladder", "truth")
 SMALL = {
     "stories": ("--tokens", "8192", "--d_sae", "48", "--l0", "4", "--seeds", "0", "1")
@@ -100,7 +104,7 @@ def make(given: argparse.Namespace, part: str) -> None:
     Raises:
         InputError: A command of it ended with an error, which it has said.
     """
-    steps = ["table"] if part in (*OF_ENCODERS, "finetune") else ["train", "table"]
+    steps = ["table"] if part in AT_ONCE else ["train", "table"]
     for what in steps:
         args = command(given, part, what)
         shown = shlex.join(["python", *args])
@@ -122,9 +126,8 @@ def make(given: argparse.Namespace, part: str) -> None:
 
 def seconds(out: Path, part: str) -> float:
     """What the cells of a part took, added up, however often it was stopped."""
-    pattern = "*.json" if part in OF_ENCODERS else "*/cell.json"
-    pattern = "*/*/cell.json" if part == "finetune" else pattern
-    cells = [json.loads(path.read_text()) for path in (out / part).glob(pattern)]
+    found = (out / part).glob(CELLS.get(part, "*/cell.json"))
+    cells = [json.loads(path.read_text()) for path in found]
     return sum(cell.get("seconds", 0.0) for cell in cells)
 
 
